@@ -1,0 +1,1 @@
+"""Weight compression, quantization and calibration. Needs the convert extra."""

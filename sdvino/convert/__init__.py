@@ -1,0 +1,1 @@
+"""Sources, model families and export to OpenVINO IR. Needs the convert extra."""

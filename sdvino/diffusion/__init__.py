@@ -1,0 +1,1 @@
+"""Noise, sigma schedules, samplers, guidance and the denoiser. NumPy only."""

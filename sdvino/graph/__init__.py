@@ -1,0 +1,1 @@
+"""Rewrites of an ov.Model, one to a file."""

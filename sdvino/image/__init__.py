@@ -1,0 +1,1 @@
+"""The autoencoder, previews, and picture files with their settings."""

@@ -1,0 +1,1 @@
+"""Devices, compiled components and their cache. OpenVINO lives here."""

@@ -1,0 +1,143 @@
+"""Settings as frozen dataclasses: what to generate, and how to run each component.
+
+Command-line defaults are read from these classes, so a default is written once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, get_args
+
+from sdvino.errors import RequestError
+
+NoiseName = Literal["torch", "cuda"]
+SamplerName = Literal[
+    "ddim",
+    "euler",
+    "euler_ancestral",
+    "heun",
+    "dpmpp_2m",
+    "dpmpp_2m_sde",
+    "unipc",
+    "lms",
+    "pndm",
+    "lcm",
+    "tcd",
+]
+SigmaScheduleName = Literal["default", "karras", "exponential"]
+TimestepSpacing = Literal["linspace", "leading", "trailing"]
+PerformanceHint = Literal["latency", "throughput"]
+CoreType = Literal["any", "performance", "efficient"]
+Precision = Literal["f32", "f16", "bf16"]
+
+SAMPLERS: tuple[SamplerName, ...] = get_args(SamplerName)
+SIGMA_SCHEDULES: tuple[SigmaScheduleName, ...] = get_args(SigmaScheduleName)
+TIMESTEP_SPACINGS: tuple[TimestepSpacing, ...] = get_args(TimestepSpacing)
+NOISES: tuple[NoiseName, ...] = get_args(NoiseName)
+
+#: A component of the pipeline, named as its sub-folder is.
+COMPONENTS: tuple[str, ...] = (
+    "text_encoder",
+    "text_encoder_2",
+    "unet",
+    "vae_decoder",
+    "vae_encoder",
+    "tiny_vae",
+)
+
+MAX_SEED = 2**63 - 1
+MIN_SEED = -(2**63)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplerSettings:
+    """Which sampler, on which grid of noise levels. None means what the model folder says."""
+
+    #: Sampler, by the name diffusers and k-diffusion give it.
+    scheduler: SamplerName | None = None
+    #: Spacing of the sigmas between the ends of the grid.
+    sigma_schedule: SigmaScheduleName | None = None
+    #: How the training timesteps are thinned out to the steps asked for.
+    timestep_spacing: TimestepSpacing | None = None
+    #: Share of fresh noise in each DDIM (or stochasticity of each TCD) step, 0 to 1.
+    eta: float = 0.0
+
+    def __post_init__(self) -> None:
+        _one_of("scheduler", self.scheduler, SAMPLERS)
+        _one_of("sigma schedule", self.sigma_schedule, SIGMA_SCHEDULES)
+        _one_of("timestep spacing", self.timestep_spacing, TIMESTEP_SPACINGS)
+        if not 0.0 <= self.eta <= 1.0:
+            raise RequestError(f"eta is {self.eta}; give a number from 0 to 1.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceSettings:
+    """How OpenVINO runs a component. None leaves the choice to sdvino's own defaults for the device.
+
+    Sources: OpenVINO's device properties for CPU, GPU and AUTO.
+    """
+
+    #: Any name OpenVINO takes: CPU, GPU, GPU.1, NPU, AUTO, AUTO:GPU,CPU, HETERO:GPU,CPU.
+    device: str = "CPU"
+    #: Threads for inference; None: every physical core that the process may use.
+    num_threads: int | None = None
+    #: Parallel requests; None: one (the least latency and memory).
+    num_streams: int | None = None
+    #: Latency of one picture, or throughput over many.
+    performance_hint: PerformanceHint = "latency"
+    #: Which cores of a hybrid chip; None: OpenVINO's own rule for the hint.
+    core_type: CoreType | None = None
+    #: Keep threads on their cores; None: the device's default.
+    pinning: bool | None = None
+    #: Use both hardware threads of a core; None: the device's default (off for latency).
+    hyper_threading: bool | None = None
+    #: Arithmetic of float layers; None: f32 on CPUs without AMX (bf16 is slower there), f16 on GPU.
+    precision: Precision | None = None
+    #: Folder of compiled-model blobs; None: the user's cache folder.
+    cache_dir: Path | None = None
+    #: Keep compiled models between runs.
+    cache: bool = True
+    #: The cache is trimmed, least recently used first, to this many bytes.
+    cache_limit_bytes: int = 4 * 2**30
+
+    def __post_init__(self) -> None:
+        if not self.device.strip():
+            raise RequestError("The device name is empty; run `sdvino devices` to see the names.")
+        for name in ("num_threads", "num_streams"):
+            value = getattr(self, name)
+            if value is not None and not 1 <= value <= 1024:
+                what = name.removeprefix("num_")
+                raise RequestError(f"{what} is {value}; give a whole number from 1 to 1024.")
+        _one_of("performance hint", self.performance_hint, get_args(PerformanceHint))
+        _one_of("core type", self.core_type, get_args(CoreType))
+        _one_of("precision", self.precision, get_args(Precision))
+        if self.cache_limit_bytes < 0:
+            raise RequestError("The cache limit is negative; give a number of bytes from 0 up.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunSettings:
+    """One set of device settings for the whole pipeline, with exceptions by component."""
+
+    default: DeviceSettings = field(default_factory=DeviceSettings)
+    #: Component name (see COMPONENTS) to its own settings.
+    components: dict[str, DeviceSettings] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in self.components:
+            if name != "vae":
+                _one_of("component", name, COMPONENTS)
+
+    def for_component(self, name: str) -> DeviceSettings:
+        """Return the settings of component ``name``; ``vae`` stands for every VAE part."""
+        if name in self.components:
+            return self.components[name]
+        if name in ("vae_decoder", "vae_encoder", "tiny_vae") and "vae" in self.components:
+            return self.components["vae"]
+        return self.default
+
+
+def _one_of(what: str, value: str | None, known: tuple[str, ...]) -> None:
+    if value is not None and value not in known:
+        raise RequestError(f"Unknown {what} {value!r}; choose one of: {', '.join(known)}.")

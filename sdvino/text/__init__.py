@@ -1,0 +1,1 @@
+"""Prompts: the CLIP tokenizer and the text encoders."""
