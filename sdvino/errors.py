@@ -28,6 +28,6 @@ class OutputError(RequestError):
 
 
 class Cancelled(SdvinoError):
-    """The person at the keyboard, or a callback, stopped the work. Nothing was left half-written."""
+    """The person at the keyboard, or a callback, stopped the work; nothing stays half-written."""
 
     exit_code = 130

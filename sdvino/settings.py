@@ -73,7 +73,7 @@ class SamplerSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceSettings:
-    """How OpenVINO runs a component. None leaves the choice to sdvino's own defaults for the device.
+    """How OpenVINO runs a component. None leaves the choice to sdvino's defaults for the device.
 
     Sources: OpenVINO's device properties for CPU, GPU and AUTO.
     """
