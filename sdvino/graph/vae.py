@@ -50,7 +50,7 @@ def encoder_from_pixels(
 ) -> None:
     """Turn a VAE encoder, in place, into 8-bit picture -> latents; exact.
 
-    The input becomes ``pixels`` uint8 [N, H, W, 3]. Outputs: ``latents`` float32 [N, C, h, w],
+    The input ``sample`` becomes uint8 [N, H, W, 3]. Outputs: ``latents`` float32 [N, C, h, w],
     scaled as diffusers', the mean of the distribution; and, where the export gives the
     distribution's parameters (optimum-intel's does), ``latents_std`` of the same shape, so that a
     sample is ``latents + latents_std * noise``. An export that gives ``latent_sample`` has drawn
@@ -120,7 +120,7 @@ def _scale(latents: ov.Output, scaling: np.float32, shift: np.float32 | None) ->
 
 
 def _pixels_in(model: ov.Model) -> None:
-    """Replace the input ``sample`` float NCHW in -1 .. 1 by ``pixels`` uint8 NHWC."""
+    """Replace the input ``sample``, float NCHW in -1 .. 1, by 8-bit levels, NHWC."""
     old = find_input(model, "sample")
     shape = old.get_partial_shape()
     if shape.rank.is_dynamic or shape.rank.get_length() != 4:
@@ -129,9 +129,10 @@ def _pixels_in(model: ov.Model) -> None:
             " export it again with optimum-intel or `sdvino convert`."
         )
     pixels = ops.parameter(
-        ov.PartialShape([shape[0], shape[2], shape[3], 3]), ov.Type.u8, name="pixels"
+        ov.PartialShape([shape[0], shape[2], shape[3], 3]), ov.Type.u8, name="sample"
     )
-    pixels.output(0).set_names({"pixels"})
+    old.set_names(set())
+    pixels.output(0).set_names({"sample"})
     unit = ops.divide(ops.convert(pixels, "f32"), np.float32(255.0))
     signed = ops.subtract(ops.multiply(unit, np.float32(2.0)), np.float32(1.0))
     picture = ops.transpose(signed, np.array([0, 3, 1, 2], np.int64))

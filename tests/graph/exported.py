@@ -15,7 +15,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from numpy.typing import NDArray
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from tests.text.vocabulary import vocabulary, write_legacy
+from tests.text.folders import vocabulary, write_legacy
 
 LAYERS = 3
 SCALING = 0.18215

@@ -80,7 +80,7 @@ def test_encoder_gives_scaled_mean_and_deviation() -> None:
         distribution = torch_pipeline().vae.encode(picture).latent_dist
     model = read("vae_encoder")
     encoder_from_pixels(model, SCALING)
-    output = Compiled(model).infer({"pixels": pixels})
+    output = Compiled(model).infer({"sample": pixels})
     assert output["latents"].shape == (2, 4, 4, 6)
     np.testing.assert_allclose(output["latents"], distribution.mean.numpy() * SCALING, atol=1e-5)
     np.testing.assert_allclose(output["latents_std"], distribution.std.numpy() * SCALING, atol=1e-5)
@@ -97,7 +97,7 @@ def sampling_encoder() -> ov.Model:
 def test_encoder_that_samples_by_itself_is_scaled_and_shifted() -> None:
     model = sampling_encoder()
     encoder_from_pixels(model, 0.5, 0.25)
-    output = Compiled(model).infer({"pixels": np.full((1, 2, 2, 3), 255, np.uint8)})
+    output = Compiled(model).infer({"sample": np.full((1, 2, 2, 3), 255, np.uint8)})
     np.testing.assert_allclose(output["latents"], np.full((1, 3, 2, 2), (1 - 0.25) * 0.5))
     assert "latents_std" not in output
 

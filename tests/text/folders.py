@@ -66,3 +66,56 @@ def write_legacy(folder: Path, pad: str = END, flags: bool = False) -> Path:
     (folder / "special_tokens_map.json").write_text(json.dumps(special), encoding="utf-8")
     (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
     return folder
+
+
+def write_fast(folder: Path, pad: str = END, added: tuple[str, ...] = ()) -> Path:
+    """Write tokenizer.json and its configuration, as transformers 5 does."""
+    folder.mkdir(parents=True, exist_ok=True)
+    vocab, merges = vocabulary()
+    flags = {"single_word": False, "lstrip": False, "rstrip": False}
+    special = [
+        {"id": vocab[text], "content": text, **flags, "normalized": False, "special": True}
+        for text in dict.fromkeys([START, END, pad])
+    ]
+    words = [
+        {"id": len(vocab) + i, "content": text, **flags, "normalized": True, "special": False}
+        for i, text in enumerate(added)
+    ]
+    content = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [*special, *words],
+        "normalizer": None,
+        "pre_tokenizer": None,
+        "post_processor": {
+            "type": "RobertaProcessing",
+            "sep": [END, vocab[END]],
+            "cls": [START, vocab[START]],
+            "trim_offsets": False,
+            "add_prefix_space": False,
+        },
+        "decoder": None,
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": END,
+            "continuing_subword_prefix": "",
+            "end_of_word_suffix": "</w>",
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "vocab": vocab,
+            "merges": [list(pair) for pair in merges],
+        },
+    }
+    config = {
+        "bos_token": START,
+        "eos_token": END,
+        "unk_token": END,
+        "pad_token": pad,
+        "model_max_length": 77,
+        "tokenizer_class": "CLIPTokenizer",
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    return folder
