@@ -1,0 +1,95 @@
+"""Prompts that quantization is calibrated on when a model brings none of its own.
+
+They spread over what people draw (people, animals, places, objects, food, abstractions) and how
+(photographs, paintings, line art, renders), short and long, so that the ranges measured hold for
+prompts that are not here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from sdvino.errors import RequestError
+
+#: Texts in a prompt file and characters in a prompt beyond these are refused.
+MAX_PROMPTS = 10_000
+MAX_CHARACTERS = 2_000
+
+GENERAL_PROMPTS: tuple[str, ...] = (
+    "a lighthouse on a cliff at dusk, long exposure photograph",
+    "portrait of an old fisherman with a white beard, oil painting",
+    "a bowl of ramen with a soft-boiled egg, studio lighting",
+    "a red fox sleeping in fresh snow",
+    "isometric drawing of a small bookshop, pastel colours",
+    "a spaceship landing in a wheat field, matte painting",
+    "black and white photograph of an empty train station",
+    "a child flying a kite on a windy beach, watercolour",
+    "macro photograph of a dragonfly on a reed",
+    "a medieval castle above the clouds, epic fantasy art, highly detailed",
+    "still life with lemons and a blue jug, impressionism",
+    "a robot reading a newspaper on a park bench",
+    "an aerial view of rice terraces at sunrise",
+    "logo of a mountain inside a circle, flat vector design",
+    "a city street in the rain at night, neon signs, reflections",
+    "a bride and groom dancing, soft light, film grain",
+    "pencil sketch of a pair of hands",
+    "a tropical coral reef with clownfish, underwater photograph",
+    "a wooden cabin by a frozen lake, northern lights",
+    "an astronaut riding a horse, digital art",
+    "a close-up of a cat's green eyes",
+    "a plate of sushi, top view, minimal",
+    "a stained glass window of a peacock",
+    "a vintage red car in front of a diner, 1950s",
+    "an elephant and its calf at a waterhole, golden hour",
+    "abstract composition of triangles in orange and teal",
+    "a knight in shining armour standing in the fog, cinematic",
+    "a cosy living room with a fireplace and bookshelves, interior design",
+    "a ballerina on stage, dramatic spotlight",
+    "a bouquet of wild flowers in a glass vase",
+    "a dragon curled around a tower, ink drawing",
+    "snow-covered mountains above a pine forest, landscape photograph, sharp focus",
+    "a chef tossing a pizza, motion blur",
+    "a marble statue of a woman with a laurel wreath",
+    "a hot air balloon over a lavender field",
+    "an anime girl with silver hair under cherry blossoms",
+    "a desert road under a starry sky, milky way",
+    "a macaw with open wings, isolated on a white background",
+    "a cyberpunk market crowded with people, volumetric light",
+    "a cup of coffee beside an open notebook, morning light",
+    "a wolf howling at the full moon, low poly",
+    "a grand piano in an abandoned theatre overgrown with ivy",
+    "three pumpkins on a porch, autumn",
+    "a surfer inside a breaking wave",
+    "a map of an imaginary island, old parchment",
+    "an owl made of gears and brass, steampunk",
+    "a woman in a yellow raincoat walking a dog, seen from behind",
+    "a pagoda beside a pond with koi, ukiyo-e woodblock print",
+)
+
+
+def read_prompts(path: Path) -> tuple[str, ...]:
+    """Return the prompts in a UTF-8 text file: one on each line; empty lines and `#` are skipped.
+
+    Raises RequestError when the file cannot be read as that.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError(
+            f"The prompts in {path} cannot be read; give a UTF-8 text file with one a line."
+        ) from error
+    lines = (line.strip() for line in text.splitlines())
+    return check_prompts([line for line in lines if line and not line.startswith("#")])
+
+
+def check_prompts(prompts: Sequence[str]) -> tuple[str, ...]:
+    """Return ``prompts`` as a tuple; raises RequestError when there are none, or absurd ones."""
+    if isinstance(prompts, str) or not prompts:
+        raise RequestError("There are no prompts to calibrate on; give at least one.")
+    if len(prompts) > MAX_PROMPTS or any(len(prompt) > MAX_CHARACTERS for prompt in prompts):
+        raise RequestError(
+            f"Calibration takes up to {MAX_PROMPTS:,} prompts of up to {MAX_CHARACTERS:,}"
+            " characters; leave some out."
+        )
+    return tuple(prompts)

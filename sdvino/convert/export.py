@@ -1,0 +1,201 @@
+"""Export of one component to OpenVINO IR, by optimum-intel's own export configurations.
+
+Only that component is in memory: half-precision weights are cast to float for tracing and saved
+in half precision again. Nothing is baked into the IR that a pipeline scales or clamps.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sdvino.compress.quiet import quiet
+from sdvino.convert.source import DiffusersFolder
+from sdvino.errors import RequestError, SdvinoError
+
+IR_NAME = "openvino_model.xml"
+
+# Our component -> optimum's task and model type.
+_EXPORTERS: Mapping[str, tuple[str, str]] = {
+    "text_encoder": ("feature-extraction", "clip-text"),
+    "unet": ("semantic-segmentation", "unet"),
+    "vae_decoder": ("semantic-segmentation", "vae-decoder"),
+    "vae_encoder": ("semantic-segmentation", "vae-encoder"),
+}
+# Sizes the components are traced at. The graph is the same for every size (height and width stay
+# dynamic), and small ones save the time and memory of running the model at its own size.
+_TRACED_LATENTS = 16
+_TRACED_PICTURE = 128
+# fp16 devices overflow in this family's autoencoder; optimum-intel sets the same hint.
+_V_PREDICTION_VAE_SCALE = "8.0"
+
+
+def require_libraries() -> None:
+    """Raise RequestError unless the libraries of the ``convert`` extra can be imported."""
+    try:
+        with quiet():
+            import diffusers
+            import nncf
+            import openvino_tokenizers
+            import optimum.exporters.openvino
+            import torch
+            import transformers
+    except ImportError as error:
+        raise RequestError(
+            f"Converting needs libraries that are not here ({error.name});"
+            ' install them with: pip install "sdvino[convert]".'
+        ) from error
+    for library in (torch, diffusers, transformers, nncf, openvino_tokenizers, optimum):
+        _ = library
+
+
+def export_component(source: DiffusersFolder, component: str, output: Path) -> None:
+    """Write ``component`` of ``source`` as ``output``/openvino_model.xml and .bin.
+
+    Inputs and outputs, by name, are optimum-intel's: text_encoder input_ids -> last_hidden_state,
+    pooler_output; unet sample, timestep (int64), encoder_hidden_states -> out_sample; vae_decoder
+    latent_sample -> sample; vae_encoder sample -> latent_parameters. tiny_vae (AutoencoderTiny's
+    decoder) takes latent_sample, scaled as the pipeline's latents are, and gives sample in
+    [-1, 1]. All float tensors are f32, NCHW; batch, height and width are dynamic.
+    Raises SdvinoError when the libraries cannot load or trace the weights.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    try:
+        with quiet():
+            model = _load(source, component)
+            if component == "tiny_vae":
+                _convert_tiny(model, output / IR_NAME)
+            else:
+                _export(source, component, model, output / IR_NAME)
+    except (RequestError, MemoryError):
+        raise
+    except Exception as error:
+        what = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise SdvinoError(f"The {component} of {source.name} cannot be exported: {what}") from error
+    finally:
+        model = None
+        gc.collect()
+
+
+def _load(source: DiffusersFolder, component: str) -> Any:
+    """Return the torch module, in float32 and eval mode, from safetensors alone."""
+    import torch
+    from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
+    from transformers import CLIPTextModel
+
+    folder = source.components[component]
+    classes = {
+        "text_encoder": CLIPTextModel,
+        "unet": UNet2DConditionModel,
+        "vae": AutoencoderKL,
+        "tiny_vae": AutoencoderTiny,
+    }
+    if folder == "unet":
+        model = _load_lean(UNet2DConditionModel, source, folder)
+        if model is not None:
+            return model
+    options: dict[str, Any] = {"use_safetensors": True, "local_files_only": True}
+    if any(".fp16." in file.name for file in source.weights[folder]):
+        options["variant"] = "fp16"
+    model = classes[folder].from_pretrained(source.path / folder, **options)
+    return model.to(torch.float32).eval()
+
+
+def _load_lean(cls: Any, source: DiffusersFolder, folder: str) -> Any | None:
+    """Build the module without memory of its own and put the file's tensors into it.
+
+    diffusers would initialise every weight first: for a UNet gigabytes, and a minute. None when
+    the file's names are not this version's, so that diffusers' own loader can translate them.
+    """
+    import torch
+    from safetensors.torch import load_file
+
+    with torch.device("meta"):
+        model = cls.from_config(dict(source.configs[folder]))
+    expected = set(model.state_dict())
+    state: dict[str, Any] = {}
+    for file in source.weights[folder]:
+        tensors = load_file(file)
+        while tensors:
+            name, tensor = tensors.popitem()
+            state[name] = tensor.to(torch.float32)
+    if set(state) != expected:
+        return None
+    model.load_state_dict(state, assign=True)
+    if any(buffer.is_meta for buffer in model.buffers()):
+        return None
+    return model.eval()
+
+
+def _export(source: DiffusersFolder, component: str, model: Any, xml: Path) -> None:
+    import optimum.exporters.openvino.model_configs  # noqa: F401  registers the configurations
+    from optimum.exporters.openvino.convert import export_pytorch
+    from optimum.exporters.tasks import TasksManager
+    from optimum.intel.openvino import OVConfig
+
+    task, model_type = _EXPORTERS[component]
+    _set_export_options(source, component, model)
+    constructor = TasksManager.get_exporter_config_constructor(
+        model=model,
+        exporter="openvino",
+        library_name="diffusers",
+        task=task,
+        model_type=model_type,
+    )
+    config = constructor(model.config, int_dtype="int64", float_dtype="fp32")
+    if component.startswith("vae") and source.prediction_type == "v_prediction":
+        config.runtime_options = {"ACTIVATIONS_SCALE_FACTOR": _V_PREDICTION_VAE_SCALE}
+    export_pytorch(
+        model,
+        config,
+        xml,
+        input_shapes={"height": _TRACED_LATENTS, "width": _TRACED_LATENTS},
+        ov_config=OVConfig(dtype="fp16"),
+        stateful=False,
+        library_name="diffusers",
+    )
+
+
+def _set_export_options(source: DiffusersFolder, component: str, model: Any) -> None:
+    """Set what optimum reads from the module: extra fields of its config, and what is traced."""
+    model.config.export_model_type = _EXPORTERS[component][1]
+    if component == "unet":
+        text = source.configs["text_encoder"]
+        model.register_to_config(sample_size=_TRACED_LATENTS)
+        model.config.model_max_length = text.get("max_position_embeddings", 77)
+        model.config.requires_aesthetics_score = False
+        model.config.text_encoder_projection_dim = text.get("projection_dim")
+    elif component == "vae_decoder":
+        model.forward = lambda latent_sample: model.decode(z=latent_sample)
+    elif component == "vae_encoder":
+        model.register_to_config(sample_size=_TRACED_PICTURE)
+        model.forward = lambda sample: {
+            "latent_parameters": model.encode(x=sample)["latent_dist"].parameters
+        }
+
+
+def _convert_tiny(model: Any, xml: Path) -> None:
+    import openvino as ov
+    import torch
+
+    class Decoder(torch.nn.Module):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.autoencoder = model
+
+        def forward(self, latent_sample: Any) -> Any:
+            return self.autoencoder.decode(latent_sample, return_dict=False)[0]
+
+    channels = int(model.config.latent_channels)
+    example = torch.zeros(1, channels, 8, 8)
+    with torch.no_grad():
+        converted = ov.convert_model(
+            Decoder().eval(),
+            example_input={"latent_sample": example},
+            input=[("latent_sample", ov.PartialShape([-1, channels, -1, -1]), ov.Type.f32)],
+        )
+    converted.input(0).get_tensor().set_names({"latent_sample"})
+    converted.output(0).get_tensor().set_names({"sample"})
+    ov.save_model(converted, xml, compress_to_fp16=True)
