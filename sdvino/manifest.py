@@ -1,0 +1,187 @@
+"""`sdvino.json`: what sdvino knows about a folder that it converted."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sdvino.errors import ModelFolderError
+from sdvino.files import read_json, sha256_of
+from sdvino.settings import COMPONENTS, SAMPLERS, SamplerName
+
+MANIFEST_FILE = "sdvino.json"
+MANIFEST_FORMAT = 1
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Suggested:
+    """What gives a good first picture; None where the model says nothing."""
+
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    scheduler: SamplerName | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ManifestComponent:
+    """One component: how it was compressed, and the files it consists of."""
+
+    #: As the recipe calls it: fp16, int8-weights, int8 ...
+    precision: str
+    #: All its files together.
+    bytes: int
+    #: File name inside the component's folder to 64 hexadecimal digits.
+    sha256: Mapping[str, str]
+
+    @classmethod
+    def of(cls, folder: Path, precision: str) -> ManifestComponent:
+        """Read size and checksums of the files in the component's ``folder``."""
+        files = sorted(path for path in folder.iterdir() if path.is_file())
+        return cls(
+            precision=precision,
+            bytes=sum(path.stat().st_size for path in files),
+            sha256={path.name: sha256_of(path) for path in files},
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """The content of `sdvino.json`."""
+
+    #: Name of the model it was made from, never a path.
+    source: str
+    family: str
+    recipe: str
+    components: Mapping[str, ManifestComponent]
+    #: What the compression cost the picture, as `sdvino convert` measured it.
+    quality: Mapping[str, Any] | None = None
+    suggested: Suggested = field(default_factory=Suggested)
+    #: Tool to version.
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, folder: Path) -> Manifest | None:
+        """Return the manifest of ``folder``, or None without one; raises ModelFolderError."""
+        path = folder / MANIFEST_FILE
+        return cls.from_dict(read_json(path, MANIFEST_FILE)) if path.exists() else None
+
+    @classmethod
+    def from_dict(cls, value: Mapping[str, Any]) -> Manifest:
+        """Check and take a parsed manifest. Unknown keys are left alone, as newer sdvinos add some.
+
+        Raises ModelFolderError for a wrong type, an unknown component or a newer format.
+        """
+        version = _get(value, "format_version", int)
+        if version != MANIFEST_FORMAT:
+            raise ModelFolderError(
+                f"{MANIFEST_FILE} has format {version} and this sdvino knows {MANIFEST_FORMAT};"
+                " update sdvino, or remove the file to run the folder without it."
+            )
+        components = _get(value, "components", dict)
+        for name in components:
+            if name not in COMPONENTS:
+                raise _wrong(f"names a component {name!r}")
+        return cls(
+            source=_get(value, "source", str),
+            family=_get(value, "family", str),
+            recipe=_get(value, "recipe", str),
+            components={name: _component(name, entry) for name, entry in components.items()},
+            quality=None if value.get("quality") is None else _get(value, "quality", dict),
+            suggested=_suggested(value.get("suggested", {})),
+            versions={
+                str(tool): str(version)
+                for tool, version in _get(value, "versions", dict, {}).items()
+            },
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what `from_dict` takes, ready for `json.dump`."""
+        suggested = self.suggested
+        return {
+            "format_version": MANIFEST_FORMAT,
+            "source": self.source,
+            "family": self.family,
+            "recipe": self.recipe,
+            "components": {
+                name: {
+                    "precision": entry.precision,
+                    "bytes": entry.bytes,
+                    "sha256": dict(entry.sha256),
+                }
+                for name, entry in self.components.items()
+            },
+            "quality": None if self.quality is None else dict(self.quality),
+            "suggested": {
+                name: value
+                for name in ("num_inference_steps", "guidance_scale", "scheduler")
+                if (value := getattr(suggested, name)) is not None
+            },
+            "versions": dict(self.versions),
+        }
+
+    def to_json(self) -> str:
+        """Return the text of the file."""
+        return json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"
+
+
+def _component(name: str, entry: object) -> ManifestComponent:
+    if not isinstance(entry, dict):
+        raise _wrong(f"has no object for {name}")
+    sums = _get(entry, "sha256", dict)
+    for file, digest in sums.items():
+        if _FILE_NAME.fullmatch(file) is None:
+            raise _wrong(f"lists a file {file!r}, which is no plain file name")
+        if not isinstance(digest, str) or _SHA256.fullmatch(digest) is None:
+            raise _wrong(f"has a checksum for {name}/{file} that is no SHA-256")
+    size = _get(entry, "bytes", int)
+    if size < 0:
+        raise _wrong(f"says that {name} has {size} bytes")
+    return ManifestComponent(precision=_get(entry, "precision", str), bytes=size, sha256=sums)
+
+
+def _suggested(value: object) -> Suggested:
+    if not isinstance(value, dict):
+        raise _wrong("has a `suggested` that is no object")
+    steps = _get(value, "num_inference_steps", int, None)
+    guidance = _get(value, "guidance_scale", (int, float), None)
+    scheduler = _get(value, "scheduler", str, None)
+    if steps is not None and not 1 <= steps <= 1000:
+        raise _wrong(f"suggests {steps} steps")
+    if guidance is not None and not (math.isfinite(guidance) and 0 <= guidance <= 1000):
+        raise _wrong(f"suggests a guidance_scale of {guidance}")
+    if scheduler is not None and scheduler not in SAMPLERS:
+        raise _wrong(f"suggests a scheduler {scheduler!r} that this sdvino does not have")
+    return Suggested(
+        num_inference_steps=steps,
+        guidance_scale=None if guidance is None else float(guidance),
+        scheduler=scheduler,
+    )
+
+
+_REQUIRED = object()
+
+
+def _get(
+    value: Mapping[str, Any], key: str, kind: type | tuple[type, ...], default: object = _REQUIRED
+) -> Any:
+    """Return ``value[key]`` after checking its type; bool counts as no number."""
+    found = value.get(key, default)
+    if found is _REQUIRED:
+        raise _wrong(f"has no {key!r}")
+    if found is default or (isinstance(found, kind) and not isinstance(found, bool)):
+        return found
+    raise _wrong(f"has a {key!r} of the wrong type ({type(found).__name__})")
+
+
+def _wrong(what: str) -> ModelFolderError:
+    return ModelFolderError(
+        f"{MANIFEST_FILE} {what}; convert the model again, or remove the file to run without it."
+    )
