@@ -34,7 +34,7 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 }
 SHAPES = ("circle", "square", "triangle", "diamond", "star", "ring", "cross", "heart")
 # Half the longer side of an object's bounding box, in pixels. Two big ones fit side by side.
-RADII = {"small": (15.5, 17.0), "medium": (22.0, 24.0), "big": (29.0, 30.0)}
+RADII = {"small": (17.0, 18.0), "medium": (23.0, 24.0), "big": (29.0, 30.0)}
 SIZE_WORDS = {"small": ("small", "little"), "medium": ("medium",), "big": ("big", "large")}
 RELATIONS = ("to the left of", "to the right of", "above", "below")
 POSITIONS: dict[str, tuple[int, int]] = {  # (column, row) of a 3 x 3 grid
@@ -301,7 +301,8 @@ def coverage(shape: str, radius: float, x: float, y: float, size: int) -> NDArra
     pen.polygon([(float(px), float(py)) for px, py in points + centre], fill=255)
     if shape == "ring":
         pen.polygon([(float(px), float(py)) for px, py in points * RING_HOLE + centre], fill=0)
-    return np.asarray(canvas.reduce(scale), dtype=np.float32) / 255
+    covered: NDArray[np.float32] = np.asarray(canvas.reduce(scale), np.float32) / np.float32(255)
+    return covered
 
 
 def draw(scene: Scene) -> NDArray[np.uint8]:

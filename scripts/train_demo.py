@@ -21,15 +21,17 @@ import demo_model
 import numpy as np
 import scenes
 import torch
+from numpy.typing import NDArray
 from torch.nn.functional import l1_loss, mse_loss
 from train_loop import Loop, Settings
 from transformers import CLIPTokenizer
 
 CROP = 64  # pixels: the autoencoder learns mostly from crops around objects
 DROPPED_CAPTIONS = 0.1  # so that the model also learns the unconditional score, for guidance
+Pictures = NDArray[np.uint8]  # [N, H, W, 3]
 STAGES = ("autoencoder", "pool", "unet", "tiny")
 # Shares of the budget; the pool is drawn and encoded in what is left.
-SHARES = {"autoencoder": 0.15, "unet": 0.74, "tiny": 0.05}
+SHARES = {"autoencoder": 0.29, "unet": 0.58, "tiny": 0.04}
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,10 @@ class Run:
 
     def autocast(self) -> contextlib.AbstractContextManager[None]:
         """bfloat16 where it is faster: on CUDA and on CPUs with bfloat16 instructions."""
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self._has_bfloat16())
+        context: contextlib.AbstractContextManager[None] = torch.autocast(
+            self.device.type, dtype=torch.bfloat16, enabled=self._has_bfloat16()
+        )
+        return context
 
     def _has_bfloat16(self) -> bool:
         if self.device.type == "cuda":
@@ -64,18 +69,19 @@ class Run:
         return module.to(device=self.device, memory_format=torch.channels_last)
 
 
-def to_images(pictures: np.ndarray, device: torch.device) -> torch.Tensor:
+def to_images(pictures: Pictures, device: torch.device) -> torch.Tensor:
     """uint8 [N, H, W, 3] -> float32 [N, 3, H, W] in [-1, 1], channels last."""
     return torch.from_numpy(pictures).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def to_pictures(images: torch.Tensor) -> np.ndarray:
+def to_pictures(images: torch.Tensor) -> Pictures:
     """float [N, 3, H, W] in [-1, 1] -> uint8 [N, H, W, 3]."""
     scaled = ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-    return scaled.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+    pictures: Pictures = scaled.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+    return pictures
 
 
-def draw_batch(rng: np.random.Generator, count: int, crop: int | None) -> np.ndarray:
+def draw_batch(rng: np.random.Generator, count: int, crop: int | None) -> Pictures:
     """Draw training scenes, or crops of them that mostly show the outline of an object."""
     batch = []
     for _ in range(count):
@@ -105,7 +111,7 @@ def train_autoencoder(run: Run) -> Any:
     def loss(step: int, rng: np.random.Generator, progress: float) -> torch.Tensor:
         # Whole scenes now and then: group norms see other statistics there than in crops.
         whole = step % 4 == 3
-        count = max(run.batch // 8, 1) if whole else max(run.batch // 4, 1)
+        count = max(run.batch // (32 if whole else 8), 1)
         images = to_images(draw_batch(rng, count, None if whole else CROP), run.device)
         with run.autocast():
             posterior = vae.encode(images).latent_dist
@@ -135,7 +141,9 @@ def make_pool(run: Run, vae: Any, tokenizer: Any) -> dict[str, torch.Tensor]:
         pool: dict[str, torch.Tensor] = torch.load(path, map_location=run.device, weights_only=True)
         return pool
     rng = np.random.default_rng(2)
-    latents, texts, began = [], [], time.monotonic()
+    latents: list[torch.Tensor] = []
+    texts: list[str] = []
+    began = time.monotonic()
     while len(texts) < run.scenes_in_pool:
         drawn = [scenes.sample_scene(rng) for _ in range(min(32, run.scenes_in_pool))]
         texts += [prompt.text for _, prompt in drawn]
@@ -172,7 +180,7 @@ def cumulative_alphas(device: torch.device) -> torch.Tensor:
     return (1 - betas).cumprod(0).float().to(device)
 
 
-def train_unet(run: Run, vae: Any, pool: dict[str, torch.Tensor], tokenizer: Any) -> Any:
+def train_unet(run: Run, pool: dict[str, torch.Tensor], tokenizer: Any) -> Any:
     """Train the UNet and the text encoder together on the pool; return them as a module dict."""
     torch.manual_seed(3)
     model: Any = torch.nn.ModuleDict(
@@ -202,8 +210,7 @@ def train_unet(run: Run, vae: Any, pool: dict[str, torch.Tensor], tokenizer: Any
         return mse_loss(v_pred.float(), v)
 
     settings = run.settings("unet", learning_rate=1e-3, seed=3)
-    loop = Loop(settings, model, run.work)
-    loop.run(loss, on_report=lambda: None)
+    Loop(settings, model, run.work).run(loss)
     return model.eval()
 
 
@@ -245,7 +252,7 @@ def train(run: Run, last_stage: str = STAGES[-1]) -> None:
     pool = make_pool(run, vae, tokenizer)
     if last_stage == "pool":
         return
-    model = train_unet(run, vae, pool, tokenizer)
+    model = train_unet(run, pool, tokenizer)
     save(run, "unet", model["unet"])
     save(run, "text_encoder", model["text_encoder"])
     if last_stage == "unet":

@@ -80,7 +80,7 @@ class Loop:
             return min(self.step / self.settings.steps, 1.0)
         return min(self.seconds / self.settings.seconds, 1.0)
 
-    def run(self, loss_function: LossFunction, on_report: Callable[[], None] | None = None) -> None:
+    def run(self, loss_function: LossFunction) -> None:
         """Train until the budget is spent, then leave the averaged weights in the module."""
         reported = saved = time.monotonic()
         with _interrupts() as interrupted:
@@ -95,8 +95,6 @@ class Loop:
                 if now - saved > self.settings.checkpoint_seconds:
                     self.save()
                     saved = now
-                    if on_report is not None:
-                        on_report()
         self.save()
         if interrupted.is_set():
             raise KeyboardInterrupt
@@ -120,13 +118,12 @@ class Loop:
         value = float(loss.detach())
         self.loss = value if math.isnan(self.loss) else 0.99 * self.loss + 0.01 * value
 
-    @torch.no_grad()
     def _update_average(self) -> None:
         # A young average forgets its random start quickly.
         decay = min(self.settings.ema_decay, (1 + self.step) / (10 + self.step))
         for name, value in self.module.state_dict().items():
             if value.is_floating_point():
-                self.ema[name].lerp_(value, 1 - decay)
+                self.ema[name].lerp_(value.detach(), 1 - decay)
             else:
                 self.ema[name].copy_(value)
 

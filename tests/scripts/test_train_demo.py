@@ -1,0 +1,113 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import scenes
+
+pytest.importorskip("diffusers")
+torch = pytest.importorskip("torch")
+
+import demo_model  # noqa: E402
+import train_demo  # noqa: E402
+from train_loop import Loop, Settings  # noqa: E402
+
+MINIATURE = ["--device", "cpu", "--scenes", "32", "--batch", "8", "--no-compile"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    from transformers import CLIPTokenizer
+
+    folder = tmp_path_factory.mktemp("tokenizer")
+    demo_model.write_tokenizer(folder)
+    return CLIPTokenizer.from_pretrained(folder)
+
+
+def test_every_word_of_a_caption_is_one_token(tokenizer: Any) -> None:
+    rng = np.random.default_rng(31)
+    for _ in range(200):
+        text = scenes.sample_scene(rng)[1].text
+        assert len(tokenizer(text).input_ids) == len(text.split()) + 2
+
+
+@pytest.mark.parametrize("text", ["a mauve dodecahedron!", "naïve 日本", "🎈", "1.5", ""])
+def test_any_text_has_tokens_and_comes_back(tokenizer: Any, text: str) -> None:
+    ids = tokenizer(text).input_ids
+    assert ids[0] == tokenizer.bos_token_id
+    assert ids[-1] == tokenizer.eos_token_id
+    assert tokenizer.eos_token_id not in ids[1:-1]
+    decoded = tokenizer.decode(ids, skip_special_tokens=True)
+    assert decoded.replace(" ", "") == text.replace(" ", "")
+
+
+def test_captions_fit(tokenizer: Any) -> None:
+    ids = train_demo.tokenize(tokenizer, ["a red circle", ""])
+    assert ids.shape == (2, demo_model.MAX_TOKENS)
+    assert ids[1, 1:].unique().tolist() == [tokenizer.pad_token_id]
+
+
+def test_crops_are_whole_latent_cells() -> None:
+    pictures = train_demo.draw_batch(np.random.default_rng(32), 4, train_demo.CROP)
+    assert pictures.shape == (4, train_demo.CROP, train_demo.CROP, 3)
+    back = train_demo.to_pictures(train_demo.to_images(pictures, torch.device("cpu")))
+    assert (back == pictures).all()
+
+
+def fit(work: Path, stop_after: int | None = None) -> dict[str, Any]:
+    """Fit a line for 20 steps, perhaps as if Ctrl-C came after some of them."""
+    torch.manual_seed(0)
+    module = torch.nn.Linear(3, 1)
+    loop = Loop(Settings("line", seconds=60, steps=20, warmup_steps=3), module, work)
+    begun_at = loop.step
+
+    def loss(step: int, rng: np.random.Generator, progress: float) -> Any:
+        if stop_after is not None and step == begun_at + stop_after:
+            import signal
+
+            signal.raise_signal(signal.SIGINT)
+        x = torch.from_numpy(rng.normal(size=(8, 3)).astype(np.float32))
+        return (module(x + 0.1 * torch.randn(8, 3)) - x.sum(1, keepdim=True)).square().mean()
+
+    loop.run(loss)
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def test_an_interrupted_loop_goes_on_to_the_same_weights(tmp_path: Path) -> None:
+    whole = fit(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        fit(tmp_path / "cut", stop_after=7)
+    resumed = fit(tmp_path / "cut")
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def train(folder: Path, *more: str) -> None:
+    arguments = ["--out", str(folder / "out"), "--work", str(folder / "work"), *MINIATURE, *more]
+    train_demo.train(*train_demo.parse(arguments))
+
+
+@pytest.mark.slow
+def test_training_writes_a_pipeline_and_resumes_exactly(tmp_path: Path) -> None:
+    from diffusers import AutoencoderTiny, StableDiffusionPipeline
+    from safetensors.torch import load_file
+
+    train(tmp_path / "whole", "--steps", "2")
+    train(tmp_path / "parts", "--steps", "2", "--until", "autoencoder")
+    train(tmp_path / "parts", "--steps", "2", "--until", "pool")
+    train(tmp_path / "parts", "--steps", "2")
+    out = tmp_path / "whole" / "out"
+    for path in sorted(out.rglob("*.safetensors")):
+        other = load_file(tmp_path / "parts" / "out" / path.relative_to(out))
+        for name, tensor in load_file(path).items():
+            assert tensor.dtype == torch.float16
+            assert torch.equal(tensor, other[name]), name
+
+    index = json.loads((out / "model_index.json").read_text())
+    assert index["requires_safety_checker"] is False
+    pipe = StableDiffusionPipeline.from_pretrained(out)
+    pipe.set_progress_bar_config(disable=True)
+    latents = pipe("a red circle", num_inference_steps=2, output_type="latent").images
+    assert latents.shape == (1, 4, 16, 16)
+    tiny = AutoencoderTiny.from_pretrained(out / "tiny_vae")
+    assert tiny.decode(latents).sample.shape == (1, 3, 128, 128)
