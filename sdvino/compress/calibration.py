@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from sdvino.diffusion.guidance import combine
 from sdvino.errors import SdvinoError
 
 Array = NDArray[np.float32]
@@ -177,7 +178,7 @@ def _denoise(
         prediction = recorder.predict(x, t, conditional)
         if unconditional is not None:
             base = recorder.predict(x, t, unconditional)
-            prediction = base + np.float32(plan.guidance_scale) * (prediction - base)
+            prediction = combine(prediction, base, plan.guidance_scale)
         alpha, sigma = _alpha_sigma(pipeline, t)
         x_0, epsilon = split_prediction(pipeline.prediction_type, prediction, x, alpha, sigma)
         if t_next is not None:

@@ -10,44 +10,39 @@ import numpy as np
 import openvino as ov
 from numpy.typing import NDArray
 
+from sdvino.diffusion.grids import train_alphas_cumprod
+from sdvino.diffusion.scheduler_config import SchedulerConfig
+from sdvino.text.tokenizer import ClipTokenizer
+
 Array = NDArray[np.float32]
+
+
+# diffusers' default of AutoencoderKL, for configs from before the field existed.
+_SCALING_FACTOR = 0.18215
 
 
 class FloatPipeline:
     """Text encoder, UNet and VAE decoder of the folder ``path``, compiled on the CPU in f32."""
 
     def __init__(self, path: Path, core: ov.Core) -> None:
-        from transformers import CLIPTokenizer
-
-        def read(name: str) -> dict[str, Any]:
-            data: dict[str, Any] = json.loads((path / name).read_text(encoding="utf-8"))
-            return data
-
-        scheduler = read("scheduler/scheduler_config.json")
-        vae = read("vae_decoder/config.json")
-        self.prediction_type = scheduler.get("prediction_type", "epsilon")
-        betas = (
-            np.linspace(
-                scheduler["beta_start"] ** 0.5,
-                scheduler["beta_end"] ** 0.5,
-                scheduler["num_train_timesteps"],
-            )
-            ** 2
-        )
-        self.alphas_cumprod = np.cumprod(1 - betas)
-        self._scaling_factor = float(vae.get("scaling_factor", 0.18215))
-        self._tokenizer = CLIPTokenizer.from_pretrained(path / "tokenizer")
+        scheduler = SchedulerConfig.from_dict(_read(path / "scheduler" / "scheduler_config.json"))
+        process = scheduler.for_sampler("ddim")
+        self.prediction_type: str = process.prediction_type
+        self.alphas_cumprod = train_alphas_cumprod(process, keep_zero=True)
+        vae = _read(path / "vae_decoder" / "config.json")
+        self._scaling_factor = float(vae.get("scaling_factor", _SCALING_FACTOR))
+        length = int(_read(path / "text_encoder" / "config.json")["max_position_embeddings"])
+        self._tokenizer = ClipTokenizer.from_folder(path / "tokenizer", length)
         self._models = {
-            name: _compile(core, path / name / "openvino_model.xml")
+            name: core.compile_model(
+                path / name / "openvino_model.xml", "CPU", {"INFERENCE_PRECISION_HINT": "f32"}
+            )
             for name in ("text_encoder", "unet", "vae_decoder")
         }
 
     def encode(self, prompt: str) -> Array:
         """Return the text encoder's hidden states, [1, 77, D]."""
-        ids = self._tokenizer(
-            prompt, padding="max_length", max_length=77, truncation=True, return_tensors="np"
-        )["input_ids"]
-        return self._run("text_encoder", {"input_ids": ids.astype(np.int64)})
+        return self._run("text_encoder", {"input_ids": self._tokenizer.encode(prompt).ids})
 
     def predict(self, sample: Array, timestep: int, hidden_states: Array) -> Array:
         """Return the UNet's output for latents [1, C, h, w] at an integer timestep."""
@@ -66,9 +61,9 @@ class FloatPipeline:
         return fed, self._run("vae_decoder", {"latent_sample": fed})
 
     def _run(self, name: str, inputs: dict[str, NDArray[Any]]) -> Array:
-        result = self._models[name](inputs)
-        return np.array(result[0], dtype=np.float32)
+        return np.array(self._models[name](inputs)[0], dtype=np.float32)
 
 
-def _compile(core: ov.Core, xml: Path) -> ov.CompiledModel:
-    return core.compile_model(xml, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+def _read(path: Path) -> dict[str, Any]:
+    data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return data

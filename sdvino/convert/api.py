@@ -72,6 +72,7 @@ def convert(
         _write_parts(checked, staging, chosen, plan, Work(sizes, chosen, plan, progress))
         write_manifest(
             staging,
+            checked.components,
             source=checked.name if name is None else name,
             family=checked.family.name,
             recipe=chosen,

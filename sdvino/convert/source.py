@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sdvino.convert.families import PIPELINE_CLASSES, Family, find_family
+from sdvino.diffusion.scheduler_config import SchedulerConfig
 from sdvino.errors import RequestError
+from sdvino.files import read_json
 
-MAX_JSON_BYTES = 2 * 2**20
 PROMPTS_FILE = "calibration_prompts.txt"
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
@@ -40,6 +40,8 @@ class DiffusersFolder:
     configs: Mapping[str, Mapping[str, Any]]
     #: Sub-folder -> its safetensors files.
     weights: Mapping[str, tuple[Path, ...]]
+    #: What the UNet predicts: epsilon, v_prediction or sample.
+    prediction_type: str
     has_tiny_vae: bool
 
     @classmethod
@@ -54,6 +56,7 @@ class DiffusersFolder:
         configs = {name: _read_config(path, name, "config.json") for name in folders}
         _check_configs(path, configs)
         configs["scheduler"] = _read_config(path, "scheduler", "scheduler_config.json")
+        scheduler = SchedulerConfig.from_dict(configs["scheduler"])
         _check_tokenizer(path)
         return cls(
             path=path,
@@ -62,6 +65,7 @@ class DiffusersFolder:
             model_index=index,
             configs=configs,
             weights={name: _find_weights(path / name) for name in folders},
+            prediction_type=scheduler.for_sampler("ddim").prediction_type,
             has_tiny_vae=has_tiny_vae,
         )
 
@@ -72,11 +76,6 @@ class DiffusersFolder:
         return {**self.family.components, **tiny}
 
     @property
-    def prediction_type(self) -> str:
-        """Return what the UNet predicts: epsilon, v_prediction or sample."""
-        return str(self.configs["scheduler"].get("prediction_type", "epsilon"))
-
-    @property
     def latent_shape(self) -> tuple[int, int, int]:
         """Return (C, h, w) of the latents at the model's own size."""
         unet = self.configs["unet"]
@@ -85,21 +84,6 @@ class DiffusersFolder:
     def bytes_of(self, folder: str) -> int:
         """Return the size of a sub-folder's weights."""
         return sum(file.stat().st_size for file in self.weights[folder])
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the JSON object in ``path``; raises RequestError when it is not one, or huge."""
-    try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise RequestError(f"{path.name} in {path.parent.name} is too large to be a config.")
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise RequestError(
-            f"{path} cannot be read as JSON; download the source model again."
-        ) from error
-    if not isinstance(data, dict):
-        raise RequestError(f"{path} is not a JSON object; download the source model again.")
-    return data
 
 
 def _read_index(path: Path) -> dict[str, Any]:
@@ -116,7 +100,7 @@ def _read_index(path: Path) -> dict[str, Any]:
         )
     if (path / "unet" / "openvino_model.xml").is_file():
         raise RequestError(f"{path} is an OpenVINO model already; use it with `sdvino generate`.")
-    return read_json(path / "model_index.json")
+    return read_json(path / "model_index.json", "model_index.json")
 
 
 def _check_classes(path: Path, index: Mapping[str, Any]) -> None:
@@ -143,7 +127,7 @@ def _read_config(path: Path, folder: str, file: str) -> Mapping[str, Any]:
         raise RequestError(
             f"{path} has no {folder}/{file}; download the source model again, complete."
         )
-    return read_json(config)
+    return read_json(config, f"{folder}/{file}")
 
 
 def _check_configs(path: Path, configs: Mapping[str, Mapping[str, Any]]) -> None:

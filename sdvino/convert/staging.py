@@ -9,8 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from sdvino.errors import OutputError
-
-MANIFEST_NAME = "sdvino.json"
+from sdvino.manifest import MANIFEST_FILE
 
 
 def check_target(target: Path, *, overwrite: bool) -> None:
@@ -25,9 +24,9 @@ def check_target(target: Path, *, overwrite: bool) -> None:
             raise OutputError(
                 f"{target} is not empty; choose another name, or add --overwrite to replace it."
             )
-        if not (target / MANIFEST_NAME).is_file():
+        if not (target / MANIFEST_FILE).is_file():
             raise OutputError(
-                f"{target} was not made by sdvino convert (it has no {MANIFEST_NAME}), so"
+                f"{target} was not made by sdvino convert (it has no {MANIFEST_FILE}), so"
                 " --overwrite leaves it alone; choose another name."
             )
 

@@ -7,9 +7,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from sdvino.convert.scheduler import is_distilled, is_historic
-from sdvino.convert.source import DiffusersFolder, read_json
+from sdvino.convert.source import DiffusersFolder
 from sdvino.diffusion.scheduler_config import sampler_from_config
 from sdvino.errors import RequestError
+from sdvino.files import read_json
+from sdvino.manifest import MANIFEST_FILE
 from sdvino.settings import SAMPLERS, check_choice
 
 # Spellings of `--suggest`, and of a source's own sdvino.json -> our field.
@@ -44,9 +46,9 @@ def suggestions(source: DiffusersFolder, given: Mapping[str, Any]) -> Suggested:
     if is_distilled(config):
         found["num_inference_steps"] = _DISTILLED_STEPS
         found["guidance_scale"] = _DISTILLED_GUIDANCE
-    own = source.path / "sdvino.json"
+    own = source.path / MANIFEST_FILE
     if own.is_file():
-        told = read_json(own).get("suggested", {})
+        told = read_json(own, MANIFEST_FILE).get("suggested", {})
         if not isinstance(told, dict):
             raise RequestError(f"{own} has a `suggested` that is no object; mend or remove it.")
         found |= check_suggestions({key: told[key] for key in told if key in _FIELDS})
