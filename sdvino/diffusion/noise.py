@@ -1,0 +1,74 @@
+"""Noise by name: the random streams that people's seeds stand for.
+
+``torch`` gives diffusers' and ComfyUI's pictures for a seed, ``cuda`` AUTOMATIC1111's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sdvino.diffusion.cuda_noise import CudaNoise
+from sdvino.diffusion.torch_noise import TorchNoise
+from sdvino.errors import RequestError
+from sdvino.settings import MAX_SEED, MIN_SEED, NOISES, NoiseName
+
+__all__ = ["BatchNoise", "CudaNoise", "NoiseSource", "TorchNoise", "make_noise"]
+
+
+class NoiseSource(Protocol):
+    """A stream of standard normal numbers, continuing from draw to draw."""
+
+    def randn(self, shape: Sequence[int]) -> NDArray[np.float32]:
+        """Return standard normal float32 numbers of ``shape``."""
+        ...
+
+
+class BatchNoise:
+    """One stream for each picture of a batch, as a list of generators gives in diffusers.
+
+    Picture i gets the noise it would get alone.
+    """
+
+    def __init__(self, sources: Sequence[NoiseSource]) -> None:
+        if not sources:
+            raise RequestError("There is no seed to draw noise from; ask for at least one picture.")
+        self._sources = tuple(sources)
+
+    def randn(self, shape: Sequence[int]) -> NDArray[np.float32]:
+        """Return float32 noise of ``shape`` [N, ...]; N must be the number of sources.
+
+        Raises:
+            RequestError: the batch has another size.
+        """
+        if len(shape) == 0 or shape[0] != len(self._sources):
+            raise RequestError(
+                f"Noise of shape {tuple(shape)} was asked of {len(self._sources)} seeds; "
+                "give one seed for each picture of the batch."
+            )
+        single = (1, *shape[1:])
+        return np.concatenate([source.randn(single) for source in self._sources])
+
+
+def make_noise(name: NoiseName, seed: int) -> NoiseSource:
+    """Return the noise stream ``name``, seeded.
+
+    Args:
+        name: ``torch`` or ``cuda``.
+        seed: from -2**63 to 2**63 - 1, as torch takes it. ``torch`` uses its low 32 bits only.
+
+    Raises:
+        RequestError: an unknown name, or a seed that is no whole number in that range.
+    """
+    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)):
+        raise RequestError(f"The seed is {seed!r}; give a whole number.")
+    if not MIN_SEED <= seed <= MAX_SEED:
+        raise RequestError(f"The seed is {seed}; give a whole number from -2**63 to 2**63 - 1.")
+    if name == "torch":
+        return TorchNoise(int(seed))
+    if name == "cuda":
+        return CudaNoise(int(seed))
+    raise RequestError(f"Unknown noise {name!r}; choose one of: {', '.join(NOISES)}.")
