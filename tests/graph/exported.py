@@ -11,7 +11,13 @@ from typing import Any
 import numpy as np
 import openvino as ov
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderTiny,
+    DDIMScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from numpy.typing import NDArray
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -90,11 +96,42 @@ def torch_pipeline() -> Any:
         text_encoder=text_encoder,
         tokenizer=tokenizer,
         unet=unet,
-        scheduler=DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False),
+        scheduler=DDIMScheduler(clip_sample=False, set_alpha_to_one=False, steps_offset=1),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
     )
+
+
+@lru_cache(maxsize=1)
+def torch_tiny() -> Any:
+    """A tiny decoder with random weights: convolutions alone, no norms."""
+    torch.manual_seed(2)
+    tiny = AutoencoderTiny(
+        decoder_block_out_channels=(8, 8, 8, 8),
+        encoder_block_out_channels=(8, 8, 8, 8),
+        num_decoder_blocks=(1, 1, 1, 1),
+    )
+    return tiny.eval()
+
+
+def tiny_decoder() -> ov.Model:
+    """Return it as a converted folder has it: ``latent_sample`` to ``sample`` (-1 to 1)."""
+
+    class Decode(torch.nn.Module):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.tiny = torch_tiny()
+
+        def forward(self, latent_sample: torch.Tensor) -> Any:
+            return self.tiny.decode(latent_sample).sample
+
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # tracing warns
+        model = ov.convert_model(Decode().eval(), example_input=torch.zeros(1, 4, 4, 4))
+    model.inputs[0].get_tensor().set_names({"latent_sample"})
+    model.outputs[0].get_tensor().set_names({"sample"})
+    return model
 
 
 @lru_cache(maxsize=1)
