@@ -78,7 +78,7 @@ def _made_once(
     timestep_spacing: TimestepSpacing | None,
     sigma_schedule: SigmaScheduleName | None,
 ) -> Any:
-    """Return diffusers' scheduler; ``set_timesteps`` makes it fresh again. Some are slow to make."""
+    """Return diffusers' scheduler, slow to make; ``set_timesteps`` makes it fresh again."""
     return oracle_scheduler(json.loads(config), sampler, timestep_spacing, sigma_schedule)
 
 
