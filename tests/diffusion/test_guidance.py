@@ -1,0 +1,136 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from sdvino.diffusion.denoiser import Predict
+from sdvino.diffusion.guidance import Guidance, combine
+from sdvino.diffusion.schedule import make_schedule
+from sdvino.diffusion.scheduler_config import SchedulerConfig
+from sdvino.errors import RequestError
+from tests.diffusion.oracle import STABLE_DIFFUSION
+
+Float32 = NDArray[np.float32]
+
+
+def numbers(seed: int) -> Float32:
+    return np.random.default_rng(seed).standard_normal((2, 4, 8, 8)).astype(np.float32)
+
+
+COND, UNCOND = numbers(0), numbers(1)
+
+
+def saying(answer: Float32, calls: list[float]) -> Predict:
+    def predict(x_in: Float32, t: float) -> Float32:
+        calls.append(t)
+        return answer
+
+    return predict
+
+
+@pytest.mark.parametrize("rescale", [0.0, 0.7, 1.0])
+def test_combine_as_diffusers(rescale: float) -> None:
+    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
+
+    cond, uncond = torch.from_numpy(COND), torch.from_numpy(UNCOND)
+    theirs = uncond + 7.5 * (cond - uncond)
+    if rescale > 0.0:
+        theirs = rescale_noise_cfg(theirs, cond, guidance_rescale=rescale)
+    ours = combine(COND, UNCOND, 7.5, rescale)
+    assert ours.dtype == np.float32
+    np.testing.assert_allclose(ours, theirs.numpy(), rtol=1e-5, atol=1e-5)
+
+
+def test_a_picture_is_rescaled_by_itself() -> None:
+    alone = combine(COND[:1], UNCOND[:1], 7.5, 0.5)
+    np.testing.assert_allclose(combine(COND, UNCOND, 7.5, 0.5)[:1], alone, rtol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.5, 1.0])
+def test_one_run_is_enough_up_to_one(scale: float) -> None:
+    calls: list[float] = []
+    unneeded: list[float] = []
+    guidance = Guidance(saying(COND, calls), saying(UNCOND, unneeded), guidance_scale=scale)
+    np.testing.assert_array_equal(guidance(COND, 5.0), COND)
+    assert (calls, unneeded) == ([5.0], [])
+    assert not guidance.guides(5.0)
+
+
+def test_two_runs_above_one() -> None:
+    calls: list[float] = []
+    guidance = Guidance(saying(COND, calls), saying(UNCOND, calls), guidance_scale=3.0)
+    np.testing.assert_array_equal(guidance(COND, 5.0), combine(COND, UNCOND, 3.0))
+    assert calls == [5.0, 5.0]
+
+
+def test_both_at_once() -> None:
+    calls: list[float] = []
+    guidance = Guidance(
+        saying(COND, calls), both=lambda x_in, t: (COND, UNCOND), guidance_scale=3.0
+    )
+    np.testing.assert_array_equal(guidance(COND, 5.0), combine(COND, UNCOND, 3.0))
+    assert calls == []
+
+
+def test_a_component_may_reuse_its_output() -> None:
+    buffer = np.empty_like(COND)
+
+    def says(answer: Float32) -> Predict:
+        def predict(x_in: Float32, t: float) -> Float32:
+            buffer[...] = answer
+            return buffer
+
+        return predict
+
+    guidance = Guidance(says(COND), says(UNCOND), guidance_scale=3.0)
+    np.testing.assert_array_equal(guidance(COND, 5.0), combine(COND, UNCOND, 3.0))
+
+
+def test_only_inside_an_interval_of_noise_levels() -> None:
+    schedule = make_schedule("euler", SchedulerConfig.from_dict(STABLE_DIFFUSION), 10)
+    guidance = Guidance(
+        saying(COND, []),
+        saying(UNCOND, []),
+        guidance_scale=3.0,
+        interval=(0.3, 5.0),
+        schedule=schedule,
+    )
+    guided = [guidance.guides(t) for t in schedule.timesteps.tolist()]
+    assert guided == [0.3 <= sigma <= 5.0 for sigma in schedule.sigmas.tolist()[:-1]]
+    assert any(guided)
+    assert not all(guided)
+    np.testing.assert_array_equal(guidance(COND, 999.0), COND)
+
+
+@pytest.mark.parametrize(
+    ("scale", "rescale", "interval"),
+    [
+        (math.nan, 0.0, None),
+        (math.inf, 0.0, None),
+        (3.0, -0.1, None),
+        (3.0, math.nan, None),
+        (3.0, 0.0, (2.0, 1.0)),
+        (3.0, 0.0, (math.nan, 1.0)),
+        (3.0, 0.0, (0.0, 1.0)),  # without a schedule
+    ],
+)
+def test_wrong_numbers_are_refused(
+    scale: float, rescale: float, interval: tuple[float, float] | None
+) -> None:
+    with pytest.raises(RequestError):
+        Guidance(
+            saying(COND, []),
+            saying(UNCOND, []),
+            guidance_scale=scale,
+            guidance_rescale=rescale,
+            interval=interval,
+        )
+
+
+def test_guidance_needs_a_negative_prediction() -> None:
+    with pytest.raises(RequestError, match="negative prompt"):
+        Guidance(saying(COND, []), guidance_scale=7.0)
