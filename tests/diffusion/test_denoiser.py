@@ -51,7 +51,8 @@ def test_pure_noise_is_given_as_it_is(prediction_type: PredictionType) -> None:
 
     def predict(x_in: Float32, t: float) -> Float32:
         inputs.append(x_in)
-        return np.negative(x0) if prediction_type == "v_prediction" else x0
+        answer: Float32 = np.negative(x0) if prediction_type == "v_prediction" else x0
+        return answer
 
     denoised = Denoiser(predict, prediction_type)(eps, math.inf, 999.0)
     np.testing.assert_array_equal(denoised, x0)
