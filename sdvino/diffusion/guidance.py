@@ -46,7 +46,7 @@ class Guidance:
     run them as one batch or side by side.
 
     ``interval`` limits guidance to noise levels sigma with low <= sigma <= high and saves the
-    second prediction elsewhere (Kynkaanniemi et al. 2024, "Applying Guidance in a Limited
+    second prediction elsewhere (Kynkäänniemi et al. 2024, "Applying Guidance in a Limited
     Interval"); it needs ``schedule``, which knows the sigma of a timestep.
     """
 

@@ -88,7 +88,8 @@ def _multistep_grid(
     train = settings.num_train_timesteps
     sigma_last = float(train_sigmas[0]) if settings.final_sigmas_type == "sigma_min" else 0.0
     schedule = _sigma_schedule(settings)
-    if schedule == "default" and not settings.use_lu_lambdas:
+    lu = settings.use_lu_lambdas and schedule != "karras"
+    if schedule == "default" and not lu:
         timesteps = spaced_timesteps(
             settings.timestep_spacing,
             steps,
@@ -101,12 +102,12 @@ def _multistep_grid(
         sigmas = np.interp(timesteps, np.arange(train), train_sigmas)
         return np.append(sigmas, sigma_last), timesteps
     # Lu et al.'s lambdas, evenly spaced, are the exponential sigmas with rounded timesteps.
-    name: SigmaScheduleName = "exponential" if settings.use_lu_lambdas else schedule
-    ends = _ends(settings, train_sigmas[::-1], own=settings.use_lu_lambdas)
+    name: SigmaScheduleName = "exponential" if lu else schedule
+    ends = _ends(settings, train_sigmas[::-1], own=lu)
     sigmas = sigmas_between(name, *ends, steps)
     timesteps = timesteps_of(sigmas, train_sigmas)
     rounded = sampler == "unipc" or settings.beta_schedule != "squaredcos_cap_v2"
-    if rounded and (name == "karras" or settings.use_lu_lambdas):
+    if rounded and (name == "karras" or lu):
         timesteps = timesteps.round()
     if sampler == "unipc" and settings.final_sigmas_type == "sigma_min":
         sigma_last = float(sigmas[-1])

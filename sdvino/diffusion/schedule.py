@@ -27,7 +27,8 @@ _NOT_PREDICTED: dict[str, tuple[PredictionType, ...]] = {
     "euler_ancestral": ("sample",),
     "pndm": ("sample",),
 }
-_PRK_STEPS = 3
+#: Runge-Kutta steps that start PNDM, four evaluations each.
+PRK_STEPS = 3
 
 
 @dataclass(frozen=True)
@@ -204,7 +205,7 @@ def _check_steps(sampler: SamplerName, settings: SamplerConfig, steps: int) -> N
     if sampler in DISTILLED:
         most = min(most, settings.original_inference_steps)
     if sampler == "pndm" and not settings.skip_prk_steps:
-        least = _PRK_STEPS + 1
+        least = PRK_STEPS + 1
     whole = isinstance(steps, (int, np.integer)) and not isinstance(steps, bool)
     if not whole or not least <= steps <= most:
         raise RequestError(
@@ -239,7 +240,7 @@ def _evaluations(sampler: SamplerName, settings: SamplerConfig, steps: int) -> i
     if sampler == "heun":
         return 2 * steps - 1
     if sampler == "pndm" and not settings.skip_prk_steps:
-        return steps + 3 * _PRK_STEPS
+        return steps + 3 * PRK_STEPS
     if sampler == "pndm" and steps > 1:
         return steps + 1
     return steps

@@ -25,7 +25,7 @@ def test_a_model_that_knows_the_answer_is_understood(
     x0, eps = numbers(0), numbers(1)
     x = x0 + np.float32(sigma) * eps
     alpha = 1.0 / math.sqrt(1.0 + sigma**2)
-    answers = {
+    answers: dict[str, Float32] = {
         "epsilon": eps,
         "sample": x0,
         "v_prediction": np.float32(alpha) * eps - np.float32(sigma * alpha) * x0,

@@ -86,6 +86,8 @@ SETTINGS: list[tuple[SamplerName, dict[str, object]]] = [
     ("dpmpp_2m", {"lower_order_final": False, "final_sigmas_type": "sigma_min"}),
     ("dpmpp_2m", {"euler_at_final": True, "final_sigmas_type": "sigma_min"}),
     ("dpmpp_2m", {"use_lu_lambdas": True}),
+    ("dpmpp_2m", {"use_lu_lambdas": True, "use_karras_sigmas": True}),
+    ("dpmpp_2m", {"use_lu_lambdas": True, "use_exponential_sigmas": True}),
     ("dpmpp_2m", {"lambda_min_clipped": -2.0}),
     ("dpmpp_2m", {"lambda_min_clipped": -2.0, "timestep_spacing": "trailing"}),
     ("dpmpp_2m", {"thresholding": True}),

@@ -27,7 +27,7 @@ def sample_dpmpp_2m(
 def sample_dpmpp_2m_sde(
     denoise: Denoise, x: Float32, schedule: Schedule, noise: NoiseSource, *, eta: float = 0.0
 ) -> Iterator[SamplerStep]:
-    """Lu et al. 2022, "DPM-Solver++", section 5: SDE-DPM-Solver++(2M)."""
+    """Lu et al. 2022, "DPM-Solver++": SDE-DPM-Solver++(2M)."""
     return _sample(denoise, x, schedule, noise)
 
 
@@ -46,7 +46,7 @@ def _sample(
         alpha_t = 1.0 / math.sqrt(1.0 + sigma_to**2)
         ratio = sigma_to / sigma_s  # exp(-h)
         keep = alpha_t * scale * ratio  # sigma_t / sigma_s of the paper
-        # The linear part loses exp(-h), or as an SDE exp(-2h) of which one half comes as noise.
+        # The SDE goes down twice as far, by exp(-2h), and makes up for it with fresh noise.
         decay = ratio if noise is None else ratio**2
         x = np.float32(keep if noise is None else keep * ratio) * x
         for weight, term in zip(

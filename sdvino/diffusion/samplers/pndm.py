@@ -11,9 +11,8 @@ import numpy as np
 from sdvino.diffusion.denoiser import Denoise
 from sdvino.diffusion.noise import NoiseSource
 from sdvino.diffusion.samplers.step import Float32, SamplerStep, x0_and_eps
-from sdvino.diffusion.schedule import Schedule
+from sdvino.diffusion.schedule import PRK_STEPS, Schedule
 
-_RK_STEPS = 3
 #: Adams-Bashforth weights by how many outputs there are, the newest first.
 _WEIGHTS = {
     1: (1.0,),
@@ -38,7 +37,7 @@ def sample_pndm(
     stride = schedule.config.num_train_timesteps // len(timesteps)
     outputs: deque[Float32] = deque(maxlen=4)  # the newest first
     for i, t in enumerate(timesteps):
-        if not schedule.config.skip_prk_steps and i < _RK_STEPS:
+        if not schedule.config.skip_prk_steps and i < PRK_STEPS:
             x, x0, output = _runge_kutta(model, x, t, timesteps[i + 1], stride)
             outputs.appendleft(output)
         elif i == 0 and len(timesteps) > 1:
@@ -68,7 +67,7 @@ class _Model:
         return x0, eps
 
     def transfer(self, x: Float32, output: Float32, t: int, t_to: int) -> Float32:
-        """Take ``x`` from ``t`` to ``t_to`` along ``output`` (the paper's phi, equation 11)."""
+        """Take ``x`` from ``t`` to ``t_to`` along ``output`` (the paper's phi)."""
         a, a_to = self._schedule.alpha_cumprod(t), self._schedule.alpha_cumprod(t_to)
         if self._predicts_v:
             output = np.float32(math.sqrt(a)) * output + np.float32(math.sqrt(1.0 - a)) * x
@@ -102,7 +101,7 @@ def _twice(
 def _runge_kutta(
     model: _Model, x: Float32, t: int, t_next: int, stride: int
 ) -> tuple[Float32, Float32, Float32]:
-    """Return the state after one fourth-order step from ``t`` to ``t_next`` (equation 13)."""
+    """Return the state after one fourth-order step from ``t`` to ``t_next``."""
     half = stride // 2
     middle = t_next + half
     x0, e1 = model(x, t)

@@ -18,7 +18,7 @@ from sdvino.diffusion.schedule import Schedule
 def sample_unipc(
     denoise: Denoise, x: Float32, schedule: Schedule, noise: NoiseSource, *, eta: float = 0.0
 ) -> Iterator[SamplerStep]:
-    """Zhao et al. 2023, "UniPC", algorithms 5 to 8 in their x0-predicting form."""
+    """Zhao et al. 2023, "UniPC": UniP and UniC, multistep, predicting x0."""
     config = schedule.config
     sigmas = schedule.sigmas.tolist()
     history: deque[Float32] = deque(maxlen=config.solver_order)  # x0 predictions, the newest first
@@ -78,7 +78,7 @@ def _step(
 def _coefficients(
     r: NDArray[np.float64], h: float, B: float, *, corrected: bool
 ) -> NDArray[np.float64]:
-    """Solve the paper's equation 10 for the weights of the differences.
+    """Solve the paper's linear system for the weights of the differences.
 
     Where one weight is enough diffusers takes its limit of 1/2.
     """
