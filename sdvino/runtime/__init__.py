@@ -1,1 +1,1 @@
-"""Devices, compiled components and their cache. OpenVINO lives here."""
+"""Where and how the graphs run: devices, compiled components, their cache and memory (OpenVINO)."""

@@ -1,0 +1,123 @@
+"""What is here to run on: the report behind `sdvino devices`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import openvino as ov
+
+from sdvino.runtime.core import shared_core
+from sdvino.runtime.memory import MemoryStatus, memory_status
+from sdvino.runtime.topology import CpuReport, read_cpu
+
+#: Property of a GPU or NPU -> how the report calls it, and how the value is written.
+_FACTS: dict[str, tuple[str, Callable[[Any], str]]] = {
+    "DEVICE_TYPE": ("type", lambda value: str(value).rpartition(".")[2].lower()),
+    "DEVICE_ARCHITECTURE": ("architecture", str),
+    "GPU_EXECUTION_UNITS_COUNT": ("execution units", str),
+    "GPU_UARCH_VERSION": ("microarchitecture", str),
+    "GPU_DEVICE_TOTAL_MEM_SIZE": ("memory it can reach", lambda size: f"{int(size) / 1e9:.1f} GB"),
+    "NPU_DEVICE_TOTAL_MEM_SIZE": ("memory it can reach", lambda size: f"{int(size) / 1e9:.1f} GB"),
+    "NPU_DRIVER_VERSION": ("driver", str),
+    "NPU_COMPILER_VERSION": ("compiler", str),
+}
+_PRECISIONS = {"FP32": "f32", "FP16": "f16", "BF16": "bf16", "INT8": "int8"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceReport:
+    """One device that OpenVINO can run a model on."""
+
+    #: As `--device` takes it: CPU, GPU, GPU.1, NPU.
+    device: str
+    full_name: str
+    #: Arithmetic it has, best known first: f32, f16, bf16, int8.
+    precisions: tuple[str, ...]
+    #: What else it says about itself, in words: name to value.
+    facts: dict[str, str] = field(default_factory=dict)
+    #: Why it cannot be used, where it does not answer.
+    problem: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MachineReport:
+    """Everything that `sdvino devices` shows."""
+
+    openvino: str
+    memory: MemoryStatus
+    cpu: CpuReport
+    devices: tuple[DeviceReport, ...]
+
+
+def describe_machine(core: ov.Core | None = None) -> MachineReport:
+    """Describe the machine and every device that OpenVINO finds on it; never raises for one."""
+    core = shared_core() if core is None else core
+    return MachineReport(
+        openvino=ov.get_version(),
+        memory=memory_status(),
+        cpu=read_cpu(),
+        devices=tuple(describe_devices(core)),
+    )
+
+
+def describe_devices(core: ov.Core | None = None) -> list[DeviceReport]:
+    """Describe each of OpenVINO's available devices.
+
+    A device that does not answer (a broken driver) is in the list too, with its problem.
+    """
+    core = shared_core() if core is None else core
+    return [_describe(core, device) for device in core.available_devices]
+
+
+def _describe(core: ov.Core, device: str) -> DeviceReport:
+    try:
+        full_name = str(core.get_property(device, "FULL_DEVICE_NAME")).strip()
+        capabilities = list(core.get_property(device, "OPTIMIZATION_CAPABILITIES"))
+        supported = set(core.get_property(device, "SUPPORTED_PROPERTIES"))
+    except RuntimeError as error:
+        problem = str(error).strip().splitlines()[-1][:200] if str(error).strip() else "no answer"
+        return DeviceReport(device=device, full_name=device, precisions=(), problem=problem)
+    facts = _cpu_facts(read_cpu()) if device == "CPU" else _facts(core, device, supported)
+    if "GPU_HW_MATMUL" in capabilities:
+        facts["matrix units"] = "yes (XMX)"
+    return DeviceReport(
+        device=device,
+        full_name=full_name,
+        precisions=tuple(name for flag, name in _PRECISIONS.items() if flag in capabilities),
+        facts=facts,
+    )
+
+
+def _facts(core: ov.Core, device: str, supported: set[str]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for name, (title, write) in _FACTS.items():
+        if name not in supported:
+            continue
+        try:
+            found[title] = write(core.get_property(device, name))
+        except (RuntimeError, TypeError, ValueError):  # a driver that promises and does not give
+            continue
+    return found
+
+
+def _cpu_facts(cpu: CpuReport) -> dict[str, str]:
+    kinds = [
+        (cpu.performance_cores, "performance"),
+        (cpu.efficient_cores, "efficient"),
+        (cpu.low_power_cores, "low-power"),
+    ]
+    if sum(count > 0 for count, _ in kinds) > 1:
+        cores = ", ".join(f"{count} {kind}" for count, kind in kinds if count)
+    else:
+        cores = str(sum(count for count, _ in kinds))
+    facts = {"cores": cores, "threads": str(cpu.threads)}
+    if cpu.usable < cpu.threads:
+        facts["threads this process may use"] = str(cpu.usable)
+    if cpu.quota is not None and cpu.quota < cpu.usable:
+        facts["processors its container grants"] = str(cpu.quota)
+    if cpu.isa:
+        facts["instruction sets"] = ", ".join(cpu.isa)
+    facts["AMX"] = "yes" if "amx_bf16" in cpu.flags else "no" if cpu.flags else "not known"
+    return facts

@@ -1,0 +1,217 @@
+"""How much memory a picture needs, and how much there is."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from sdvino.errors import RequestError
+from sdvino.model_folder import ModelFolder
+from sdvino.runtime.topology import read_text
+
+_log = logging.getLogger("sdvino")
+
+#: Python, OpenVINO and their libraries.
+_PROCESS_BYTES = 300 * 10**6
+#: The CPU plugin holds folded and packed copies (measured: 2.1 GB for 0.86 GB of 8-bit weights).
+_WEIGHT_COPIES = 2.5
+#: Feature maps alive at once where a convolution network is widest: input, output, shortcut.
+_LIVE_MAPS = 3
+#: More of the machine's memory than this is not there, whatever is swapped out.
+_USABLE_SHARE = 0.95
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryStatus:
+    """Bytes of memory; None where the system does not say."""
+
+    total: int | None
+    #: What can be had without swapping.
+    available: int | None
+    #: What this process holds already.
+    own: int = 0
+
+
+def estimate_memory(
+    folder: ModelFolder, height: int, width: int, *, batch: int = 1, tile: int | None = None
+) -> int:
+    """Estimate the bytes that a picture of ``height`` x ``width`` pixels takes at its peak.
+
+    All components are counted as loaded, with activations in float32. ``tile`` is the side, in
+    pixels, of the tiles that the autoencoder works in; None: the whole picture at once.
+    Nothing is allocated.
+    """
+    weights = sum(part.bytes for part in folder.components.values()) * _WEIGHT_COPIES
+    side = (height, width) if tile is None else (min(height, tile), min(width, tile))
+    picture = batch * height * width * 3 * 5  # 8-bit and float
+    decoder = side[0] * side[1] * _width_at_full_size(folder) * 4 * _LIVE_MAPS
+    factor = folder.vae_scale_factor
+    latents = (height // factor) * (width // factor)
+    blocks = folder.components["unet"].config.get("block_out_channels")
+    channels = blocks[0] if isinstance(blocks, list) and blocks and _plain(blocks[0]) else 320
+    # Skip connections keep every level's maps until the way up: some ten of the widest level's.
+    unet = batch * latents * channels * 4 * 10
+    return int(_PROCESS_BYTES + weights + picture + max(decoder, unet))
+
+
+def _width_at_full_size(folder: ModelFolder) -> int:
+    """Return the channels with which the decoder reaches the picture's full size.
+
+    diffusers' AutoencoderKL upsamples to it in the width of the level before the last.
+    """
+    blocks = folder.components["vae_decoder"].config["block_out_channels"]
+    widths = [width for width in blocks[:2] if _plain(width)]
+    return max(widths, default=128)
+
+
+def _plain(value: object) -> bool:
+    return type(value) is int and 0 < value < 2**16
+
+
+def check_memory(needed: int, status: MemoryStatus | None = None) -> None:
+    """Raise RequestError when ``needed`` bytes are more than this machine has.
+
+    What this process holds already counts as available: it is part of ``needed``. When it would
+    fit only by swapping, that is said in the log.
+    """
+    status = memory_status() if status is None else status
+    if status.total is not None and needed > status.total * _USABLE_SHARE:
+        raise RequestError(
+            f"This picture needs about {_gigabytes(needed)} of memory and the machine has"
+            f" {_gigabytes(status.total)}; ask for a smaller height and width."
+        )
+    if status.available is not None and needed > status.available + status.own:
+        _log.warning(
+            "This needs about %s of memory and %s are free: it may be slow; close other programs"
+            " or ask for a smaller picture.",
+            _gigabytes(needed),
+            _gigabytes(status.available + status.own),
+        )
+
+
+def memory_status() -> MemoryStatus:
+    """Ask the operating system; a container's limit counts as its memory."""
+    try:
+        if sys.platform == "win32":
+            return _windows_status()
+        if sys.platform.startswith("linux"):
+            return linux_status(_linux_files())
+        pages, size = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
+        return MemoryStatus(pages * size, None)
+    except (OSError, ValueError, AttributeError):
+        return MemoryStatus(None, None)
+
+
+_CGROUP = "/sys/fs/cgroup"
+_LINUX_FILES = (
+    "/proc/meminfo",
+    "/proc/self/statm",
+    f"{_CGROUP}/memory.max",
+    f"{_CGROUP}/memory.current",
+    f"{_CGROUP}/memory.stat",
+    f"{_CGROUP}/memory/memory.limit_in_bytes",
+    f"{_CGROUP}/memory/memory.usage_in_bytes",
+    f"{_CGROUP}/memory/memory.stat",
+)
+
+
+def _linux_files() -> dict[str, str]:
+    return {name: text for name in _LINUX_FILES if (text := read_text(name)) is not None}
+
+
+def linux_status(files: Mapping[str, str]) -> MemoryStatus:
+    """Read the texts of `_LINUX_FILES`, those that there are."""
+    facts = _pairs(files.get("/proc/meminfo", ""))
+    total, available = facts.get("MemTotal"), facts.get("MemAvailable")
+    for limit_file, usage_file, stat_file, cache_key in (
+        ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+        (
+            "memory/memory.limit_in_bytes",
+            "memory/memory.usage_in_bytes",
+            "memory/memory.stat",
+            "total_inactive_file",
+        ),
+    ):
+        limit = _number(files.get(f"{_CGROUP}/{limit_file}"))
+        if limit is None or (total is not None and limit >= total):
+            continue
+        total = limit
+        used = _number(files.get(f"{_CGROUP}/{usage_file}"))
+        if used is not None:
+            cache = _pairs(files.get(f"{_CGROUP}/{stat_file}", "")).get(cache_key, 0)
+            free = max(0, limit - used + cache)
+            available = free if available is None else min(available, free)
+    words = files.get("/proc/self/statm", "").split()
+    page = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
+    own = int(words[1]) * page if len(words) > 1 and words[1].isdigit() else 0
+    return MemoryStatus(total, available, own)
+
+
+def _pairs(text: str) -> dict[str, int]:
+    """Return the numbers of lines such as ``MemTotal: 8 kB`` or ``inactive_file 8``, in bytes."""
+    pairs: dict[str, int] = {}
+    for line in text.splitlines():
+        words = line.replace(":", " ").split()
+        if len(words) > 1 and words[1].isdigit():
+            pairs[words[0]] = int(words[1]) * (1024 if words[-1] == "kB" else 1)
+    return pairs
+
+
+def _number(text: str | None) -> int | None:
+    text = "" if text is None else text.strip()
+    return int(text) if text.isdigit() else None  # "max" is no limit
+
+
+class _MemoryStatusEx(ctypes.Structure):
+    """MEMORYSTATUSEX of the Windows API."""
+
+    _fields_ = (
+        ("length", ctypes.c_uint32),
+        ("load", ctypes.c_uint32),
+        ("total", ctypes.c_uint64),
+        ("available", ctypes.c_uint64),
+        ("total_page_file", ctypes.c_uint64),
+        ("available_page_file", ctypes.c_uint64),
+        ("total_virtual", ctypes.c_uint64),
+        ("available_virtual", ctypes.c_uint64),
+        ("available_extended_virtual", ctypes.c_uint64),
+    )
+
+
+class _ProcessMemoryCounters(ctypes.Structure):
+    """PROCESS_MEMORY_COUNTERS of the Windows API."""
+
+    _fields_ = (
+        ("size", ctypes.c_uint32),
+        ("page_faults", ctypes.c_uint32),
+        ("peak_working_set", ctypes.c_size_t),
+        ("working_set", ctypes.c_size_t),
+        ("quota", ctypes.c_size_t * 4),
+        ("page_file", ctypes.c_size_t),
+        ("peak_page_file", ctypes.c_size_t),
+    )
+
+
+def _windows_status() -> MemoryStatus:
+    if sys.platform != "win32":
+        return MemoryStatus(None, None)
+    kernel = ctypes.WinDLL("kernel32")
+    status = _MemoryStatusEx()
+    status.length = ctypes.sizeof(status)
+    if not kernel.GlobalMemoryStatusEx(ctypes.byref(status)):
+        return MemoryStatus(None, None)
+    counters = _ProcessMemoryCounters()
+    counters.size = ctypes.sizeof(counters)
+    kernel.GetCurrentProcess.restype = ctypes.c_void_p
+    process = ctypes.c_void_p(kernel.GetCurrentProcess())
+    known = kernel.K32GetProcessMemoryInfo(process, ctypes.byref(counters), counters.size)
+    own = int(counters.working_set) if known else 0
+    return MemoryStatus(int(status.total), int(status.available), own)
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / 1e9:,.1f} GB"

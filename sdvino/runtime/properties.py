@@ -1,0 +1,174 @@
+"""From `DeviceSettings` to OpenVINO's properties: pure functions, so every device can be tested.
+
+Which property goes where follows the property lists of OpenVINO's CPU, GPU, NPU, AUTO and HETERO
+plugins. A setting that only means something on a CPU (threads, cores) is left out on other devices,
+because one set of settings may serve a pipeline whose parts run in several places.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sdvino.errors import DeviceError
+from sdvino.settings import DeviceSettings
+
+_VIRTUAL = ("AUTO", "HETERO")
+_CORE_TYPES = {"any": "ANY_CORE", "performance": "PCORE_ONLY", "efficient": "ECORE_ONLY"}
+#: Precision -> what a device lists among its OPTIMIZATION_CAPABILITIES when it has it.
+_CAPABILITIES = {"f32": "FP32", "f16": "FP16", "bf16": "BF16"}
+#: Property -> how the setting is called on the command line.
+_OPTIONS = {
+    "NUM_STREAMS": "--streams",
+    "INFERENCE_NUM_THREADS": "--threads",
+    "SCHEDULING_CORE_TYPE": "--core-type",
+    "ENABLE_CPU_PINNING": "--pinning",
+    "ENABLE_HYPER_THREADING": "--hyper-threading",
+    "INFERENCE_PRECISION_HINT": "--precision",
+    "PERFORMANCE_HINT": "--performance-hint",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceFacts:
+    """What a device reports about itself."""
+
+    #: Names of its properties that may be set.
+    supported: frozenset[str]
+    #: Its OPTIMIZATION_CAPABILITIES.
+    capabilities: frozenset[str]
+    #: Matrix units for bf16 and int8 (CPU only).
+    amx: bool = False
+    #: Processors that the process may use all the time, where a container's quota is lower than the
+    #: number of processors it sees (CPU only); None: no such quota.
+    cpu_quota: int | None = None
+
+
+def normalize_device(device: str, available: Collection[str]) -> str:
+    """Return ``device`` as OpenVINO spells it, having checked that this machine has it.
+
+    ``available`` are OpenVINO's available_devices; GPU stands for GPU.0. AUTO and HETERO may name
+    devices after a colon (AUTO also excludes with a minus). Raises DeviceError.
+    """
+    name = device.strip().upper()
+    base, colon, rest = name.partition(":")
+    if base not in _VIRTUAL:
+        _check_available(name, device, available)
+        return name
+    parts = [part.strip() for part in rest.split(",")] if colon else []
+    if base == "HETERO" and not parts:
+        raise DeviceError("HETERO needs the devices to split over, such as HETERO:GPU,CPU.")
+    for part in parts:
+        _check_available(part.removeprefix("-") if base == "AUTO" else part, device, available)
+    return f"{base}:{','.join(parts)}" if parts else base
+
+
+def _check_available(name: str, asked: str, available: Collection[str]) -> None:
+    known = set(available)
+    # With two GPUs, OpenVINO lists GPU.0 and GPU.1 and takes GPU; with one, GPU and takes GPU.0.
+    known |= {device.partition(".")[0] for device in available}
+    known |= {f"{device}.0" for device in available if device in ("GPU", "NPU")}
+    if name not in known:
+        names = ", ".join(sorted(available)) or "none"
+        raise DeviceError(
+            f"There is no device {name or '(empty)'!r} for {asked!r} here; available: {names}"
+            f" (and {', '.join(_VIRTUAL)}). See `sdvino devices`."
+        )
+
+
+def hardware_of(device: str, available: Collection[str]) -> list[str]:
+    """Return the hardware devices that the normalized ``device`` may run on."""
+    base, _, rest = device.partition(":")
+    if base not in _VIRTUAL:
+        return [device]
+    parts = rest.split(",") if rest else []
+    named = [part for part in parts if not part.startswith("-")]
+    excluded = {part[1:] for part in parts if part.startswith("-")}
+    return named if named else [name for name in available if name not in excluded]
+
+
+def compile_properties(
+    settings: DeviceSettings, device: str, facts: Mapping[str, DeviceFacts]
+) -> dict[str, Any]:
+    """Return the properties to compile with on ``device`` (see `normalize_device`).
+
+    ``facts`` holds every hardware device that ``device`` may run on. For AUTO and HETERO their
+    properties go into DEVICE_PROPERTIES. Raises DeviceError for what a device does not take.
+    """
+    base = device.partition(":")[0]
+    if base not in _VIRTUAL:
+        return _hardware_properties(settings, device, facts[device])
+    properties: dict[str, Any] = {
+        "DEVICE_PROPERTIES": {
+            name: _hardware_properties(settings, name, entry) for name, entry in facts.items()
+        }
+    }
+    if base == "AUTO":
+        properties["PERFORMANCE_HINT"] = settings.performance_hint.upper()
+        # Otherwise the first steps run on the CPU while the GPU compiles: two numerics in one
+        # picture.
+        properties["ENABLE_STARTUP_FALLBACK"] = False
+    return properties
+
+
+def _hardware_properties(
+    settings: DeviceSettings, device: str, facts: DeviceFacts
+) -> dict[str, Any]:
+    properties: dict[str, Any] = {"PERFORMANCE_HINT": settings.performance_hint.upper()}
+    kind = device.partition(".")[0]
+    if kind == "CPU":
+        properties |= _cpu_properties(settings, facts)
+    if kind != "NPU":
+        streams = settings.num_streams
+        if streams is None and settings.performance_hint == "latency":
+            streams = 1
+        if streams is not None:
+            properties["NUM_STREAMS"] = streams
+    precision = _precision(settings, kind, device, facts)
+    if precision is not None:
+        properties["INFERENCE_PRECISION_HINT"] = precision
+    for name in properties:
+        if name not in facts.supported:
+            raise DeviceError(
+                f"{device} does not take {_OPTIONS[name]} ({name}) with this version of OpenVINO;"
+                " leave it out, or update OpenVINO or the driver."
+            )
+    return properties
+
+
+def _cpu_properties(settings: DeviceSettings, facts: DeviceFacts) -> dict[str, Any]:
+    properties: dict[str, Any] = {}
+    threads = settings.num_threads
+    # OpenVINO counts processors, not a container's share of their time; more threads than that
+    # share are stopped in the middle of every layer.
+    threads = facts.cpu_quota if threads is None else threads
+    if threads is not None:
+        properties["INFERENCE_NUM_THREADS"] = threads
+    if settings.core_type is not None:
+        properties["SCHEDULING_CORE_TYPE"] = _CORE_TYPES[settings.core_type]
+    if settings.pinning is not None:
+        properties["ENABLE_CPU_PINNING"] = settings.pinning
+    if settings.hyper_threading is not None:
+        properties["ENABLE_HYPER_THREADING"] = settings.hyper_threading
+    return properties
+
+
+def _precision(settings: DeviceSettings, kind: str, device: str, facts: DeviceFacts) -> str | None:
+    """Return the precision to ask for; None leaves it to the device.
+
+    OpenVINO runs float layers in bf16 wherever the CPU has the instructions; without AMX that is
+    slower than f32 (and less exact), so f32 is asked for there. GPUs run f16.
+    """
+    wanted = settings.precision
+    if wanted is None:
+        if kind == "CPU":
+            return None if facts.amx else "f32"
+        return "f16" if kind == "GPU" else None
+    # Every CPU and GPU computes in f32, listed or not; an NPU does not.
+    if _CAPABILITIES[wanted] not in facts.capabilities and (wanted != "f32" or kind == "NPU"):
+        known = [name for name, flag in _CAPABILITIES.items() if flag in facts.capabilities]
+        raise DeviceError(
+            f"{device} does not compute in {wanted}; it has: {', '.join(known) or 'none'}."
+        )
+    return wanted

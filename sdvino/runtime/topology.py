@@ -1,0 +1,228 @@
+"""The processor: its cores by type, its instruction sets, and what of it this process may use.
+
+What is read from the system (files on Linux, a system call on Windows) is kept apart from what is
+made of it, so that machines other than this one can be tested from their records.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import os
+import struct
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+_CPU = "/sys/devices/system/cpu"
+_CGROUP = "/sys/fs/cgroup"
+#: Instruction sets that decide how fast a quantized model runs: our name -> names in /proc/cpuinfo.
+_ISA = {
+    "AVX2": ("avx2",),
+    "AVX-512": ("avx512f",),
+    "AVX-VNNI": ("avx_vnni",),
+    "AVX512-VNNI": ("avx512_vnni",),
+    "AVX512-BF16": ("avx512_bf16",),
+    "AVX512-FP16": ("avx512_fp16",),
+    "AMX-INT8": ("amx_int8",),
+    "AMX-BF16": ("amx_bf16",),
+    "AMX-FP16": ("amx_fp16",),
+    "NEON": ("asimd",),
+    "dot product": ("asimddp",),
+}
+#: IsProcessorFeaturePresent of the Windows API -> the flag in /proc/cpuinfo.
+_WINDOWS_FEATURES = {40: "avx2", 41: "avx512f", 19: "asimd", 43: "asimddp"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CpuReport:
+    """A processor as this process sees it."""
+
+    #: Physical cores that are online, by type. Chips of one kind have performance cores only.
+    performance_cores: int
+    efficient_cores: int = 0
+    low_power_cores: int = 0
+    #: Logical processors that are online.
+    threads: int = 1
+    #: Logical processors that the process may run on (its affinity).
+    usable: int = 1
+    #: Processors' worth of time that a container grants, rounded up; None: no limit.
+    quota: int | None = None
+    #: Names as in /proc/cpuinfo; empty where they cannot be read.
+    flags: frozenset[str] = frozenset()
+
+    @property
+    def isa(self) -> tuple[str, ...]:
+        """The instruction sets that matter here, by their usual names."""
+        return tuple(name for name, flags in _ISA.items() if self.flags.issuperset(flags))
+
+
+def read_cpu() -> CpuReport:
+    """Describe this machine's processor; what cannot be read is left at its default."""
+    threads = os.cpu_count() or 1
+    try:
+        if sys.platform == "win32":
+            return windows_cpu(
+                _windows_records(), threads=threads, usable=threads, features=_windows_features()
+            )
+        if sys.platform.startswith("linux"):
+            return linux_cpu(_linux_files(), usable=len(os.sched_getaffinity(0)))
+    except (OSError, ValueError, AttributeError, struct.error):
+        pass
+    return CpuReport(performance_cores=threads, threads=threads, usable=threads)
+
+
+def parse_cpu_list(text: str) -> frozenset[int]:
+    """Parse the kernel's list format: ``0-3,8,10-11``. Raises ValueError for anything else."""
+    numbers: set[int] = set()
+    for part in text.strip().split(","):
+        if not part:
+            continue
+        first, dash, last = part.partition("-")
+        low, high = int(first), int(last if dash else first)
+        if not 0 <= low <= high < 2**16:
+            raise ValueError(f"{part!r} is no range of processors")
+        numbers.update(range(low, high + 1))
+    return frozenset(numbers)
+
+
+def linux_cpu(files: Mapping[str, str], *, usable: int) -> CpuReport:
+    """Describe a processor from the texts of its files in /sys and /proc.
+
+    Hybrid chips list their core types in /sys/devices/cpu_core, cpu_atom and cpu_lowpower.
+    """
+    online = parse_cpu_list(files.get(f"{_CPU}/online", ""))
+    if not online:
+        online = frozenset(range(max(1, usable)))
+    efficient = parse_cpu_list(files.get("/sys/devices/cpu_atom/cpus", ""))
+    low_power = parse_cpu_list(files.get("/sys/devices/cpu_lowpower/cpus", ""))
+    kinds = {"performance": 0, "efficient": 0, "low_power": 0}
+    seen: set[frozenset[int]] = set()
+    for cpu in sorted(online):
+        siblings = files.get(f"{_CPU}/cpu{cpu}/topology/thread_siblings_list")
+        core = parse_cpu_list(siblings) if siblings else frozenset({cpu})
+        if core in seen:
+            continue
+        seen.add(core)
+        kind = "low_power" if cpu in low_power else "efficient" if cpu in efficient else ""
+        kinds[kind if kind else "performance"] += 1
+    return CpuReport(
+        performance_cores=kinds["performance"],
+        efficient_cores=kinds["efficient"],
+        low_power_cores=kinds["low_power"],
+        threads=len(online),
+        usable=min(usable, len(online)),
+        quota=cgroup_quota(files),
+        flags=_cpuinfo_flags(files.get("/proc/cpuinfo", "")),
+    )
+
+
+def cgroup_quota(files: Mapping[str, str]) -> int | None:
+    """Return a container's share of processors, rounded up; None where there is no limit."""
+    words = files.get(f"{_CGROUP}/cpu.max", "").split()
+    if len(words) != 2:
+        words = [
+            files.get(f"{_CGROUP}/cpu/cpu.cfs_{part}_us", "").strip()
+            for part in ("quota", "period")
+        ]
+    quota, period = words
+    if not quota.isdigit() or not period.isdigit() or int(period) == 0 or int(quota) == 0:
+        return None
+    return math.ceil(int(quota) / int(period))
+
+
+def _cpuinfo_flags(text: str) -> frozenset[str]:
+    for line in text.splitlines():
+        name, _, value = line.partition(":")
+        if name.strip() in ("flags", "Features"):
+            return frozenset(value.split())
+    return frozenset()
+
+
+def _linux_files() -> dict[str, str]:
+    names = [
+        f"{_CPU}/online",
+        "/sys/devices/cpu_atom/cpus",
+        "/sys/devices/cpu_lowpower/cpus",
+        f"{_CGROUP}/cpu.max",
+        f"{_CGROUP}/cpu/cpu.cfs_quota_us",
+        f"{_CGROUP}/cpu/cpu.cfs_period_us",
+        "/proc/cpuinfo",
+    ]
+    found = {name: text for name in names if (text := read_text(name)) is not None}
+    for cpu in parse_cpu_list(found.get(f"{_CPU}/online", "")):
+        name = f"{_CPU}/cpu{cpu}/topology/thread_siblings_list"
+        text = read_text(name)
+        if text is not None:
+            found[name] = text
+    return found
+
+
+def read_text(name: str) -> str | None:
+    """Return the text of a file of the system, or None when it cannot be read."""
+    try:
+        return Path(name).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+
+
+def windows_cpu(
+    records: bytes, *, threads: int, usable: int, features: frozenset[str]
+) -> CpuReport:
+    """Describe a processor from GetLogicalProcessorInformationEx(RelationProcessorCore).
+
+    Each record: relationship u32, size u32, flags u8, efficiency class u8, 20 reserved bytes, group
+    count u16, then for each group a mask u64, its number u16 and 6 reserved bytes. The higher the
+    class, the faster the core; chips of one kind have one class.
+    """
+    classes: list[int] = []
+    logical = 0
+    offset = 0
+    while offset + 32 <= len(records):
+        relationship, size = struct.unpack_from("<II", records, offset)
+        if size < 32 or offset + size > len(records):
+            break
+        if relationship == 0:
+            efficiency, groups = struct.unpack_from("<B20xH", records, offset + 9)
+            classes.append(efficiency)
+            for group in range(min(groups, (size - 32) // 16)):
+                (mask,) = struct.unpack_from("<Q", records, offset + 32 + 16 * group)
+                logical += mask.bit_count()
+        offset += size
+    if not classes:
+        return CpuReport(performance_cores=threads, threads=threads, usable=usable, flags=features)
+    kinds = sorted(set(classes), reverse=True)
+    efficient = classes.count(kinds[1]) if len(kinds) > 1 else 0
+    low_power = sum(classes.count(kind) for kind in kinds[2:])
+    return CpuReport(
+        performance_cores=classes.count(kinds[0]),
+        efficient_cores=efficient,
+        low_power_cores=low_power,
+        threads=logical if logical else threads,
+        usable=usable,
+        flags=features,
+    )
+
+
+def _windows_records() -> bytes:
+    if sys.platform != "win32":
+        return b""
+    kernel = ctypes.WinDLL("kernel32")
+    size = ctypes.c_uint32(0)
+    kernel.GetLogicalProcessorInformationEx(0, None, ctypes.byref(size))
+    buffer = ctypes.create_string_buffer(size.value)
+    if not kernel.GetLogicalProcessorInformationEx(0, buffer, ctypes.byref(size)):
+        return b""
+    return buffer.raw[: size.value]
+
+
+def _windows_features() -> frozenset[str]:
+    if sys.platform != "win32":
+        return frozenset()
+    kernel = ctypes.WinDLL("kernel32")
+    return frozenset(
+        flag
+        for number, flag in _WINDOWS_FEATURES.items()
+        if kernel.IsProcessorFeaturePresent(number)
+    )
