@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sdvino.errors import Cancelled, DeviceError, ModelFolderError, RequestError, SdvinoError
-    from sdvino.pipeline import PipelineOutput, StableDiffusionPipeline
+    from sdvino.outputs import PipelineOutput
+    from sdvino.pipeline import StableDiffusionPipeline
     from sdvino.settings import DeviceSettings, RunSettings, SamplerSettings
 
 __version__ = "0.1.0"
@@ -21,7 +22,7 @@ _HOMES = {
     "ModelFolderError": "sdvino.errors",
     "RequestError": "sdvino.errors",
     "SdvinoError": "sdvino.errors",
-    "PipelineOutput": "sdvino.pipeline",
+    "PipelineOutput": "sdvino.outputs",
     "StableDiffusionPipeline": "sdvino.pipeline",
     "DeviceSettings": "sdvino.settings",
     "RunSettings": "sdvino.settings",

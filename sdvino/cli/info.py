@@ -1,0 +1,80 @@
+"""`sdvino info`: what a model folder is, or with which settings a picture was made."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from sdvino.errors import RequestError
+
+if TYPE_CHECKING:
+    from sdvino.model_folder import ModelFolder
+
+
+@click.command("info")
+@click.argument("path", metavar="FOLDER|PICTURE|ID", required=False)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--verify", is_flag=True, help="Compare every file with its SHA-256.")
+def info_command(path: str | None, as_json: bool, verify: bool) -> None:
+    """Show what a model folder says of itself, or the settings that a picture carries.
+
+    Without an argument: the bundled demo model.
+    """
+    if path is not None and Path(path).is_file():
+        _show_picture(Path(path), as_json)
+        return
+    from sdvino.hub import resolve_model
+    from sdvino.model_folder import ModelFolder
+
+    if path is not None and Path(path).suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"):
+        raise RequestError(f"There is no picture {path}.")
+    folder = ModelFolder.open(resolve_model(path, offline=True))
+    if verify:
+        folder.verify()
+    facts = _facts(folder)
+    if as_json:
+        click.echo(json.dumps(facts, indent=2))
+        return
+    for name, value in facts.items():
+        if name == "components":
+            for component, entry in value.items():
+                size = f"{entry['bytes'] / 1e6:,.1f} MB"
+                click.echo(f"  {component:14} {size:>12}  {entry['precision']}")
+        elif value is not None:
+            click.echo(f"{name}: {value}")
+
+
+def _show_picture(path: Path, as_json: bool) -> None:
+    from sdvino.image.picture import read_settings
+
+    settings = read_settings(path)
+    click.echo(json.dumps(settings.to_dict(), indent=2) if as_json else settings.to_text())
+
+
+def _facts(folder: ModelFolder) -> dict[str, Any]:
+    manifest = folder.manifest
+    recorded = {} if manifest is None else manifest.components
+    suggested = folder.suggested
+    return {
+        "name": folder.name,
+        "family": None if manifest is None else manifest.family,
+        "recipe": None if manifest is None else manifest.recipe,
+        "size": f"{folder.width} x {folder.height}",
+        "prediction": folder.prediction_type,
+        "scheduler": folder.scheduler_config.get("_class_name"),
+        "suggested steps": suggested.num_inference_steps,
+        "suggested guidance": suggested.guidance_scale,
+        "suggested scheduler": suggested.scheduler,
+        "bytes": sum(component.bytes for component in folder.components.values()),
+        "components": {
+            name: {
+                "bytes": component.bytes,
+                "precision": recorded[name].precision if name in recorded else "as exported",
+            }
+            for name, component in folder.components.items()
+        },
+        "quality": None if manifest is None else manifest.quality,
+    }

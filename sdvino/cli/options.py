@@ -1,0 +1,130 @@
+"""Options that several commands share; their defaults come from the settings classes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+import click
+
+from sdvino.errors import RequestError
+from sdvino.settings import (
+    COMPONENTS,
+    CoreType,
+    DeviceSettings,
+    PerformanceHint,
+    Precision,
+    RunSettings,
+)
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+DEFAULTS = DeviceSettings()
+
+
+def model_options(command: F) -> F:
+    """Add ``-m``, ``--revision`` and ``--offline``."""
+    for option in reversed(
+        [
+            click.option(
+                "-m",
+                "--model",
+                metavar="FOLDER|ID",
+                help="Model folder, or the hub id of a ready-made OpenVINO model."
+                " Default: the bundled demo model.",
+            ),
+            click.option("--revision", help="Branch, tag or commit of a hub model."),
+            click.option("--offline", is_flag=True, help="Use only what was downloaded before."),
+        ]
+    ):
+        command = option(command)
+    return command
+
+
+def device_options(command: F) -> F:
+    """Add the options that `device_settings` reads."""
+    for option in reversed(
+        [
+            click.option(
+                "--device",
+                "devices",
+                multiple=True,
+                metavar="[COMPONENT=]DEVICE",
+                help="CPU, GPU, NPU, AUTO, HETERO:GPU,CPU ...; repeat with COMPONENT= for one part"
+                f" ({', '.join(COMPONENTS)} or vae).  [default: {DEFAULTS.device}]",
+            ),
+            click.option("--threads", type=int, help="Inference threads.  [default: every core]"),
+            click.option("--streams", type=int, help="Parallel requests.  [default: 1]"),
+            click.option(
+                "--performance-hint",
+                type=click.Choice(get_args(PerformanceHint)),
+                default=DEFAULTS.performance_hint,
+                show_default=True,
+                help="One picture soon, or many pictures an hour.",
+            ),
+            click.option(
+                "--core-type",
+                type=click.Choice(get_args(CoreType)),
+                help="Which cores of a hybrid chip.  [default: OpenVINO's rule for the hint]",
+            ),
+            click.option("--pinning/--no-pinning", default=None, help="Keep threads on cores."),
+            click.option(
+                "--hyper-threading/--no-hyper-threading",
+                default=None,
+                help="Use both hardware threads of a core.",
+            ),
+            click.option(
+                "--precision",
+                type=click.Choice(get_args(Precision)),
+                help="Arithmetic of float layers.  [default: the device's fastest safe one]",
+            ),
+            click.option(
+                "--cache-dir",
+                type=click.Path(path_type=Path, file_okay=False),
+                help="Folder of compiled models.  [default: the user's cache folder]",
+            ),
+            click.option("--no-cache", is_flag=True, help="Do not keep compiled models."),
+        ]
+    ):
+        command = option(command)
+    return command
+
+
+def run_settings(
+    *,
+    devices: Sequence[str],
+    threads: int | None,
+    streams: int | None,
+    performance_hint: PerformanceHint,
+    core_type: CoreType | None,
+    pinning: bool | None,
+    hyper_threading: bool | None,
+    precision: Precision | None,
+    cache_dir: Path | None,
+    no_cache: bool,
+) -> RunSettings:
+    """Turn the values of `device_options` into settings; raises RequestError for a wrong one."""
+    default = DeviceSettings(
+        num_threads=threads,
+        num_streams=streams,
+        performance_hint=performance_hint,
+        core_type=core_type,
+        pinning=pinning,
+        hyper_threading=hyper_threading,
+        precision=precision,
+        cache_dir=cache_dir,
+        cache=not no_cache,
+    )
+    named: dict[str, str] = {}
+    for word in devices:
+        component, separator, device = word.partition("=")
+        if not separator:
+            default = replace(default, device=word)
+        elif component in named:
+            raise RequestError(f"--device names {component} twice; give each component once.")
+        else:
+            named[component] = device
+    components = {name: replace(default, device=device) for name, device in named.items()}
+    return RunSettings(default=default, components=components)

@@ -1,0 +1,113 @@
+"""The compiled parts of one model folder, each loaded when first needed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import TYPE_CHECKING, Any
+
+from sdvino.errors import ModelFolderError
+from sdvino.graph.clip_skip import select_hidden_state
+from sdvino.graph.shapes import reshape_static
+from sdvino.graph.timestep import float_timestep
+from sdvino.graph.vae import decoder_to_float, decoder_to_pixels, encoder_from_pixels
+from sdvino.model_folder import ModelFolder
+from sdvino.runtime.component import Component
+from sdvino.settings import RunSettings
+
+if TYPE_CHECKING:
+    import openvino as ov
+
+
+class Components:
+    """Gives each part of a folder as a loaded `Component`, prepared for one shape at a time.
+
+    Asking for a part in another shape replaces it: two copies of its weights are never held.
+    """
+
+    def __init__(self, folder: ModelFolder, settings: RunSettings) -> None:
+        self.folder = folder
+        self.settings = settings
+        self._loaded: dict[str, tuple[Hashable, Component]] = {}
+
+    def text_encoder(self, clip_skip: int | None) -> Component:
+        """Return the text encoder without its last ``clip_skip`` layers."""
+
+        def prepare(model: ov.Model) -> None:
+            if clip_skip is not None:
+                select_hidden_state(model, clip_skip)
+            reshape_static(model, {"input_ids": [1, self.folder.text_length]})
+
+        return self._get("text_encoder", clip_skip, prepare)
+
+    def unet(self, height: int, width: int) -> Component:
+        """Return the UNet for latents of ``height`` x ``width``, with a float timestep."""
+        folder = self.folder
+
+        def prepare(model: ov.Model) -> None:
+            float_timestep(model)
+            shapes = {
+                "sample": [1, folder.in_channels, height, width],
+                "timestep": [1],
+                "encoder_hidden_states": [1, folder.text_length, folder.cross_attention_dim],
+            }
+            reshape_static(model, shapes)
+
+        return self._get("unet", (height, width), prepare)
+
+    def vae_decoder(self, height: int, width: int, *, pixels: bool) -> Component:
+        """Return the decoder for latents of ``height`` x ``width``.
+
+        It gives uint8 pixels, or floats from 0 to 1 where they are to be blended or returned.
+        """
+        folder = self.folder
+
+        def prepare(model: ov.Model) -> None:
+            edit = decoder_to_pixels if pixels else decoder_to_float
+            edit(model, folder.scaling_factor, folder.shift_factor)
+            reshape_static(model, {"latent_sample": [1, folder.latent_channels, height, width]})
+
+        return self._get("vae_decoder", (height, width, pixels), prepare)
+
+    def vae_encoder(self, height: int, width: int) -> Component:
+        """Return the encoder for pictures of ``height`` x ``width`` pixels."""
+
+        def prepare(model: ov.Model) -> None:
+            encoder_from_pixels(model, self.folder.scaling_factor, self.folder.shift_factor)
+            reshape_static(model, {"pixels": [1, height, width, 3]})
+
+        return self._get("vae_encoder", (height, width), prepare)
+
+    def tiny_vae(self, height: int, width: int) -> Component | None:
+        """Return the small decoder for previews, or None when the folder has none."""
+        if "tiny_vae" not in self.folder.components:
+            return None
+
+        def prepare(model: ov.Model) -> None:
+            decoder_to_pixels(model, 1.0)
+            reshape_static(
+                model, {"latent_sample": [1, self.folder.latent_channels, height, width]}
+            )
+
+        return self._get("tiny_vae", (height, width), prepare)
+
+    def release(self, name: str | None = None) -> None:
+        """Unload one part, or all."""
+        for key in list(self._loaded) if name is None else [name]:
+            entry = self._loaded.pop(key, None)
+            if entry is not None:
+                entry[1].unload()
+
+    def _get(self, name: str, variant: Hashable, prepare: Callable[[Any], None]) -> Component:
+        entry = self._loaded.get(name)
+        if entry is not None and entry[0] == variant:
+            return entry[1]
+        files = self.folder.components.get(name)
+        if files is None:
+            raise ModelFolderError(
+                f"The model folder {self.folder.name} has no {name}; convert the model again."
+            )
+        self.release(name)
+        component = Component(name, files.xml, self.settings.for_component(name), prepare=prepare)
+        component.load()
+        self._loaded[name] = (variant, component)
+        return component

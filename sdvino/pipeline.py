@@ -1,0 +1,437 @@
+"""Prompt to picture: `StableDiffusionPipeline`, with the argument names of diffusers."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sdvino.components import Components
+from sdvino.diffusion.denoiser import Denoiser, Predict
+from sdvino.diffusion.guidance import Guidance
+from sdvino.diffusion.noise import make_noise
+from sdvino.diffusion.samplers import get_sampler
+from sdvino.diffusion.schedule import Schedule, final_latents, initial_latents, make_schedule
+from sdvino.diffusion.scheduler_config import SchedulerConfig, sampler_from_config
+from sdvino.errors import RequestError
+from sdvino.generation import GenerationRequest, PictureJob, ResolvedRequest, as_texts
+from sdvino.hub import resolve_model
+from sdvino.image.autoencoder import VaeDecoder
+from sdvino.image.preview import Previewer
+from sdvino.image.tiling import tile_shape, to_levels
+from sdvino.model_folder import ModelFolder
+from sdvino.outputs import (
+    Array,
+    Embeddings,
+    OutputType,
+    PictureEvent,
+    PipelineOutput,
+    StepEvent,
+    Timings,
+    clock,
+    gather,
+)
+from sdvino.runtime.component import Component
+from sdvino.runtime.memory import check_memory, estimate_memory
+from sdvino.settings import (
+    NoiseName,
+    RunSettings,
+    SamplerName,
+    SamplerSettings,
+    SigmaScheduleName,
+    TimestepSpacing,
+    check_choice,
+)
+from sdvino.text.encoder import TextEncoder
+from sdvino.text.tokenizer import ClipTokenizer
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+_log = logging.getLogger("sdvino")
+
+#: Latents to a side above which the decoder works in tiles unless told otherwise: at 96 (768
+#: pixels) Stable Diffusion's decoder takes about 5 GB in one piece.
+LARGEST_WHOLE_DECODE = 96
+Callback = Callable[["StableDiffusionPipeline", int, float, dict[str, Any]], dict[str, Any] | None]
+
+
+class StableDiffusionPipeline:
+    """Text to image with a converted model folder.
+
+    >>> pipe = StableDiffusionPipeline.from_pretrained()
+    >>> pipe("a red circle on a blue background", seed=7).images[0].save("circle.png")
+    """
+
+    def __init__(
+        self,
+        folder: ModelFolder,
+        settings: RunSettings | None = None,
+        *,
+        vae_tiling: bool | None = None,
+    ) -> None:
+        self.folder = folder
+        #: Decode in tiles, which bounds the decoder's memory; None: only where pictures are large.
+        self.vae_tiling = vae_tiling
+        self.settings = RunSettings() if settings is None else settings
+        self.components = Components(folder, self.settings)
+        self._text_encoders: dict[int | None, TextEncoder] = {}
+        self._scheduler_config = SchedulerConfig.from_dict(folder.scheduler_config)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | Path | None = None,
+        *,
+        device: str | Mapping[str, str] | None = None,
+        settings: RunSettings | None = None,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        offline: bool = False,
+        verify: bool = False,
+        vae_tiling: bool | None = None,
+    ) -> StableDiffusionPipeline:
+        """Open a model folder, a hub id of a ready-made OpenVINO model, or the bundled demo model.
+
+        ``device`` is one OpenVINO device name, or names by component, with ``default`` for the
+        rest; ``settings`` says everything else too. ``cache_dir`` is the hub's download cache.
+        ``verify`` compares every file with the SHA-256 of the manifest. Nothing is compiled before
+        the first call. Raises RequestError (ModelFolderError, DeviceError) for a wrong request.
+        """
+        path = resolve_model(model, revision=revision, cache_dir=cache_dir, offline=offline)
+        folder = ModelFolder.open(path)
+        if verify:
+            folder.verify()
+        return cls(folder, _run_settings(device, settings), vae_tiling=vae_tiling)
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        *,
+        negative_prompt: str | Sequence[str] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        guidance_rescale: float = 0.0,
+        num_images_per_prompt: int = 1,
+        eta: float = 0.0,
+        seed: int | None = None,
+        latents: Array | None = None,
+        prompt_embeds: Array | None = None,
+        negative_prompt_embeds: Array | None = None,
+        clip_skip: int | None = None,
+        output_type: OutputType = "pil",
+        callback_on_step_end: Callback | None = None,
+        scheduler: SamplerName | None = None,
+        sigma_schedule: SigmaScheduleName | None = None,
+        timestep_spacing: TimestepSpacing | None = None,
+        noise: NoiseName = "torch",
+    ) -> PipelineOutput:
+        """Make pictures; arguments as in diffusers, with ``seed`` in place of a generator.
+
+        What is None is taken from the model folder. ``latents`` is unit noise, float32
+        [N, C, height / 8, width / 8]; ``prompt_embeds`` is float32 [N, 77, width] in place of
+        ``prompt``. ``output_type`` is "pil", "np" (float32 [N, H, W, 3], 0 to 1) or "latent".
+        ``callback_on_step_end(pipe, step, timestep, {"latents": x})`` may return a dict with other
+        latents of the same shape, and stops the work by raising `Cancelled`.
+        Raises RequestError for a wrong request, SdvinoError when the work fails.
+        """
+        check_choice("output type", output_type, get_args(OutputType))
+        embeddings = _embeddings(prompt, prompt_embeds, negative_prompt_embeds)
+        prompts = as_texts("prompt", prompt)
+        request = GenerationRequest(
+            prompts=prompts if embeddings.prompt is None else ("",) * len(embeddings.prompt),
+            negative_prompts=as_texts("negative prompt", negative_prompt),
+            height=height,
+            width=width,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            guidance_rescale=guidance_rescale,
+            clip_skip=clip_skip,
+            seed=seed,
+            num_images_per_prompt=num_images_per_prompt,
+            noise=noise,
+            sampler=SamplerSettings(
+                scheduler=scheduler,
+                sigma_schedule=sigma_schedule,
+                timestep_spacing=timestep_spacing,
+                eta=eta,
+            ),
+        ).resolve(self.folder)
+        timings = Timings()
+        pictures: list[PictureEvent] = []
+        for event in self.stream(
+            request,
+            output_type=output_type,
+            latents=latents,
+            embeddings=embeddings,
+            timings=timings,
+        ):
+            if isinstance(event, PictureEvent):
+                pictures.append(event)
+            elif callback_on_step_end is not None:
+                self._call_back(callback_on_step_end, event)
+        return PipelineOutput(
+            images=gather(pictures, output_type),
+            seeds=[picture.job.seed for picture in pictures],
+            timings=timings,
+            dropped=[self.dropped_words(text) for text in prompts],
+        )
+
+    def stream(
+        self,
+        request: ResolvedRequest,
+        *,
+        output_type: OutputType = "pil",
+        latents: Array | None = None,
+        embeddings: Embeddings | None = None,
+        timings: Timings | None = None,
+    ) -> Iterator[StepEvent | PictureEvent]:
+        """Yield a `StepEvent` after each denoising step and a `PictureEvent` for each picture.
+
+        Whoever iterates shows progress, draws previews, and cancels by no longer iterating.
+        """
+        timings = Timings() if timings is None else timings
+        embeddings = Embeddings() if embeddings is None else embeddings
+        folder = self.folder
+        factor = folder.vae_scale_factor
+        size = (request.height // factor, request.width // factor)
+        schedule = self.schedule(request)
+        self.check_memory(request)
+        shape = (1, folder.latent_channels, *size)
+        given = _given_latents(latents, (len(request.jobs), *shape[1:]))
+        sample = get_sampler(schedule.sampler)
+        for job in request.jobs:
+            cond, uncond = self.text_states(request, job, embeddings, timings)
+            with clock(timings, "load"):
+                unet = self.components.unet(*size)
+            noise = make_noise(request.noise, job.seed)
+            start = noise.randn(shape) if given is None else given[job.index : job.index + 1]
+            denoise = Denoiser(
+                Guidance(
+                    _predictor(unet, cond, timings),
+                    None if uncond is None else _predictor(unet, uncond, timings),
+                    guidance_scale=request.guidance_scale,
+                    guidance_rescale=request.guidance_rescale,
+                ),
+                schedule.prediction_type,
+            )
+            x = initial_latents(start, schedule)
+            steps = sample(denoise, x, schedule, noise, eta=request.sampler.eta)
+            while True:
+                with clock(timings, "denoise"):
+                    step = next(steps, None)
+                if step is None:
+                    break
+                x = step.x
+                yield StepEvent(
+                    job=job,
+                    step=step.index,
+                    steps=schedule.steps,
+                    timestep=step.timestep,
+                    latents=x,
+                    denoised=step.denoised,
+                )
+            finished = final_latents(x, schedule)
+            pixels = self._decode(finished, output_type, timings)
+            yield PictureEvent(job=job, latents=finished, pixels=pixels)
+
+    def schedule(self, request: ResolvedRequest) -> Schedule:
+        """Return the grid of noise levels that ``request`` asks for."""
+        return make_schedule(
+            self.sampler_name(request),
+            self._scheduler_config,
+            request.num_inference_steps,
+            sigma_schedule=request.sampler.sigma_schedule,
+            timestep_spacing=request.sampler.timestep_spacing,
+        )
+
+    def sampler_name(self, request: ResolvedRequest) -> SamplerName:
+        """Return the sampler: the one asked for, or the folder's own, or the one nearest to it."""
+        if request.scheduler is not None:
+            return request.scheduler
+        name, warning = sampler_from_config(self.folder.scheduler_config)
+        if warning is not None:
+            _log.warning(warning)
+        return name
+
+    def check_memory(self, request: ResolvedRequest) -> None:
+        """Raise RequestError when the pictures asked for cannot fit into this machine's memory."""
+        needed = estimate_memory(self.folder, request.height, request.width)
+        check_memory(needed)
+
+    def decode(self, latents: Array) -> NDArray[np.uint8]:
+        """Return the pictures of finished latents, float32 [N, C, h, w], as uint8 [N, H, W, 3]."""
+        pictures = [
+            self._decode(x[None], "pil", Timings()) for x in np.asarray(latents, np.float32)
+        ]
+        return np.stack([picture for picture in pictures if picture is not None])
+
+    def preview(self, denoised: Array) -> Image.Image:
+        """Draw the model's present guess, float32 [1, C, h, w], quickly and roughly."""
+        from PIL import Image
+
+        tiny = self.components.tiny_vae(*denoised.shape[-2:])
+        return Image.fromarray(Previewer(tiny).preview(denoised)[0])
+
+    def dropped_words(self, prompt: str) -> str:
+        """Return the words at the end of ``prompt`` that the text encoder cannot read, or ''."""
+        return self.tokenizer.encode(prompt).dropped
+
+    @cached_property
+    def tokenizer(self) -> ClipTokenizer:
+        """The tokenizer of the folder."""
+        return ClipTokenizer.from_folder(self.folder.tokenizer())
+
+    def text_states(
+        self,
+        request: ResolvedRequest,
+        job: PictureJob,
+        embeddings: Embeddings | None = None,
+        timings: Timings | None = None,
+    ) -> tuple[Array, Array | None]:
+        """Return the text states of the prompt and, where guidance needs it, of the negative.
+
+        Each is float32 [1, length, width].
+        """
+        embeddings = Embeddings() if embeddings is None else embeddings
+        timings = Timings() if timings is None else timings
+        index = job.prompt_index
+        guided = request.guidance_scale > 1.0
+        cond = _state_of(embeddings.prompt, index)
+        if cond is None:
+            cond = self._encode(job.prompt, request.clip_skip, timings)
+        uncond = _state_of(embeddings.negative, index) if guided else None
+        if guided and uncond is None:
+            uncond = self._encode(job.negative_prompt, request.clip_skip, timings)
+        expected = (1, self.folder.text_length, self.folder.cross_attention_dim)
+        for state in (cond, uncond):
+            if state is not None and state.shape != expected:
+                raise RequestError(
+                    f"The prompt embeddings have the shape {state.shape}; this model takes"
+                    f" [N, {expected[1]}, {expected[2]}]."
+                )
+        return cond, uncond
+
+    def _encode(self, text: str, clip_skip: int | None, timings: Timings) -> Array:
+        if clip_skip not in self._text_encoders:
+            with clock(timings, "load"):
+                component = self.components.text_encoder(clip_skip)
+            self._text_encoders = {clip_skip: TextEncoder(component, self.tokenizer)}
+        with clock(timings, "text"):
+            return self._text_encoders[clip_skip].encode(text)
+
+    def _decode(
+        self, latents: Array, output_type: OutputType, timings: Timings
+    ) -> NDArray[Any] | None:
+        if output_type == "latent":
+            return None
+        size: tuple[int, int] = (latents.shape[-2], latents.shape[-1])
+        tiled = self._tiles(size)
+        with clock(timings, "load"):
+            component = self.components.vae_decoder(
+                *(tile_shape(*size) if tiled else size), pixels=output_type == "pil" and not tiled
+            )
+        decoder = VaeDecoder(component)
+        with clock(timings, "decode"):
+            if output_type == "pil" and not tiled:
+                return decoder.decode(latents)[0]
+            floats = decoder.decode_tiled(latents) if tiled else decoder.decode_float(latents)
+            picture: Array = floats[0]
+            return to_levels(picture) if output_type == "pil" else picture
+
+    def _tiles(self, size: tuple[int, int]) -> bool:
+        """Return whether latents of ``size`` are decoded in tiles: on request, or to fit."""
+        if tile_shape(*size) == size:
+            return False
+        if self.vae_tiling is not None:
+            return self.vae_tiling
+        return max(size) > LARGEST_WHOLE_DECODE
+
+    def _call_back(self, callback: Callback, event: StepEvent) -> None:
+        answer = callback(self, event.step, event.timestep, {"latents": event.latents})
+        latents = None if answer is None else answer.get("latents")
+        if latents is None or latents is event.latents:
+            return
+        if np.shape(latents) != event.latents.shape:
+            raise RequestError(
+                f"The callback returned latents of the shape {np.shape(latents)};"
+                f" return {event.latents.shape}."
+            )
+        # The sampler goes on from this very array.
+        event.latents[...] = latents
+
+
+def _predictor(unet: Component, states: Array, timings: Timings) -> Predict:
+    """Return the UNet with its text states filled in, counting its evaluations."""
+    timestep = np.empty(1, np.float32)
+
+    def predict(x_in: Array, t: float, /) -> Array:
+        timestep[0] = t
+        timings.unet_evaluations += 1
+        inputs = {"sample": x_in, "timestep": timestep, "encoder_hidden_states": states}
+        return unet.infer(inputs)["out_sample"]
+
+    return predict
+
+
+def _run_settings(
+    device: str | Mapping[str, str] | None, settings: RunSettings | None
+) -> RunSettings:
+    settings = RunSettings() if settings is None else settings
+    if device is None:
+        return settings
+    if isinstance(device, str):
+        return replace(settings, default=replace(settings.default, device=device))
+    default = replace(settings.default, device=device.get("default", settings.default.device))
+    components = {
+        name: replace(settings.for_component(name), device=value)
+        for name, value in device.items()
+        if name != "default"
+    }
+    return RunSettings(default=default, components={**settings.components, **components})
+
+
+def _embeddings(
+    prompt: str | Sequence[str] | None, embeds: Array | None, negative: Array | None
+) -> Embeddings:
+    if (prompt is None) == (embeds is None):
+        raise RequestError("Give either a prompt or prompt_embeds, and not both.")
+    return Embeddings(prompt=_states("prompt", embeds), negative=_states("negative", negative))
+
+
+def _states(what: str, value: Array | None) -> Array | None:
+    if value is None:
+        return None
+    states = np.ascontiguousarray(value, np.float32)
+    if states.ndim != 3 or not len(states):
+        raise RequestError(
+            f"{what} embeddings have the shape {states.shape}; give [N, length, width]."
+        )
+    return states
+
+
+def _state_of(states: Array | None, index: int) -> Array | None:
+    if states is None:
+        return None
+    return states[:1] if len(states) == 1 else states[index : index + 1]
+
+
+def _given_latents(latents: Array | None, shape: tuple[int, ...]) -> Array | None:
+    if latents is None:
+        return None
+    given = np.asarray(latents, np.float32)
+    if given.shape != shape:
+        raise RequestError(
+            f"The latents have the shape {list(given.shape)}; this request takes {list(shape)}."
+        )
+    if not np.isfinite(given).all():
+        raise RequestError("The latents hold NaN or infinity; give finite noise.")
+    return given

@@ -1,0 +1,39 @@
+"""Fixtures that several folders of tests use."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+#: The bundled demo model, converted, and its source weights.
+SHAPES = ROOT / "models" / "shapes"
+SHAPES_SOURCE = ROOT / "models" / "shapes-source"
+
+
+@pytest.fixture(scope="session")
+def shapes() -> Path:
+    """The bundled demo model. Read only."""
+    return SHAPES
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep the compiled models of tests out of the user's cache, and share them within a run."""
+    base = tmp_path_factory.getbasetemp() / "sdvino-cache"
+    monkeypatch.setenv("SDVINO_CACHE_DIR", str(base))
+
+
+@pytest.fixture
+def shapes_copy(tmp_path: Path) -> Callable[[], Path]:
+    """Return a function that copies the demo model, to be damaged."""
+
+    def copy() -> Path:
+        folder = tmp_path / "model"
+        shutil.copytree(SHAPES, folder)
+        return folder
+
+    return copy
