@@ -280,8 +280,8 @@ def _number(value: float) -> str:
 
 
 def _quote(key: str, value: str) -> str:
-    """Quote as A1111 does where the value would not be read back; exact keys in plain ASCII."""
-    if key in (_EXACT_PROMPT, _EXACT_NEGATIVE):
+    """Quote as A1111 does where the value would not be read back; in ASCII where it must be."""
+    if key in (_EXACT_PROMPT, _EXACT_NEGATIVE) or value != _printable(value):
         return json.dumps(value)
     awkward = any(character in value for character in ',:\n"') or value != value.strip()
     return json.dumps(value, ensure_ascii=False) if awkward else value

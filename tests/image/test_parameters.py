@@ -75,7 +75,7 @@ def maybe(values: Any) -> st.SearchStrategy[Any]:
     return st.one_of(st.none(), st.sampled_from(values))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(
     made=st.builds(
         PictureSettings,
@@ -108,15 +108,17 @@ def test_every_setting_survives(made: PictureSettings) -> None:
     assert "\r" not in text
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(st.one_of(PROMPTS, st.text(max_size=200).map(lambda text: f"a\nSteps: 2, {text}")))
 def test_any_text_is_read_or_refused_in_a_sentence(text: str) -> None:
+    refusal, prompt = "", ""
     try:
-        found = parse_parameters(text)
+        prompt = parse_parameters(text).prompt
     except RequestError as error:
-        assert "\n" not in str(error)
-    else:
-        assert isinstance(found.prompt, str)
+        refusal = str(error)
+    assert "\n" not in refusal
+    # A prompt is what the text begins with, or nothing at all.
+    assert text.startswith(prompt)
 
 
 A1111 = """masterpiece, <lora:add_detail:1> a lighthouse, (dusk:1.2)
