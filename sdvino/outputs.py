@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdvino.generation import PictureJob
+from sdvino.image.parameters import PictureSettings
 
 OutputType = Literal["pil", "np", "latent"]
 Array = NDArray[np.float32]
@@ -32,6 +33,13 @@ class Timings:
     def total(self) -> float:
         """Return the seconds of all parts."""
         return self.load + self.text + self.denoise + self.decode
+
+    def summary(self) -> str:
+        """Return one line of seconds by part."""
+        parts = ", ".join(
+            f"{name} {getattr(self, name):.2f} s" for name in ("load", "text", "denoise", "decode")
+        )
+        return f"{parts}; {self.unet_evaluations} UNet evaluations"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +83,8 @@ class PipelineOutput:
     #: A list of PIL pictures, or a float32 array [N, H, W, 3] (0 to 1), or latents [N, C, h, w].
     images: Any
     seeds: list[int]
+    #: How each picture was made; `sdvino.image.picture.save_picture` writes it into the file.
+    settings: list[PictureSettings]
     timings: Timings
     #: The words of each prompt that did not fit into the text encoder; '' where all did.
     dropped: list[str]

@@ -23,8 +23,9 @@ from sdvino.errors import RequestError
 from sdvino.generation import GenerationRequest, PictureJob, ResolvedRequest, as_texts
 from sdvino.hub import resolve_model
 from sdvino.image.autoencoder import VaeDecoder
+from sdvino.image.parameters import PictureSettings
 from sdvino.image.preview import Previewer
-from sdvino.image.tiling import tile_shape, to_levels
+from sdvino.image.tiling import TILE, tile_shape, to_levels
 from sdvino.model_folder import ModelFolder
 from sdvino.outputs import (
     Array,
@@ -38,7 +39,7 @@ from sdvino.outputs import (
     gather,
 )
 from sdvino.runtime.component import Component
-from sdvino.runtime.memory import check_memory, estimate_memory
+from sdvino.runtime.memory import check_memory, estimate_memory, memory_status
 from sdvino.settings import (
     NoiseName,
     RunSettings,
@@ -56,9 +57,6 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("sdvino")
 
-#: Latents to a side above which the decoder works in tiles unless told otherwise: at 96 (768
-#: pixels) Stable Diffusion's decoder takes about 5 GB in one piece.
-LARGEST_WHOLE_DECODE = 96
 Callback = Callable[["StableDiffusionPipeline", int, float, dict[str, Any]], dict[str, Any] | None]
 
 
@@ -181,6 +179,7 @@ class StableDiffusionPipeline:
         return PipelineOutput(
             images=gather(pictures, output_type),
             seeds=[picture.job.seed for picture in pictures],
+            settings=[self.picture_settings(request, picture.job) for picture in pictures],
             timings=timings,
             dropped=[self.dropped_words(text) for text in prompts],
         )
@@ -262,10 +261,34 @@ class StableDiffusionPipeline:
             _log.warning(warning)
         return name
 
+    def picture_settings(self, request: ResolvedRequest, job: PictureJob) -> PictureSettings:
+        """Return what repeats the picture of ``job``, as its file carries it."""
+        manifest = self.folder.manifest
+        return PictureSettings(
+            prompt=job.prompt,
+            negative_prompt=job.negative_prompt,
+            num_inference_steps=request.num_inference_steps,
+            scheduler=self.sampler_name(request),
+            sigma_schedule=request.sampler.sigma_schedule,
+            timestep_spacing=request.sampler.timestep_spacing,
+            guidance_scale=request.guidance_scale,
+            guidance_rescale=request.guidance_rescale if request.guidance_rescale else None,
+            eta=request.sampler.eta if request.sampler.eta else None,
+            seed=job.seed,
+            noise=request.noise,
+            width=request.width,
+            height=request.height,
+            clip_skip=request.clip_skip,
+            model=self.folder.name,
+            recipe=None if manifest is None else manifest.recipe,
+        )
+
     def check_memory(self, request: ResolvedRequest) -> None:
         """Raise RequestError when the pictures asked for cannot fit into this machine's memory."""
-        needed = estimate_memory(self.folder, request.height, request.width)
-        check_memory(needed)
+        factor = self.folder.vae_scale_factor
+        tiled = self._tiles((request.height // factor, request.width // factor))
+        tile = TILE * factor if tiled else None
+        check_memory(estimate_memory(self.folder, request.height, request.width, tile=tile))
 
     def decode(self, latents: Array) -> NDArray[np.uint8]:
         """Return the pictures of finished latents, float32 [N, C, h, w], as uint8 [N, H, W, 3]."""
@@ -353,7 +376,10 @@ class StableDiffusionPipeline:
             return False
         if self.vae_tiling is not None:
             return self.vae_tiling
-        return max(size) > LARGEST_WHOLE_DECODE
+        factor = self.folder.vae_scale_factor
+        needed = estimate_memory(self.folder, size[0] * factor, size[1] * factor)
+        available = memory_status().available
+        return available is not None and needed > available
 
     def _call_back(self, callback: Callback, event: StepEvent) -> None:
         answer = callback(self, event.step, event.timestep, {"latents": event.latents})
@@ -372,6 +398,7 @@ class StableDiffusionPipeline:
 def _predictor(unet: Component, states: Array, timings: Timings) -> Predict:
     """Return the UNet with its text states filled in, counting its evaluations."""
     timestep = np.empty(1, np.float32)
+    states = states.copy()  # a device reads arrays in place only where they are writable
 
     def predict(x_in: Array, t: float, /) -> Array:
         timestep[0] = t

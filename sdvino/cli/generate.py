@@ -2,26 +2,41 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from sdvino.cli.options import device_options, model_options
-from sdvino.generation import GenerationRequest
+from sdvino.cli.options import DEVICE_OPTIONS, device_options, model_options, run_settings
+from sdvino.errors import Cancelled, RequestError
+from sdvino.generation import GenerationRequest, ResolvedRequest
 from sdvino.settings import (
     NOISES,
     SAMPLERS,
     SIGMA_SCHEDULES,
     TIMESTEP_SPACINGS,
+    SamplerSettings,
 )
 
 if TYPE_CHECKING:
-    pass
+    from sdvino.image.parameters import PictureSettings
+    from sdvino.outputs import PictureEvent, StepEvent
+    from sdvino.pipeline import StableDiffusionPipeline
 
-MAX_PROMPTS_FILE = 2**22
-DEFAULTS = {f.name: f.default for f in fields(GenerationRequest)}
+MAX_PROMPTS_FILE = 4_000_000
+_SAMPLER_OPTIONS = ("scheduler", "sigma_schedule", "timestep_spacing", "eta")
+_REQUEST_OPTIONS = (
+    "num_images_per_prompt",
+    "num_inference_steps",
+    "guidance_scale",
+    "guidance_rescale",
+    "seed",
+    "width",
+    "height",
+    "clip_skip",
+    "noise",
+)
 
 
 @click.command("generate")
@@ -85,6 +100,7 @@ DEFAULTS = {f.name: f.default for f in fields(GenerationRequest)}
 )
 @click.option(
     "--like",
+    "like_picture",
     type=click.Path(path_type=Path),
     help="Repeat a picture with the settings it carries; other options change them.",
 )
@@ -92,6 +108,11 @@ DEFAULTS = {f.name: f.default for f in fields(GenerationRequest)}
     "--preview",
     type=click.Path(path_type=Path),
     help="Write the picture so far here after each step.",
+)
+@click.option(
+    "--vae-tiling/--no-vae-tiling",
+    default=None,
+    help="Decode in tiles, which takes less memory.  [default: when needed]",
 )
 @click.option("--no-metadata", is_flag=True, help="Do not write the settings into the picture.")
 @click.option("--timings", is_flag=True, help="Say how long each part took.")
@@ -101,13 +122,12 @@ def generate_command(
     prompt: str | None,
     prompt_option: str | None,
     prompts: Path | None,
-    negative_prompt: str | None,
     model: str | None,
     revision: str | None,
     offline: bool,
     output: Path,
     overwrite: bool,
-    like: Path | None,
+    like_picture: Path | None,
     preview: Path | None,
     no_metadata: bool,
     timings: bool,
@@ -120,3 +140,162 @@ def generate_command(
     sdvino generate "a red circle on a blue background" -o circle.png
     sdvino generate "a lighthouse at dusk" -m FOLDER -n 4 --steps 20 --seed 7
     """
+    from sdvino.image.picture import check_output
+
+    device = {name: options.pop(name) for name in DEVICE_OPTIONS}
+    tiling = options.pop("vae_tiling")
+    like = None if like_picture is None else _read_like(like_picture)
+    texts = _prompts(prompt, prompt_option, prompts, like)
+    request = _request(texts, options, like)
+    check_output(output)
+    if preview is not None:
+        check_output(preview)
+    settings = run_settings(**device)
+
+    from sdvino.pipeline import StableDiffusionPipeline
+
+    pipe = StableDiffusionPipeline.from_pretrained(
+        model, settings=settings, revision=revision, offline=offline, vae_tiling=tiling
+    )
+    if like is not None and like.model not in (None, pipe.folder.name):
+        click.echo(
+            f"{like_picture} was made with the model {like.model}, this is {pipe.folder.name}.",
+            err=True,
+        )
+    sink = _Sink(output, overwrite, preview, not no_metadata, quiet)
+    sink.run(pipe, request.resolve(pipe.folder))
+    if timings:
+        click.echo(sink.timings.summary(), err=True)
+
+
+class _Sink:
+    """Shows the progress of a request and saves its pictures as they are finished."""
+
+    def __init__(
+        self, output: Path, overwrite: bool, preview: Path | None, metadata: bool, quiet: bool
+    ) -> None:
+        from sdvino.outputs import Timings
+
+        self.timings = Timings()
+        self._output = output
+        self._overwrite = overwrite
+        self._preview = preview
+        self._metadata = metadata
+        self._quiet = quiet
+
+    def run(self, pipe: StableDiffusionPipeline, request: ResolvedRequest) -> None:
+        """Make every picture of ``request``; a Ctrl-C leaves the finished ones."""
+        from tqdm import tqdm
+
+        from sdvino.outputs import StepEvent
+
+        self._say_dropped(pipe, request)
+        steps = pipe.schedule(request).steps * len(request.jobs)
+        done = 0
+        # disable=None: no bar where stderr is not a terminal.
+        with tqdm(total=steps, unit="step", disable=True if self._quiet else None) as bar:
+            try:
+                for event in pipe.stream(request, timings=self.timings):
+                    if isinstance(event, StepEvent):
+                        bar.update()
+                        self._show(pipe, event)
+                        continue
+                    path = self._save(pipe, request, event)
+                    done += 1
+                    bar.write(f"{path}")
+                    if not self._quiet:
+                        bar.write(f"  seed {event.job.seed}", file=sys.stderr)
+            except KeyboardInterrupt:
+                raise Cancelled(
+                    f"Cancelled; {done} of {len(request.jobs)} pictures were finished,"
+                    " and nothing was left half-written."
+                ) from None
+
+    def _say_dropped(self, pipe: StableDiffusionPipeline, request: ResolvedRequest) -> None:
+        for text in dict.fromkeys(job.prompt for job in request.jobs):
+            dropped = pipe.dropped_words(text)
+            if dropped:
+                click.echo(
+                    f"The text encoder reads {pipe.folder.text_length} tokens;"
+                    f" these words are left out: {dropped}",
+                    err=True,
+                )
+
+    def _show(self, pipe: StableDiffusionPipeline, event: StepEvent) -> None:
+        if self._preview is not None:
+            from sdvino.image.picture import save_picture
+
+            save_picture(pipe.preview(event.denoised), self._preview, overwrite=True)
+
+    def _save(
+        self, pipe: StableDiffusionPipeline, request: ResolvedRequest, event: PictureEvent
+    ) -> Path:
+        from sdvino.image.picture import save_picture
+
+        assert event.pixels is not None  # the stream was asked for pictures
+        return save_picture(
+            event.pixels,
+            self._output,
+            pipe.picture_settings(request, event.job) if self._metadata else None,
+            # The pictures of one run must not replace each other.
+            overwrite=self._overwrite and event.job.index == 0,
+        )
+
+
+def _prompts(
+    prompt: str | None, option: str | None, file: Path | None, like: PictureSettings | None
+) -> tuple[str, ...]:
+    given = [value for value in (prompt, option, file) if value is not None]
+    if len(given) > 1:
+        raise RequestError("The prompt is given more than once; give PROMPT, -p or --prompts.")
+    if file is not None:
+        return _read_prompts(file)
+    if given:
+        return (str(given[0]),)
+    if like is not None:
+        return (like.prompt,)
+    raise RequestError('There is no prompt; write one: sdvino generate "a red circle".')
+
+
+def _read_prompts(file: Path) -> tuple[str, ...]:
+    try:
+        if file.stat().st_size > MAX_PROMPTS_FILE:
+            raise RequestError(f"{file} is larger than 4 MB; split the list of prompts.")
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
+    except OSError as error:
+        raise RequestError(f"{file} cannot be read ({error.strerror}).") from error
+    except UnicodeDecodeError as error:
+        raise RequestError(f"{file} is not UTF-8 text; save it as UTF-8.") from error
+    prompts = tuple(line.strip() for line in lines if line.strip() and not line.startswith("#"))
+    if not prompts:
+        raise RequestError(f"{file} holds no prompt; write one on each line.")
+    return prompts
+
+
+def _read_like(picture: Path) -> PictureSettings:
+    from sdvino.image.picture import read_picture_settings
+
+    return read_picture_settings(picture)
+
+
+def _request(
+    texts: tuple[str, ...], options: dict[str, Any], like: PictureSettings | None
+) -> GenerationRequest:
+    """Fill what the command line leaves open from ``like``; what both leave open is a default."""
+
+    def filled(names: tuple[str, ...]) -> dict[str, Any]:
+        values = {
+            name: options[name]
+            if options[name] is not None or like is None
+            else getattr(like, name, None)
+            for name in names
+        }
+        return {name: value for name, value in values.items() if value is not None}
+
+    negative = filled(("negative_prompt",)).get("negative_prompt", "")
+    return GenerationRequest(
+        prompts=texts,
+        negative_prompts=(negative,),
+        sampler=SamplerSettings(**filled(_SAMPLER_OPTIONS)),
+        **filled(_REQUEST_OPTIONS),
+    )

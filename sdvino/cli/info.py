@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,10 +49,10 @@ def info_command(path: str | None, as_json: bool, verify: bool) -> None:
 
 
 def _show_picture(path: Path, as_json: bool) -> None:
-    from sdvino.image.picture import read_settings
+    from sdvino.image.picture import read_picture_settings
 
-    settings = read_settings(path)
-    click.echo(json.dumps(settings.to_dict(), indent=2) if as_json else settings.to_text())
+    settings = read_picture_settings(path)
+    click.echo(json.dumps(asdict(settings), indent=2) if as_json else settings.to_text())
 
 
 def _facts(folder: ModelFolder) -> dict[str, Any]:

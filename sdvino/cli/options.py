@@ -22,6 +22,19 @@ from sdvino.settings import (
 F = TypeVar("F", bound=Callable[..., Any])
 
 DEFAULTS = DeviceSettings()
+#: The parameters that `device_options` adds to a command.
+DEVICE_OPTIONS = (
+    "devices",
+    "threads",
+    "streams",
+    "performance_hint",
+    "core_type",
+    "pinning",
+    "hyper_threading",
+    "precision",
+    "cache_dir",
+    "no_cache",
+)
 
 
 def model_options(command: F) -> F:
