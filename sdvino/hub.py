@@ -60,7 +60,7 @@ def resolve_model(
         return bundled_model()
     path = Path(model).expanduser()
     try:
-        exists = path.exists()
+        exists = model != "" and path.exists()
     except OSError:  # a name too long for a file
         exists = False
     if exists or isinstance(model, Path):

@@ -1,0 +1,122 @@
+"""A model folder with graphs of a few nodes, made in milliseconds: right in form, not in art."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openvino as ov
+from openvino import opset13 as ops
+
+from sdvino.manifest import Manifest, ManifestComponent, Suggested
+
+WIDTH = 32
+TOKENS = 77
+
+
+def save(model: ov.Model, folder: Path, config: Mapping[str, Any]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    ov.save_model(model, folder / "openvino_model.xml", compress_to_fp16=False)
+    write_json(folder / "config.json", config)
+
+
+def write_json(path: Path, value: object) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, indent=2), encoding="utf-8")
+
+
+def edit_json(path: Path, **changes: object) -> None:
+    write_json(path, {**json.loads(path.read_text(encoding="utf-8")), **changes})
+
+
+def parameter(shape: list[int], kind: ov.Type, name: str) -> Any:
+    node = ops.parameter(ov.PartialShape(shape), kind, name=name)
+    node.output(0).set_names({name})
+    return node
+
+
+def finish(node: Any, name: str, parameters: list[Any]) -> ov.Model:
+    node.output(0).set_names({name})
+    return ov.Model([ops.result(node)], parameters, "tiny")
+
+
+def convolution(node: Any, channels_in: int, channels_out: int, seed: int = 0) -> Any:
+    weights = np.random.default_rng(seed).standard_normal((channels_out, channels_in, 3, 3))
+    constant = ops.constant(weights.astype(np.float32) / 10)
+    return ops.convolution(node, constant, [1, 1], [1, 1], [1, 1], [1, 1])
+
+
+def unet() -> ov.Model:
+    """sample + mean of the states + timestep / 1000, after a convolution."""
+    sample = parameter([-1, 4, -1, -1], ov.Type.f32, "sample")
+    timestep = parameter([-1], ov.Type.i64, "timestep")
+    states = parameter([-1, TOKENS, WIDTH], ov.Type.f32, "encoder_hidden_states")
+    t = ops.divide(ops.convert(timestep, "f32"), np.float32(1000))
+    text = ops.reduce_mean(states, np.array([1, 2], np.int64))
+    shift = ops.unsqueeze(ops.add(t, text), np.array([1, 2, 3], np.int64))
+    return finish(
+        ops.add(convolution(sample, 4, 4), shift), "out_sample", [sample, timestep, states]
+    )
+
+
+def text_encoder() -> ov.Model:
+    ids = parameter([-1, -1], ov.Type.i64, "input_ids")
+    table = np.random.default_rng(1).standard_normal((49408 // 64, WIDTH)).astype(np.float32)
+    return finish(ops.gather(ops.constant(table), ids, np.int64(0)), "last_hidden_state", [ids])
+
+
+def vae_decoder() -> ov.Model:
+    latents = parameter([-1, 4, -1, -1], ov.Type.f32, "latent_sample")
+    return finish(convolution(latents, 4, 3, seed=2), "sample", [latents])
+
+
+def make_tiny_folder(folder: Path) -> Path:
+    """Write a whole folder, manifest included, and return it."""
+    save(
+        unet(),
+        folder / "unet",
+        {
+            "_class_name": "UNet2DConditionModel",
+            "in_channels": 4,
+            "out_channels": 4,
+            "cross_attention_dim": WIDTH,
+            "sample_size": 16,
+            "block_out_channels": [32, 64],
+        },
+    )
+    save(
+        text_encoder(),
+        folder / "text_encoder",
+        {"hidden_size": WIDTH, "max_position_embeddings": TOKENS},
+    )
+    save(
+        vae_decoder(),
+        folder / "vae_decoder",
+        {
+            "_class_name": "AutoencoderKL",
+            "latent_channels": 4,
+            "block_out_channels": [16, 32, 32, 32],
+            "scaling_factor": 0.18215,
+        },
+    )
+    write_json(folder / "tokenizer" / "tokenizer.json", {})
+    write_json(
+        folder / "scheduler" / "scheduler_config.json",
+        {"_class_name": "DDIMScheduler", "prediction_type": "v_prediction"},
+    )
+    write_json(folder / "model_index.json", {"_class_name": "StableDiffusionPipeline"})
+    manifest = Manifest(
+        source="tiny",
+        family="sd1",
+        recipe="fp16",
+        components={
+            name: ManifestComponent.of(folder / name, "fp16")
+            for name in ("text_encoder", "unet", "vae_decoder")
+        },
+        suggested=Suggested(num_inference_steps=8, guidance_scale=4.0, scheduler="dpmpp_2m"),
+    )
+    (folder / "sdvino.json").write_text(manifest.to_json(), encoding="utf-8")
+    return folder
