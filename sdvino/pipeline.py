@@ -365,7 +365,8 @@ class StableDiffusionPipeline:
         decoder = VaeDecoder(component)
         with clock(timings, "decode"):
             if output_type == "pil" and not tiled:
-                return decoder.decode(latents)[0]
+                levels: NDArray[np.uint8] = decoder.decode(latents)[0]
+                return levels
             floats = decoder.decode_tiled(latents) if tiled else decoder.decode_float(latents)
             picture: Array = floats[0]
             return to_levels(picture) if output_type == "pil" else picture

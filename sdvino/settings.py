@@ -64,9 +64,9 @@ class SamplerSettings:
     eta: float = 0.0
 
     def __post_init__(self) -> None:
-        _one_of("scheduler", self.scheduler, SAMPLERS)
-        _one_of("sigma schedule", self.sigma_schedule, SIGMA_SCHEDULES)
-        _one_of("timestep spacing", self.timestep_spacing, TIMESTEP_SPACINGS)
+        check_choice("scheduler", self.scheduler, SAMPLERS)
+        check_choice("sigma schedule", self.sigma_schedule, SIGMA_SCHEDULES)
+        check_choice("timestep spacing", self.timestep_spacing, TIMESTEP_SPACINGS)
         if not 0.0 <= self.eta <= 1.0:
             raise RequestError(f"eta is {self.eta}; give a number from 0 to 1.")
 
@@ -109,9 +109,9 @@ class DeviceSettings:
             if value is not None and not 1 <= value <= 1024:
                 what = name.removeprefix("num_")
                 raise RequestError(f"{what} is {value}; give a whole number from 1 to 1024.")
-        _one_of("performance hint", self.performance_hint, get_args(PerformanceHint))
-        _one_of("core type", self.core_type, get_args(CoreType))
-        _one_of("precision", self.precision, get_args(Precision))
+        check_choice("performance hint", self.performance_hint, get_args(PerformanceHint))
+        check_choice("core type", self.core_type, get_args(CoreType))
+        check_choice("precision", self.precision, get_args(Precision))
         if self.cache_limit_bytes < 0:
             raise RequestError("The cache limit is negative; give a number of bytes from 0 up.")
 
@@ -127,7 +127,7 @@ class RunSettings:
     def __post_init__(self) -> None:
         for name in self.components:
             if name != "vae":
-                _one_of("component", name, COMPONENTS)
+                check_choice("component", name, COMPONENTS)
 
     def for_component(self, name: str) -> DeviceSettings:
         """Return the settings of component ``name``; ``vae`` stands for every VAE part."""
@@ -138,6 +138,7 @@ class RunSettings:
         return self.default
 
 
-def _one_of(what: str, value: str | None, known: tuple[str, ...]) -> None:
+def check_choice(what: str, value: str | None, known: tuple[str, ...]) -> None:
+    """Raise RequestError, naming the choices, unless ``value`` is None or one of ``known``."""
     if value is not None and value not in known:
         raise RequestError(f"Unknown {what} {value!r}; choose one of: {', '.join(known)}.")
