@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sdvino.errors import RequestError
+from sdvino.model_folder import ModelFolder
+from sdvino.runtime.memory import (
+    MemoryStatus,
+    check_memory,
+    estimate_memory,
+    linux_status,
+    memory_status,
+)
+from tests.tiny_folder import make_tiny_folder
+
+GB = 10**9
+MEMINFO = {
+    "/proc/meminfo": "MemTotal:       16000000 kB\nMemFree: 1 kB\nMemAvailable:    8000000 kB\n",
+    "/proc/self/statm": "9000 5000 100 1 0 7000 0\n",
+}
+KB = 1024
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> ModelFolder:
+    return ModelFolder.open(make_tiny_folder(tmp_path_factory.mktemp("model") / "model"))
+
+
+def test_a_larger_picture_needs_more(folder: ModelFolder) -> None:
+    sizes = [estimate_memory(folder, side, side) for side in (64, 512, 1024, 4096)]
+    assert sizes == sorted(set(sizes))
+    assert estimate_memory(folder, 512, 512, batch=4) > sizes[1]
+    assert estimate_memory(folder, 4096, 4096, tile=512) < sizes[3]
+    assert sizes[0] < GB
+
+
+def test_the_weights_count(folder: ModelFolder) -> None:
+    weights = sum(part.bytes for part in folder.components.values())
+    assert estimate_memory(folder, 64, 64) > 2 * weights
+
+
+def test_an_absurd_size_is_refused(folder: ModelFolder) -> None:
+    needed = estimate_memory(folder, 10**7, 10**7)
+    with pytest.raises(RequestError, match=r"memory.*smaller"):
+        check_memory(needed)
+    check_memory(estimate_memory(folder, 64, 64))
+
+
+def test_what_the_process_holds_is_not_counted_twice(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, logger="sdvino"):
+        check_memory(6 * GB, MemoryStatus(8 * GB, 2 * GB, own=5 * GB))
+        assert not caplog.records
+        check_memory(6 * GB, MemoryStatus(8 * GB, 2 * GB, own=1 * GB))
+    assert "close other programs" in caplog.text
+
+
+def test_an_unknown_memory_refuses_nothing() -> None:
+    check_memory(10**18, MemoryStatus(None, None))
+
+
+def test_linux_on_a_laptop() -> None:
+    status = linux_status(MEMINFO)
+    assert (status.total, status.available) == (16000000 * KB, 8000000 * KB)
+    assert status.own >= 5000 * 4096
+
+
+def test_a_container_with_a_limit() -> None:
+    files = {
+        **MEMINFO,
+        "/sys/fs/cgroup/memory.max": "4000000000\n",
+        "/sys/fs/cgroup/memory.current": "3000000000\n",
+        "/sys/fs/cgroup/memory.stat": "anon 1\nfile 5\ninactive_file 1500000000\n",
+    }
+    status = linux_status(files)
+    assert (status.total, status.available) == (4 * GB, 2.5 * GB)
+    old = {
+        **MEMINFO,
+        "/sys/fs/cgroup/memory/memory.limit_in_bytes": "4000000000\n",
+        "/sys/fs/cgroup/memory/memory.usage_in_bytes": "5000000000\n",
+    }
+    assert (linux_status(old).total, linux_status(old).available) == (4 * GB, 0)
+
+
+@pytest.mark.parametrize("limit", ["max\n", "9223372036854771712\n", ""])
+def test_a_container_without_a_limit(limit: str) -> None:
+    assert linux_status({**MEMINFO, "/sys/fs/cgroup/memory.max": limit}) == linux_status(MEMINFO)
+
+
+@given(st.dictionaries(st.sampled_from(sorted(MEMINFO)), st.text(max_size=40)))
+def test_whatever_linux_says(files: dict[str, str]) -> None:
+    assert linux_status(files).own >= 0
+
+
+def test_this_machine() -> None:
+    status = memory_status()
+    assert status.total is not None
+    assert status.total > 10**8
+    assert status.available is None or 0 < status.available <= status.total
+    assert Path(__file__).stat().st_size < status.own < status.total

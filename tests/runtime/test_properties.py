@@ -1,0 +1,180 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from sdvino.errors import DeviceError
+from sdvino.runtime.properties import (
+    DeviceFacts,
+    compile_properties,
+    hardware_of,
+    normalize_device,
+)
+from sdvino.settings import DeviceSettings
+
+CPU = DeviceFacts(
+    supported=frozenset(
+        {
+            "PERFORMANCE_HINT",
+            "NUM_STREAMS",
+            "INFERENCE_NUM_THREADS",
+            "SCHEDULING_CORE_TYPE",
+            "ENABLE_CPU_PINNING",
+            "ENABLE_HYPER_THREADING",
+            "INFERENCE_PRECISION_HINT",
+        }
+    ),
+    capabilities=frozenset({"FP32", "INT8", "BIN", "EXPORT_IMPORT"}),
+)
+SERVER = replace(CPU, capabilities=CPU.capabilities | {"BF16", "FP16"}, amx=True)
+GPU = DeviceFacts(
+    supported=frozenset({"PERFORMANCE_HINT", "NUM_STREAMS", "INFERENCE_PRECISION_HINT"}),
+    capabilities=frozenset({"FP32", "FP16", "INT8"}),
+)
+NPU = DeviceFacts(
+    supported=frozenset({"PERFORMANCE_HINT", "INFERENCE_PRECISION_HINT"}),
+    capabilities=frozenset({"FP16", "INT8"}),
+)
+LAPTOP = ("CPU", "GPU", "NPU")
+
+
+def test_a_cpu_without_amx_runs_one_stream_in_f32() -> None:
+    assert compile_properties(DeviceSettings(), "CPU", {"CPU": CPU}) == {
+        "PERFORMANCE_HINT": "LATENCY",
+        "NUM_STREAMS": 1,
+        "INFERENCE_PRECISION_HINT": "f32",
+    }
+
+
+def test_a_cpu_with_amx_chooses_its_precision_itself() -> None:
+    properties = compile_properties(DeviceSettings(), "CPU", {"CPU": SERVER})
+    assert "INFERENCE_PRECISION_HINT" not in properties
+    properties = compile_properties(DeviceSettings(precision="f32"), "CPU", {"CPU": SERVER})
+    assert properties["INFERENCE_PRECISION_HINT"] == "f32"
+
+
+def test_every_cpu_setting_has_its_property() -> None:
+    settings = DeviceSettings(
+        num_threads=6,
+        num_streams=2,
+        performance_hint="throughput",
+        core_type="performance",
+        pinning=False,
+        hyper_threading=True,
+        precision="f32",
+    )
+    assert compile_properties(settings, "CPU", {"CPU": CPU}) == {
+        "PERFORMANCE_HINT": "THROUGHPUT",
+        "NUM_STREAMS": 2,
+        "INFERENCE_NUM_THREADS": 6,
+        "SCHEDULING_CORE_TYPE": "PCORE_ONLY",
+        "ENABLE_CPU_PINNING": False,
+        "ENABLE_HYPER_THREADING": True,
+        "INFERENCE_PRECISION_HINT": "f32",
+    }
+
+
+def test_throughput_leaves_the_streams_to_the_device() -> None:
+    settings = DeviceSettings(performance_hint="throughput")
+    assert "NUM_STREAMS" not in compile_properties(settings, "CPU", {"CPU": CPU})
+
+
+def test_a_containers_quota_limits_the_threads_unless_told() -> None:
+    limited = {"CPU": replace(CPU, cpu_quota=2)}
+    assert compile_properties(DeviceSettings(), "CPU", limited)["INFERENCE_NUM_THREADS"] == 2
+    told = DeviceSettings(num_threads=5)
+    assert compile_properties(told, "CPU", limited)["INFERENCE_NUM_THREADS"] == 5
+
+
+def test_a_gpu_runs_f16_and_has_no_threads() -> None:
+    settings = DeviceSettings(num_threads=4, core_type="efficient", pinning=True)
+    assert compile_properties(settings, "GPU.1", {"GPU.1": GPU}) == {
+        "PERFORMANCE_HINT": "LATENCY",
+        "NUM_STREAMS": 1,
+        "INFERENCE_PRECISION_HINT": "f16",
+    }
+
+
+def test_an_npu_gets_the_hint_alone() -> None:
+    settings = DeviceSettings(num_threads=4, num_streams=2)
+    assert compile_properties(settings, "NPU", {"NPU": NPU}) == {"PERFORMANCE_HINT": "LATENCY"}
+
+
+@pytest.mark.parametrize(
+    ("device", "facts", "precision", "words"),
+    [
+        ("CPU", CPU, "bf16", "CPU does not compute in bf16; it has: f32"),
+        ("CPU", CPU, "f16", "CPU does not compute in f16"),
+        ("GPU", GPU, "bf16", "it has: f32, f16"),
+        ("NPU", NPU, "f32", "NPU does not compute in f32"),
+    ],
+)
+def test_a_precision_that_the_device_lacks(
+    device: str, facts: DeviceFacts, precision: Any, words: str
+) -> None:
+    with pytest.raises(DeviceError, match=words):
+        compile_properties(DeviceSettings(precision=precision), device, {device: facts})
+
+
+def test_a_property_that_the_device_does_not_take() -> None:
+    old = replace(CPU, supported=CPU.supported - {"SCHEDULING_CORE_TYPE"})
+    compile_properties(DeviceSettings(), "CPU", {"CPU": old})
+    with pytest.raises(DeviceError, match=r"CPU does not take --core-type"):
+        compile_properties(DeviceSettings(core_type="any"), "CPU", {"CPU": old})
+
+
+def test_auto_passes_each_device_its_own() -> None:
+    settings = DeviceSettings(num_threads=3)
+    properties = compile_properties(settings, "AUTO:GPU,CPU", {"GPU": GPU, "CPU": CPU})
+    assert properties["PERFORMANCE_HINT"] == "LATENCY"
+    assert properties["ENABLE_STARTUP_FALLBACK"] is False
+    assert properties["DEVICE_PROPERTIES"] == {
+        "GPU": compile_properties(settings, "GPU", {"GPU": GPU}),
+        "CPU": compile_properties(settings, "CPU", {"CPU": CPU}),
+    }
+
+
+def test_hetero_takes_nothing_but_its_devices_properties() -> None:
+    properties = compile_properties(DeviceSettings(), "HETERO:GPU,CPU", {"GPU": GPU, "CPU": CPU})
+    assert list(properties) == ["DEVICE_PROPERTIES"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "available", "name", "hardware"),
+    [
+        ("cpu", LAPTOP, "CPU", ["CPU"]),
+        (" GPU ", LAPTOP, "GPU", ["GPU"]),
+        ("gpu.0", LAPTOP, "GPU.0", ["GPU.0"]),
+        ("GPU", ("CPU", "GPU.0", "GPU.1"), "GPU", ["GPU"]),
+        ("GPU.1", ("CPU", "GPU.0", "GPU.1"), "GPU.1", ["GPU.1"]),
+        ("auto", LAPTOP, "AUTO", ["CPU", "GPU", "NPU"]),
+        ("auto:gpu, cpu", LAPTOP, "AUTO:GPU,CPU", ["GPU", "CPU"]),
+        ("AUTO:-NPU", LAPTOP, "AUTO:-NPU", ["CPU", "GPU"]),
+        ("hetero:GPU,CPU", LAPTOP, "HETERO:GPU,CPU", ["GPU", "CPU"]),
+    ],
+)
+def test_names_of_devices(
+    asked: str, available: tuple[str, ...], name: str, hardware: list[str]
+) -> None:
+    assert normalize_device(asked, available) == name
+    assert hardware_of(name, available) == hardware
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ("TPU", "'TPU'.*available: CPU, GPU, NPU"),
+        ("GPU.1", "GPU.1"),
+        ("CPU.7", "CPU.7"),
+        ("AUTO:TPU", "TPU"),
+        ("AUTO:", "empty"),
+        ("HETERO", "HETERO:GPU,CPU"),
+        ("HETERO:-CPU", "-CPU"),
+        ("MULTI:CPU,GPU", "MULTI"),
+    ],
+)
+def test_devices_that_are_not_here(asked: str, words: str) -> None:
+    with pytest.raises(DeviceError, match=words):
+        normalize_device(asked, LAPTOP)
