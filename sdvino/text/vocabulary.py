@@ -229,7 +229,7 @@ def _read_text(path: Path) -> str:
     try:
         if path.stat().st_size > MAX_FILE_BYTES:
             raise _wrong(path, f"it is larger than {MAX_FILE_BYTES // 2**20} MB")
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise _wrong(path, "it is not UTF-8 text") from error
     except OSError as error:

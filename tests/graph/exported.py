@@ -47,7 +47,12 @@ def some_latents(*shape: int, seed: int = 0) -> NDArray[np.float32]:
 
 def read(component: str) -> ov.Model:
     """Return a fresh copy of an exported component."""
-    return ov.Core().read_model(str(_folder() / component / "openvino_model.xml"))
+    return ov.Core().read_model(str(xml(component)))
+
+
+def xml(component: str) -> Path:
+    """Return the exported graph's file; read only."""
+    return Path(_export().name) / component / "openvino_model.xml"
 
 
 @lru_cache(maxsize=1)
@@ -146,10 +151,6 @@ def _export() -> tempfile.TemporaryDirectory[str]:
             torch_pipeline(), output=folder.name, task="text-to-image", stateful=False
         )
     return folder
-
-
-def _folder() -> Path:
-    return Path(_export().name)
 
 
 def _shake(module: torch.nn.Module) -> None:

@@ -1,6 +1,10 @@
 from __future__ import annotations
 
+import warnings
+
+import nncf
 import numpy as np
+import openvino as ov
 import pytest
 import torch
 from numpy.typing import NDArray
@@ -46,13 +50,27 @@ def test_more_than_there_are_layers_is_refused(clip_skip: int) -> None:
         select_hidden_state(read("text_encoder"), clip_skip)
 
 
-def test_compressed_weights_do_not_hide_the_layers() -> None:
-    import nncf
+def compressed(how: str) -> ov.Model:
+    model = read("text_encoder")
+    if how == "8-bit weights":
+        return nncf.compress_weights(model)
+    model.reshape({"input_ids": [1, 77]})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return nncf.quantize(model, nncf.Dataset([IDS]), subset_size=1)
 
-    model = nncf.compress_weights(read("text_encoder"))
-    select_hidden_state(model, LAYERS)
+
+@pytest.mark.parametrize("how", ["8-bit weights", "8-bit everything"])
+def test_compression_does_not_hide_the_layers(how: str) -> None:
+    original = compressed(how)
+    for clip_skip in range(1, LAYERS + 1):
+        model = original.clone()
+        select_hidden_state(model, clip_skip)
+        state = Compiled(model).infer({"input_ids": IDS})["last_hidden_state"]
+        # Rounding to 8 bits moves the states a little, a wrong layer by more than 1.
+        np.testing.assert_allclose(state, oracle(clip_skip)[0], atol=0.2)
     with pytest.raises(RequestError, match=f"has {LAYERS} layers"):
-        select_hidden_state(nncf.compress_weights(read("text_encoder")), LAYERS + 1)
+        select_hidden_state(original.clone(), LAYERS + 1)
 
 
 def test_a_graph_that_is_no_text_encoder_is_refused() -> None:

@@ -4,16 +4,20 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import openvino as ov
 import pytest
 import torch
 from diffusers.image_processor import VaeImageProcessor
 from numpy.typing import NDArray
 
 from sdvino.errors import ModelFolderError, RequestError, SdvinoError
+from sdvino.graph.shapes import reshape_static
 from sdvino.graph.vae import decoder_to_float, decoder_to_pixels, encoder_from_pixels
 from sdvino.image.autoencoder import VaeDecoder, VaeEncoder
 from sdvino.image.tiling import to_levels
-from tests.graph.exported import SCALING, Compiled, read, some_latents, torch_pipeline
+from sdvino.runtime.component import Component
+from sdvino.settings import DeviceSettings
+from tests.graph.exported import SCALING, Compiled, read, some_latents, torch_pipeline, xml
 
 
 def decoder(edit: Any = decoder_to_pixels) -> VaeDecoder:
@@ -37,6 +41,22 @@ def test_pictures_are_those_of_diffusers() -> None:
     np.testing.assert_array_equal(
         as_float.decode(latents), to_levels(as_float.decode_float(latents))
     )
+
+
+def test_the_runtime_runs_it() -> None:
+    def prepare(model: ov.Model) -> None:
+        decoder_to_pixels(model, SCALING)
+        reshape_static(model, {"latent_sample": [1, 4, 4, 6]})
+
+    component = Component(
+        "vae_decoder", xml("vae_decoder"), DeviceSettings(precision="f32"), prepare=prepare
+    )
+    latents = some_latents(2, 4, 4, 6)
+    levels = VaeDecoder(component).decode(latents).astype(np.int16)
+    assert np.abs(levels - decoder().decode(latents)).max() <= 1
+    latents[0] = np.nan
+    with pytest.raises(SdvinoError, match="--precision f32"):
+        VaeDecoder(component).decode(latents)
 
 
 def test_the_first_picture_is_not_overwritten_by_the_second() -> None:
