@@ -7,6 +7,7 @@ uncertain step is strict, since a picture that cannot be read should not count a
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,16 +18,17 @@ from scenes import Prompt
 
 COLOUR_NAMES = tuple(scenes.COLOURS)
 PALETTE = np.array([scenes.COLOURS[name] for name in COLOUR_NAMES], np.float32)
+COLOURS_BY_NAME = dict(zip(COLOUR_NAMES, PALETTE, strict=True))
 
 MAX_COLOUR_DISTANCE = 60.0  # RGB; half the distance of the closest two colours, 117
 BACKGROUND_DISTANCE = 50.0  # RGB; beyond it a pixel is not background
 SMALLEST_OBJECT = 40  # pixels; specks below it are noise
 MIN_ONE_COLOUR = 0.8  # share of an object's inner pixels that have its colour
-MIN_OVERLAP = 0.72  # of an object with the closest shape (intersection over union)
+MIN_OVERLAP = 0.75  # of an object with the closest shape (intersection over union)
 # Between the radii the grammar draws, with equal room on both sides.
 SMALL_BELOW, BIG_ABOVE = 20.5, 26.5
 COLUMN_EDGES = (51.0, 77.0)  # pixels: between the grid's columns, and rows
-TEMPLATE = 48  # pixels: shapes are compared at this size
+RIM = 2  # pixels of soft edge around what is clearly not background
 MIN_APART = 8.0  # pixels between two centres for one to be left of, or above, the other
 
 Mask = NDArray[np.bool_]
@@ -35,7 +37,8 @@ Floats = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Seen:
-    """An object as read: centre of its bounding box and half its longer side, in pixels."""
+    """An object as read: centre of its bounding box and half its longer side, in pixels,
+    of the drawn shape that is closest to it."""
 
     colour: str
     shape: str
@@ -113,8 +116,8 @@ def _read_background(pixels: Floats) -> tuple[float, ...] | None:
     frame = np.concatenate([frame.reshape(-1, 3), pixels[:, -2:].reshape(-1, 3)])
     middle = np.median(frame, 0)
     near = np.square(frame - middle).sum(1) < BACKGROUND_DISTANCE**2
-    # Objects keep off the edge of the picture, so the frame is nearly all background.
-    if near.mean() < 0.9:
+    # Objects keep off the edge of the picture, so most of the frame is background.
+    if near.mean() < 0.75:
         return None
     mean = frame[near].mean(0)
     return tuple(map(float, mean)) if _nearest(mean) is not None else None
@@ -163,81 +166,91 @@ def components(mask: Mask) -> list[Mask]:
 
 def _read_object(pixels: Floats, mask: Mask, background: Floats) -> Seen | None:
     """Read one object from the pixels of a component, or None when it is none of ours."""
-    inner = _erode(mask)
-    if inner.sum() < SMALLEST_OBJECT / 4:
-        inner = mask
-    inside = pixels[inner]
-    distances = np.square(inside[:, None] - PALETTE).sum(2)
-    nearest = distances.argmin(1)
-    counts = np.bincount(nearest, minlength=len(PALETTE))
+    rows, columns = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
+    top, left = max(rows[0] - RIM, 0), max(columns[0] - RIM, 0)
+    window = (slice(top, rows[-1] + RIM + 1), slice(left, columns[-1] + RIM + 1))
+    pixels, mask = pixels[window], mask[window]
+    own = _own_colour(pixels[mask], background)
+    if own is None:
+        return None
+    alpha = _coverage(pixels, COLOURS_BY_NAME[own], background)
+    for _ in range(RIM):  # the soft edge belongs to the object, another object does not
+        mask = _dilate(mask)
+    return _read_shape(alpha * mask, own, float(left), float(top))
+
+
+def _own_colour(inside: Floats, background: Floats) -> str | None:
+    """Return the name of the colour that an object's pixels, [n, 3], have; None if they have not.
+
+    Soft edges are mixtures with the background, so a pixel is the object's when it lies close to
+    the line between the two colours.
+    """
+    distance = np.square(inside - background).sum(1)
+    core = inside[distance >= 0.64 * np.quantile(distance, 0.9)]
+    votes = np.square(core[:, None] - PALETTE).sum(2).argmin(1)
+    counts = np.bincount(votes, minlength=len(PALETTE))
     best = int(counts.argmax())
-    own = inside[nearest == best].mean(0)
-    if counts[best] < MIN_ONE_COLOUR * len(inside) or _nearest(own) != COLOUR_NAMES[best]:
+    own = core[votes == best].mean(0)
+    if _nearest(own) != COLOUR_NAMES[best] or counts[best] < MIN_ONE_COLOUR * len(core):
         return None
-    alpha = _coverage(pixels, own, background) * _dilate(mask)
-    columns, rows = alpha.max(0) > 0.5, alpha.max(1) > 0.5
-    if not columns.any():
-        return None
-    (left, right), (top, bottom) = _extent(alpha, 0, columns), _extent(alpha, 1, rows)
-    x, y = (left + right) / 2, (top + bottom) / 2
-    radius = max(right - left, bottom - top) / 2
-    shape = _read_shape(alpha, x, y, radius)
-    return None if shape is None else Seen(COLOUR_NAMES[best], shape, radius, x, y)
+    alpha = _coverage(inside, own, background)[:, None]
+    off = np.square(inside - (background + alpha * (own - background))).sum(1)
+    on_line = off < MAX_COLOUR_DISTANCE**2
+    return COLOUR_NAMES[best] if on_line.mean() >= MIN_ONE_COLOUR else None
 
 
 def _coverage(pixels: Floats, own: Floats, background: Floats) -> Floats:
-    """Return how far each pixel is on the way from the background to the object's colour."""
+    """Return how far each pixel, [..., 3], is on the way from the background to a colour."""
     way = own - background
     alpha = (pixels - background) @ way / float(way @ way)
     return np.clip(alpha, 0, 1).astype(np.float32)
 
 
-def _extent(alpha: Floats, axis: int, occupied: Mask) -> tuple[float, float]:
-    """Return where an object begins and ends, in pixels and parts of one."""
-    profile = alpha.max(axis)
-    first, last = np.flatnonzero(occupied)[[0, -1]]
-    start = first - (profile[first - 1] if first > 0 else 0.0)
-    end = last + 1 + (profile[last + 1] if last + 1 < len(profile) else 0.0)
-    # A pixel that is itself partly covered does not count whole.
-    return float(start + 1 - profile[first]), float(end - 1 + profile[last])
+def _read_shape(alpha: Floats, colour: str, left: float, top: float) -> Seen | None:
+    """Compare an object with each shape drawn over it; None when it is like none.
 
-
-def _read_shape(alpha: Floats, x: float, y: float, radius: float) -> str | None:
-    """Compare an object with each shape drawn in its place; None when it is like none."""
-    box = (_inside(x - radius), _inside(y - radius), _inside(x + radius), _inside(y + radius))
-    patch = Image.fromarray(alpha).resize((TEMPLATE, TEMPLATE), Image.Resampling.BILINEAR, box=box)
-    seen = np.asarray(patch, np.float32)
-    templates = _templates()
-    overlap = np.minimum(seen, templates).sum((1, 2)) / np.maximum(seen, templates).sum((1, 2))
-    best = int(overlap.argmax())
-    return scenes.SHAPES[best] if overlap[best] >= MIN_OVERLAP else None
-
-
-def _inside(value: float) -> float:
-    return min(max(value, 0.0), float(scenes.PICTURE_SIZE))
+    Each shape is drawn with the object's area and centre of mass, which blur does not change as
+    it does the bounding box.
+    """
+    area = float(alpha.sum())
+    x = float(alpha.sum(0) @ (np.arange(alpha.shape[1]) + 0.5)) / area
+    y = float(alpha.sum(1) @ (np.arange(alpha.shape[0]) + 0.5)) / area
+    best, found = MIN_OVERLAP, None
+    for shape in scenes.SHAPES:
+        unit_area, dx, dy = _moments(shape)
+        radius = math.sqrt(area / unit_area)
+        cx, cy = x - dx * radius, y - dy * radius
+        size = max(alpha.shape)
+        drawn = scenes.coverage(shape, radius, cx, cy, size)[: alpha.shape[0], : alpha.shape[1]]
+        # What the drawn shape has outside the window counts against it.
+        union = float(np.maximum(alpha, drawn).sum()) + max(area - float(drawn.sum()), 0.0)
+        overlap = float(np.minimum(alpha, drawn).sum()) / union
+        if overlap >= best:
+            best, found = overlap, Seen(colour, shape, radius, left + cx, top + cy)
+    return found
 
 
 @functools.cache
-def _templates() -> Floats:
-    """Every shape filling a square of TEMPLATE pixels: [shapes, TEMPLATE, TEMPLATE]."""
-    half = TEMPLATE / 2
-    return np.stack([scenes.coverage(name, half, half, half, TEMPLATE) for name in scenes.SHAPES])
-
-
-def _shifted(mask: Mask, outside: bool) -> list[Mask]:
-    padded = np.pad(mask, 1, constant_values=outside)
-    height, width = mask.shape
-    return [padded[i : i + height, j : j + width] for i, j in ((0, 1), (1, 0), (1, 2), (2, 1))]
-
-
-def _erode(mask: Mask) -> Mask:
-    eroded: Mask = np.logical_and.reduce([mask, *_shifted(mask, True)])
-    return eroded
+def _moments(shape: str) -> tuple[float, float, float]:
+    """Return area and centre of mass of a shape of radius 1 centred on the origin."""
+    half = 64.0
+    alpha = scenes.coverage(shape, half, half, half, 128)
+    area = float(alpha.sum())
+    at = np.arange(128) + 0.5 - half
+    return (
+        area / half**2,
+        float(alpha.sum(0) @ at) / area / half,
+        float(alpha.sum(1) @ at) / area / half,
+    )
 
 
 def _dilate(mask: Mask) -> Mask:
-    dilated: Mask = np.logical_or.reduce([mask, *_shifted(mask, False)])
-    return dilated
+    grown: Mask = mask.copy()
+    grown[1:] |= mask[:-1]
+    grown[:-1] |= mask[1:]
+    grown[:, 1:] |= mask[:, :-1]
+    grown[:, :-1] |= mask[:, 1:]
+    return grown
 
 
 def judge(reading: Reading, prompt: Prompt) -> Verdict:
