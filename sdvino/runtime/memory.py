@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from sdvino.errors import RequestError
 from sdvino.model_folder import ModelFolder
@@ -51,11 +52,25 @@ def estimate_memory(
     decoder = side[0] * side[1] * _width_at_full_size(folder) * 4 * _LIVE_MAPS
     factor = folder.vae_scale_factor
     latents = (height // factor) * (width // factor)
-    blocks = folder.components["unet"].config.get("block_out_channels")
+    config = folder.components["unet"].config
+    blocks = config.get("block_out_channels")
     channels = blocks[0] if isinstance(blocks, list) and blocks and _plain(blocks[0]) else 320
     # Skip connections keep every level's maps until the way up: some ten of the widest level's.
-    unet = batch * latents * channels * 4 * 10
+    unet = batch * latents * channels * 4 * 10 + _attention_bytes(config, latents)
     return int(_PROCESS_BYTES + weights + picture + max(decoder, unet))
+
+
+def _attention_bytes(config: Mapping[str, Any], latents: int) -> int:
+    """Return the bytes of one head's attention matrix at the UNet's largest self-attention.
+
+    Kernels that never hold the whole matrix still take that many operations, so a picture for
+    which it would not fit is out of this machine's reach either way.
+    """
+    kinds = config.get("down_block_types")
+    if not isinstance(kinds, list):
+        return latents**2 * 4
+    levels = [i for i, kind in enumerate(kinds) if "Attn" in str(kind)]
+    return 0 if not levels else (latents // 4 ** levels[0]) ** 2 * 4
 
 
 def _width_at_full_size(folder: ModelFolder) -> int:
