@@ -62,9 +62,9 @@ def _betas(config: SamplerConfig) -> Float32:
     if config.trained_betas is not None:
         return np.array(config.trained_betas, np.float32)
     if config.beta_schedule == "linear":
-        return _linspace(config.beta_start, config.beta_end, count)
+        return linspace32(config.beta_start, config.beta_end, count)
     if config.beta_schedule == "scaled_linear":
-        root = _linspace(math.sqrt(config.beta_start), math.sqrt(config.beta_end), count)
+        root = linspace32(math.sqrt(config.beta_start), math.sqrt(config.beta_end), count)
         return np.square(root)
     edges = np.arange(count + 1) / count
     if config.beta_schedule == "exp":
@@ -75,7 +75,7 @@ def _betas(config: SamplerConfig) -> Float32:
     return betas.astype(np.float32)
 
 
-def _linspace(start: float, end: float, count: int) -> Float32:
+def linspace32(start: float, end: float, count: int) -> Float32:
     """Return torch.linspace's float32 numbers: from both ends inwards, each rounded once."""
     first, last = np.float32(start), np.float32(end)
     step = float((last - first) / np.float32(count - 1))
@@ -168,8 +168,10 @@ def timesteps_of(sigmas: Float64, train_sigmas: Float32) -> Float64:
     """Return the fractional timesteps whose noise levels are ``sigmas``, linear in log sigma."""
     log_sigmas = np.log(np.maximum(sigmas, 1e-10))
     log_train = np.log(train_sigmas)
-    low = np.searchsorted(log_train, log_sigmas, side="right") - 1
-    low = np.clip(low, 0, len(log_train) - 2)
+    # The last one at or below. (With zero terminal SNR the last few may be out of order.)
+    reached = log_sigmas[:, None] >= log_train
+    low = np.where(reached.any(axis=1), len(log_train) - 1 - reached[:, ::-1].argmax(axis=1), 0)
+    low = np.minimum(low, len(log_train) - 2)
     gap = log_train[low] - log_train[low + 1]
     w = np.clip((log_train[low] - log_sigmas) / gap, 0.0, 1.0)
     timesteps: Float64 = (1.0 - w) * low + w * (low + 1)

@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 
 from sdvino.diffusion.grids import (
     Float32,
+    linspace32,
     sigmas_between,
     sigmas_of,
     spaced_timesteps,
@@ -101,13 +102,14 @@ def _multistep_grid(
         _check_range(timesteps, train)
         sigmas = np.interp(timesteps, np.arange(train), train_sigmas)
         return np.append(sigmas, sigma_last), timesteps
-    # Lu et al.'s lambdas, evenly spaced, are the exponential sigmas with rounded timesteps.
-    name: SigmaScheduleName = "exponential" if lu else schedule
-    ends = _ends(settings, train_sigmas[::-1], own=lu)
-    sigmas = sigmas_between(name, *ends, steps)
+    if lu:  # evenly spaced lambdas, as exponential sigmas, but rounded otherwise
+        high, low = (float(log_sigma) for log_sigma in np.log(train_sigmas[[-1, 0]]))
+        sigmas = np.exp(high + np.linspace(0.0, 1.0, steps) * (low - high))
+    else:
+        sigmas = sigmas_between(schedule, *_ends(settings, train_sigmas[::-1]), steps)
     timesteps = timesteps_of(sigmas, train_sigmas)
     rounded = sampler == "unipc" or settings.beta_schedule != "squaredcos_cap_v2"
-    if rounded and (name == "karras" or lu):
+    if rounded and (lu or schedule == "karras"):
         timesteps = timesteps.round()
     if sampler == "unipc" and settings.final_sigmas_type == "sigma_min":
         sigma_last = float(sigmas[-1])
@@ -125,8 +127,8 @@ def _sigma_grid(
     ).astype(np.float32)
     _check_range(timesteps, train)
     if settings.interpolation_type == "log_linear":
-        log_sigmas = np.log(train_sigmas[[-1, 0]]).astype(np.float64)
-        sigmas = np.exp(np.linspace(log_sigmas[0], log_sigmas[1], steps + 1))
+        high, low = np.log(train_sigmas[[-1, 0]])
+        sigmas = np.exp(linspace32(float(high), float(low), steps + 1))
     else:
         sigmas = np.interp(timesteps, np.arange(train), train_sigmas)
     schedule = _sigma_schedule(settings)
