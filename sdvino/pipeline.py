@@ -347,7 +347,13 @@ class StableDiffusionPipeline:
         if clip_skip not in self._text_encoders:
             with clock(timings, "load"):
                 component = self.components.text_encoder(clip_skip)
-            self._text_encoders = {clip_skip: TextEncoder(component, self.tokenizer)}
+            vocab_size = self.folder.components["text_encoder"].config.get("vocab_size")
+            encoder = TextEncoder(
+                component,
+                self.tokenizer,
+                vocab_size=vocab_size if isinstance(vocab_size, int) else None,
+            )
+            self._text_encoders = {clip_skip: encoder}
         with clock(timings, "text"):
             return self._text_encoders[clip_skip].encode(text)
 

@@ -101,7 +101,7 @@ REQUESTS = [
     Bad("output folder missing", ("-o", "OUT/none/out.png"), ("folder",)),
     Bad("output is a folder", ("-o", "OUT"), ("folder",)),
     Bad("like a missing picture", ("--like", "OUT/none.png"), ("none.png",)),
-    Bad("prompts file missing", ("--prompts", "OUT/none.txt"), ("none.txt",)),
+    Bad("a prompt and a file of them", ("--prompts", "OUT/none.txt"), ("prompt", "once")),
     Bad("no such model", ("-m", "OUT/nothing-here"), ("nothing-here",)),
     Bad("a file as model", ("-m", __file__), ("folder",)),
 ]
@@ -204,5 +204,32 @@ def test_a_wrong_folder(bad: Bad, tmp_path: Path, capfd: pytest.CaptureFixture[s
 
 
 def test_a_prompt_of_100_kilobytes(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    bad = Bad("", ("--negative-prompt", "word " * 20_000), ("prompt", "characters"))
-    run_bad(bad, tmp_path, capfd)
+    assert main(["generate", "word " * 20_000, "-o", str(tmp_path / "out.png")]) == 2
+    assert "100,000 characters" in capfd.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "cannot be read"),
+        (b"", "no prompt"),
+        (b"# only a remark\n", "no prompt"),
+        (b"\xff\xfe\x00", "UTF-8"),
+        (b"a" * 5_000_000, "larger"),
+    ],
+)
+def test_a_file_of_prompts(
+    content: bytes | None, words: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    prompts, output = tmp_path / "prompts.txt", tmp_path / "out.png"
+    if content is not None:
+        prompts.write_bytes(content)
+    assert main(["generate", "--prompts", str(prompts), "-o", str(output)]) == 2
+    assert words in capfd.readouterr().err
+    assert not output.exists()
+
+
+def test_no_prompt_at_all(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "-o", str(tmp_path / "out.png")]) == 2
+    assert "There is no prompt" in capfd.readouterr().err
