@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from sdvino.arguments import embeddings_of, given_latents, run_settings, state_of
 from sdvino.components import Components
 from sdvino.diffusion.denoiser import Denoiser, Predict
 from sdvino.diffusion.guidance import Guidance
@@ -106,7 +106,7 @@ class StableDiffusionPipeline:
         folder = ModelFolder.open(path)
         if verify:
             folder.verify()
-        return cls(folder, _run_settings(device, settings), vae_tiling=vae_tiling)
+        return cls(folder, run_settings(device, settings), vae_tiling=vae_tiling)
 
     def __call__(
         self,
@@ -142,7 +142,7 @@ class StableDiffusionPipeline:
         Raises RequestError for a wrong request, SdvinoError when the work fails.
         """
         check_choice("output type", output_type, get_args(OutputType))
-        embeddings = _embeddings(prompt, prompt_embeds, negative_prompt_embeds)
+        embeddings = embeddings_of(prompt, prompt_embeds, negative_prompt_embeds)
         prompts = as_texts("prompt", prompt)
         request = GenerationRequest(
             prompts=prompts if embeddings.prompt is None else ("",) * len(embeddings.prompt),
@@ -205,7 +205,7 @@ class StableDiffusionPipeline:
         schedule = self.schedule(request)
         self.check_memory(request)
         shape = (1, folder.latent_channels, *size)
-        given = _given_latents(latents, (len(request.jobs), *shape[1:]))
+        given = given_latents(latents, (len(request.jobs), *shape[1:]))
         sample = get_sampler(schedule.sampler)
         for job in request.jobs:
             cond, uncond = self.text_states(request, job, embeddings, timings)
@@ -328,10 +328,10 @@ class StableDiffusionPipeline:
         timings = Timings() if timings is None else timings
         index = job.prompt_index
         guided = request.guidance_scale > 1.0
-        cond = _state_of(embeddings.prompt, index)
+        cond = state_of(embeddings.prompt, index)
         if cond is None:
             cond = self._encode(job.prompt, request.clip_skip, timings)
-        uncond = _state_of(embeddings.negative, index) if guided else None
+        uncond = state_of(embeddings.negative, index) if guided else None
         if guided and uncond is None:
             uncond = self._encode(job.negative_prompt, request.clip_skip, timings)
         expected = (1, self.folder.text_length, self.folder.cross_attention_dim)
@@ -414,58 +414,3 @@ def _predictor(unet: Component, states: Array, timings: Timings) -> Predict:
         return unet.infer(inputs)["out_sample"]
 
     return predict
-
-
-def _run_settings(
-    device: str | Mapping[str, str] | None, settings: RunSettings | None
-) -> RunSettings:
-    settings = RunSettings() if settings is None else settings
-    if device is None:
-        return settings
-    if isinstance(device, str):
-        return replace(settings, default=replace(settings.default, device=device))
-    default = replace(settings.default, device=device.get("default", settings.default.device))
-    components = {
-        name: replace(settings.for_component(name), device=value)
-        for name, value in device.items()
-        if name != "default"
-    }
-    return RunSettings(default=default, components={**settings.components, **components})
-
-
-def _embeddings(
-    prompt: str | Sequence[str] | None, embeds: Array | None, negative: Array | None
-) -> Embeddings:
-    if (prompt is None) == (embeds is None):
-        raise RequestError("Give either a prompt or prompt_embeds, and not both.")
-    return Embeddings(prompt=_states("prompt", embeds), negative=_states("negative", negative))
-
-
-def _states(what: str, value: Array | None) -> Array | None:
-    if value is None:
-        return None
-    states = np.ascontiguousarray(value, np.float32)
-    if states.ndim != 3 or not len(states):
-        raise RequestError(
-            f"{what} embeddings have the shape {states.shape}; give [N, length, width]."
-        )
-    return states
-
-
-def _state_of(states: Array | None, index: int) -> Array | None:
-    if states is None:
-        return None
-    return states[:1] if len(states) == 1 else states[index : index + 1]
-
-
-def _given_latents(latents: Array | None, shape: tuple[int, ...]) -> Array | None:
-    if latents is None:
-        return None
-    given = np.asarray(latents, np.float32)
-    if given.shape != shape:
-        raise RequestError(
-            f"The latents have the shape {list(given.shape)}; this request takes {list(shape)}."
-        )
-    if not np.isfinite(given).all():
-        raise RequestError("The latents hold NaN or infinity; give finite noise.")
-    return given

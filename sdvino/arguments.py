@@ -1,0 +1,71 @@
+"""What a call of the pipeline was given, checked and brought into one form."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from sdvino.errors import RequestError
+from sdvino.outputs import Array, Embeddings
+from sdvino.settings import RunSettings
+
+
+def run_settings(
+    device: str | Mapping[str, str] | None, settings: RunSettings | None
+) -> RunSettings:
+    """Return ``settings`` with the device, or the devices by component, put in."""
+    settings = RunSettings() if settings is None else settings
+    if device is None:
+        return settings
+    if isinstance(device, str):
+        return replace(settings, default=replace(settings.default, device=device))
+    default = replace(settings.default, device=device.get("default", settings.default.device))
+    components = {
+        name: replace(settings.for_component(name), device=value)
+        for name, value in device.items()
+        if name != "default"
+    }
+    return RunSettings(default=default, components={**settings.components, **components})
+
+
+def embeddings_of(
+    prompt: str | Sequence[str] | None, embeds: Array | None, negative: Array | None
+) -> Embeddings:
+    """Return the text states given to a call; raises RequestError beside a prompt."""
+    if (prompt is None) == (embeds is None):
+        raise RequestError("Give either a prompt or prompt_embeds, and not both.")
+    return Embeddings(prompt=_states("prompt", embeds), negative=_states("negative", negative))
+
+
+def _states(what: str, value: Array | None) -> Array | None:
+    if value is None:
+        return None
+    states = np.ascontiguousarray(value, np.float32)
+    if states.ndim != 3 or not len(states):
+        raise RequestError(
+            f"{what} embeddings have the shape {states.shape}; give [N, length, width]."
+        )
+    return states
+
+
+def state_of(states: Array | None, index: int) -> Array | None:
+    """Return the state of one prompt, float32 [1, length, width]; a single one serves all."""
+    if states is None:
+        return None
+    return states[:1] if len(states) == 1 else states[index : index + 1]
+
+
+def given_latents(latents: Array | None, shape: tuple[int, ...]) -> Array | None:
+    """Return the noise given to a call, float32 of ``shape``; raises RequestError."""
+    if latents is None:
+        return None
+    given = np.asarray(latents, np.float32)
+    if given.shape != shape:
+        raise RequestError(
+            f"The latents have the shape {list(given.shape)}; this request takes {list(shape)}."
+        )
+    if not np.isfinite(given).all():
+        raise RequestError("The latents hold NaN or infinity; give finite noise.")
+    return given
