@@ -23,7 +23,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("graph",),
     ("runtime",),
     ("text", "image", "diffusion"),
-    ("pipeline", "components", "generation", "outputs"),
+    ("pipeline", "arguments", "components", "generation", "outputs"),
     ("compress",),
     ("convert",),
     ("cli", "__main__"),
