@@ -85,6 +85,7 @@ def make_tiny_folder(folder: Path) -> Path:
             "cross_attention_dim": WIDTH,
             "sample_size": 16,
             "block_out_channels": [32, 64],
+            "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
         },
     )
     save(

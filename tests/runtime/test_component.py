@@ -20,7 +20,6 @@ from openvino import opset13 as ops
 from sdvino.errors import DeviceError, ModelFolderError, SdvinoError
 from sdvino.graph.shapes import reshape_static
 from sdvino.graph.timestep import float_timestep
-from sdvino.runtime import component as component_module
 from sdvino.runtime.component import Component
 from sdvino.runtime.core import short_reason
 from sdvino.settings import DeviceSettings
@@ -45,12 +44,6 @@ INPUTS: dict[str, Any] = {
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_folder(tmp_path_factory.mktemp("model") / "model")
-
-
-@pytest.fixture
-def cached(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keep even these tiny graphs in the cache."""
-    monkeypatch.setattr(component_module, "CACHE_FROM_BYTES", 0)
 
 
 def prepare(model: ov.Model) -> None:
@@ -198,7 +191,6 @@ def test_two_threads_at_once(folder: Path) -> None:
     assert right == [True] * 150
 
 
-@pytest.mark.usefixtures("cached")
 def test_the_second_load_comes_from_the_cache(
     folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -221,7 +213,6 @@ def test_the_second_load_comes_from_the_cache(
     assert make(folder, cache_dir=tmp_path).compiled.get_property("LOADED_FROM_CACHE")
 
 
-@pytest.mark.usefixtures("cached")
 @pytest.mark.parametrize("device", ["AUTO", "HETERO:CPU"])
 def test_the_cache_of_virtual_devices(device: str, folder: Path, tmp_path: Path) -> None:
     for _ in range(2):
@@ -244,7 +235,6 @@ def scaled(factor: float) -> Callable[[ov.Model], None]:
     return edit
 
 
-@pytest.mark.usefixtures("cached")
 def test_two_edits_of_one_graph_do_not_collide(folder: Path, tmp_path: Path) -> None:
     latents = INPUTS["sample"]
     xml = folder / "vae_decoder" / "openvino_model.xml"
@@ -260,7 +250,6 @@ def test_two_edits_of_one_graph_do_not_collide(folder: Path, tmp_path: Path) -> 
     assert len(list(tmp_path.glob("*/*.blob"))) == 3
 
 
-@pytest.mark.usefixtures("cached")
 def test_new_weights_under_an_old_name_are_not_taken_from_the_cache(tmp_path: Path) -> None:
     settings = DeviceSettings(cache_dir=tmp_path / "cache")
     results = []
@@ -272,8 +261,8 @@ def test_new_weights_under_an_old_name_are_not_taken_from_the_cache(tmp_path: Pa
     assert not np.allclose(*results)
 
 
-def test_small_weights_are_not_cached_on_a_cpu(folder: Path, tmp_path: Path) -> None:
-    make(folder, cache_dir=tmp_path).load()
+def test_no_cache_when_told(folder: Path, tmp_path: Path) -> None:
+    make(folder, cache_dir=tmp_path, cache=False).load()
     assert list(tmp_path.iterdir()) == []
 
 

@@ -16,7 +16,7 @@ from sdvino.runtime.memory import (
     linux_status,
     memory_status,
 )
-from tests.tiny_folder import make_tiny_folder
+from tests.tiny_folder import edit_json, make_tiny_folder
 
 GB = 10**9
 MEMINFO = {
@@ -35,8 +35,18 @@ def test_a_larger_picture_needs_more(folder: ModelFolder) -> None:
     sizes = [estimate_memory(folder, side, side) for side in (64, 512, 1024, 4096)]
     assert sizes == sorted(set(sizes))
     assert estimate_memory(folder, 512, 512, batch=4) > sizes[1]
-    assert estimate_memory(folder, 4096, 4096, tile=512) < sizes[3]
+    assert estimate_memory(folder, 1024, 1024, tile=512) < sizes[2]
     assert sizes[0] < GB
+
+
+def test_attention_over_every_latent_needs_most(tmp_path: Path) -> None:
+    path = make_tiny_folder(tmp_path)
+    needed = []
+    for kinds in (["DownBlock2D"] * 2, ["DownBlock2D", "AttnDownBlock2D"], ["AttnDownBlock2D"]):
+        edit_json(path / "unet" / "config.json", down_block_types=kinds)
+        needed.append(estimate_memory(ModelFolder.open(path), 4096, 4096))
+    assert needed == sorted(set(needed))
+    assert needed[-1] > (4096 // 8) ** 4 * 4
 
 
 def test_the_weights_count(folder: ModelFolder) -> None:
