@@ -162,6 +162,12 @@ def generate_command(
             f"{like_picture} was made with the model {like.model}, this is {pipe.folder.name}.",
             err=True,
         )
+    if like is not None and like.scheduler is None and "Sampler" in dict(like.other):
+        click.echo(
+            f"{like_picture} was made with {dict(like.other)['Sampler']}, which sdvino does not"
+            " have; the model's own scheduler is used.",
+            err=True,
+        )
     sink = _Sink(output, overwrite, preview, not no_metadata, quiet)
     sink.run(pipe, request.resolve(pipe.folder))
     if timings:
