@@ -50,7 +50,8 @@ def quantize(
                 progress(min(1.0, seen / (passes * len(samples))))
             return dict(sample)
 
-        ignored = fragile_nodes(component, nodes_with_weights(model))
+        fragile = fragile_nodes(component, nodes_with_weights(model))
+        ignored = list(dict.fromkeys([*fragile, *residual_sources(model)]))
         return nncf.quantize(
             model,
             nncf.Dataset(list(samples), feed),
@@ -74,6 +75,36 @@ def nodes_with_weights(model: ov.Model) -> list[str]:
         for op in model.get_ordered_ops()
         if op.get_type_name() in _WITH_WEIGHTS and _is_constant(op.input_value(1))
     ]
+
+
+def residual_sources(model: ov.Model) -> list[str]:
+    """Return the convolutions whose output is itself the residual of a block's sum.
+
+    They are the first one and the up- and downsamplers before a block without conv_shortcut. When
+    both they and the block's last convolution are quantized, OpenVINO's CPU plugin (seen in
+    2026.4) adds the residual inside that last convolution wrongly if shapes are dynamic, and the
+    picture is garbage. In float they cost little: they are few, and at low resolution.
+    """
+    return [
+        op.get_friendly_name()
+        for op in model.get_ordered_ops()
+        if op.get_type_name() == "Convolution" and _is_residual(_with_bias(op))
+    ]
+
+
+def _with_bias(convolution: ov.Node) -> ov.Node:
+    """Return the addition of the convolution's bias, or the convolution if it has none."""
+    users = [port.get_node() for port in convolution.output(0).get_target_inputs()]
+    if len(users) == 1 and users[0].get_type_name() == "Add":
+        values = [port.get_source_output() for port in users[0].inputs()]
+        if any(_is_constant(value) for value in values):
+            return users[0]
+    return convolution
+
+
+def _is_residual(node: ov.Node) -> bool:
+    users = [port.get_node().get_type_name() for port in node.output(0).get_target_inputs()]
+    return len(users) > 1 and "Add" in users
 
 
 def _is_constant(value: ov.Output) -> bool:

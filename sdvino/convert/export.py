@@ -11,8 +11,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from sdvino.compress.ir import read_ir, save_ir
 from sdvino.compress.quiet import quiet
 from sdvino.convert.source import DiffusersFolder
+from sdvino.convert.timestep_table import restore_frequencies, sinusoid_frequencies
 from sdvino.errors import RequestError, SdvinoError
 
 IR_NAME = "openvino_model.xml"
@@ -69,6 +71,8 @@ def export_component(source: DiffusersFolder, component: str, output: Path) -> N
                 _convert_tiny(model, output / IR_NAME)
             else:
                 _export(source, component, model, output / IR_NAME)
+            if component == "unet":
+                _mend_time_embedding(model, output / IR_NAME)
     except (RequestError, MemoryError):
         raise
     except Exception as error:
@@ -176,6 +180,17 @@ def _set_export_options(source: DiffusersFolder, component: str, model: Any) -> 
         }
 
 
+def _mend_time_embedding(model: Any, xml: Path) -> None:
+    """Write the saved UNet again with the exact frequencies of its time embedding."""
+    time_proj: Any = getattr(model, "time_proj", None)
+    if not hasattr(time_proj, "downscale_freq_shift"):
+        return  # an embedding learnt, not sinusoidal
+    converted = read_ir(xml)
+    frequencies = sinusoid_frequencies(time_proj.num_channels, time_proj.downscale_freq_shift)
+    if restore_frequencies(converted, frequencies):
+        save_ir(converted, xml)
+
+
 def _convert_tiny(model: Any, xml: Path) -> None:
     import openvino as ov
     import torch
@@ -198,4 +213,4 @@ def _convert_tiny(model: Any, xml: Path) -> None:
         )
     converted.input(0).get_tensor().set_names({"latent_sample"})
     converted.output(0).get_tensor().set_names({"sample"})
-    ov.save_model(converted, xml, compress_to_fp16=True)
+    save_ir(converted, xml)

@@ -1,0 +1,231 @@
+"""Whole conversions of Stable Diffusion 1.5's layout in miniature, run as people run them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import make_synthetic
+import numpy as np
+import openvino as ov
+import pytest
+
+from sdvino.compress.recipes import RECIPES
+from sdvino.convert.api import convert
+from sdvino.model_folder import ModelFolder
+
+pytestmark = [
+    pytest.mark.slow,
+    # torch's tracer and the libraries around it warn about themselves.
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),
+]
+ROOT = Path(__file__).resolve().parents[2]
+PROMPT = "a red circle on a blue background"
+COMPONENTS = ("text_encoder", "unet", "vae_decoder", "vae_encoder")
+
+
+@pytest.fixture(scope="module")
+def synthetic(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random weights in Stable Diffusion 1.5's layout, made by the script."""
+    folder = tmp_path_factory.mktemp("synthetic") / "tiny-sd15"
+    make_synthetic.make("tiny-sd15", folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def command(
+    synthetic: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """The folder that the script wrote, and what it said."""
+    target = tmp_path_factory.mktemp("command") / "model"
+    words = [sys.executable, str(ROOT / "scripts" / "convert.py"), str(synthetic), str(target)]
+    words += ["--recipe", "fp16", "--suggest", "steps=9,guidance=3,scheduler=euler"]
+    return target, subprocess.run(words, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def converted(
+    synthetic: Path,
+    command: tuple[Path, subprocess.CompletedProcess[str]],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> dict[str, ModelFolder]:
+    """The same weights by every recipe."""
+    base = tmp_path_factory.mktemp("converted")
+    prompts = ("a red circle", "a green star above a blue ring")
+    rest: dict[str, ModelFolder] = {
+        recipe: convert(synthetic, base / recipe, recipe=recipe, prompts=prompts)
+        for recipe in RECIPES
+        if recipe != "fp16"
+    }
+    return {"fp16": ModelFolder.open(command[0]), **rest}
+
+
+def compiled(
+    folder: ModelFolder, component: str, shapes: dict[str, list[int]] | None = None
+) -> ov.CompiledModel:
+    model = ov.Core().read_model(folder.components[component].xml)
+    if shapes is not None:
+        model.reshape(shapes)
+    properties = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
+    return ov.Core().compile_model(model, "CPU", properties)
+
+
+def inputs_of(component: str) -> dict[str, Any]:
+    rng = np.random.default_rng(3)
+
+    def normal(*shape: int) -> Any:
+        return rng.standard_normal(shape, dtype=np.float32)
+
+    return {
+        "text_encoder": {"input_ids": rng.integers(0, 49_000, (1, 77))},
+        "unet": {
+            "sample": normal(1, 4, 16, 16),
+            "timestep": np.array([601]),
+            "encoder_hidden_states": normal(1, 77, 32),
+        },
+        # About as large as what this random pipeline itself makes, which int8 is calibrated on.
+        "vae_decoder": {"latent_sample": 50 * normal(1, 4, 16, 16)},
+        "vae_encoder": {"sample": np.clip(0.3 * normal(1, 3, 128, 128), -1, 1)},
+    }[component]
+
+
+def torch_output(source: Path, component: str) -> Any:
+    import torch
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextModel
+
+    values = {name: torch.from_numpy(value) for name, value in inputs_of(component).items()}
+    with torch.no_grad():
+        if component == "text_encoder":
+            text = CLIPTextModel.from_pretrained(source / component, dtype=torch.float32)
+            return text(**values).last_hidden_state.numpy()
+        if component == "unet":
+            unet = UNet2DConditionModel.from_pretrained(source / component)
+            return unet.float()(**values).sample.numpy()
+        vae = AutoencoderKL.from_pretrained(source / "vae").float()
+        if component == "vae_decoder":
+            return vae.decode(values["latent_sample"]).sample.numpy()
+        return vae.encode(values["sample"]).latent_dist.parameters.numpy()
+
+
+@pytest.mark.parametrize("component", COMPONENTS)
+@pytest.mark.parametrize(
+    ("recipe", "error"), [("fp16", 1e-3), ("int8-weights", 0.05), ("int8", 0.2)]
+)
+def test_every_component_still_computes_what_torch_does(
+    synthetic: Path,
+    converted: dict[str, ModelFolder],
+    recipe: str,
+    component: str,
+    error: float,
+) -> None:
+    expected = torch_output(synthetic, component)
+    result = compiled(converted[recipe], component)(inputs_of(component))[0]
+    assert np.linalg.norm(result - expected) <= error * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_manifest_tells_the_truth_and_no_path(
+    converted: dict[str, ModelFolder], recipe: str
+) -> None:
+    folder = converted[recipe]
+    folder.verify()
+    assert folder.manifest is not None
+    assert folder.manifest.recipe == recipe
+    assert folder.manifest.source == "tiny-sd15"
+    assert folder.name == "tiny-sd15"
+    stored = {name: part.precision for name, part in folder.manifest.components.items()}
+    assert set(stored) == set(COMPONENTS)
+    assert stored["text_encoder"] == ("fp16" if recipe == "fp16" else "int8-weights")
+    assert stored["unet"] == recipe
+    for file in folder.path.rglob("*"):
+        if file.is_file():
+            assert b"/tmp" not in file.read_bytes()
+            assert str(folder.path.parent.name).encode() not in file.read_bytes()
+
+
+def test_smaller_recipes_are_smaller(converted: dict[str, ModelFolder]) -> None:
+    def weights(recipe: str) -> int:
+        return sum(part.bin.stat().st_size for part in converted[recipe].components.values())
+
+    assert weights("int8-weights") < 0.6 * weights("fp16")
+    assert weights("int8") < 0.8 * weights("fp16")
+
+
+def test_int8_quantizes_activations_but_for_the_fragile_layers(
+    converted: dict[str, ModelFolder],
+) -> None:
+    model = ov.Core().read_model(converted["int8"].components["unet"].xml)
+    kinds: dict[str, set[str]] = {"quantized": set(), "float": set()}
+    for op in model.get_ops():
+        if op.get_type_name() == "Convolution":
+            fed_by = op.input_value(0).get_node().get_type_name()
+            kind = "quantized" if fed_by == "FakeQuantize" else "float"
+            kinds[kind].add(op.get_friendly_name())
+    assert any("conv1" in name for name in kinds["quantized"])
+    for layer in ("conv_in", "conv_out", "conv_shortcut"):
+        assert not any(f"{layer}/" in name for name in kinds["quantized"])
+        assert any(f"{layer}/" in name for name in kinds["float"])
+
+
+@pytest.mark.parametrize("component", ["unet", "vae_decoder", "vae_encoder"])
+def test_int8_is_the_same_with_dynamic_shapes(
+    converted: dict[str, ModelFolder], component: str
+) -> None:
+    """OpenVINO GenAI and optimum-intel compile with dynamic shapes, sdvino with static ones."""
+    values = inputs_of(component)
+    shapes = {name: list(value.shape) for name, value in values.items()}
+    static = compiled(converted["int8"], component, shapes)(values)[0]
+    dynamic = compiled(converted["int8"], component)(values)[0]
+    assert np.linalg.norm(dynamic - static) <= 0.1 * np.linalg.norm(static)
+
+
+def test_the_time_embedding_is_exact_in_half_precision(
+    synthetic: Path, converted: dict[str, ModelFolder]
+) -> None:
+    import torch
+    from diffusers import UNet2DConditionModel
+
+    unet = UNet2DConditionModel.from_pretrained(synthetic / "unet").float()
+    expected = unet.time_proj(torch.tensor([999])).detach().numpy()
+    for recipe in RECIPES:
+        model = ov.Core().read_model(converted[recipe].components["unet"].xml)
+        sine = next(op for op in model.get_ops() if op.get_type_name() == "Sin")
+        cut = ov.Model([sine.output(0)], [*model.get_parameters()])
+        run = ov.Core().compile_model(cut, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        result = run({**inputs_of("unet"), "timestep": np.array([999])})[0]
+        half = result.shape[-1]
+        np.testing.assert_allclose(result[0], expected[0, half:], atol=1e-3)
+
+
+def test_the_saved_interface_is_optimum_intel_s(converted: dict[str, ModelFolder]) -> None:
+    inputs = {
+        "text_encoder": {"input_ids": "i64"},
+        "unet": {"sample": "f32", "timestep": "i64", "encoder_hidden_states": "f32"},
+        "vae_decoder": {"latent_sample": "f32"},
+        "vae_encoder": {"sample": "f32"},
+    }
+    for recipe in RECIPES:
+        for component, expected in inputs.items():
+            model = ov.Core().read_model(converted[recipe].components[component].xml)
+            found = {
+                name: port.get_element_type().get_type_name()
+                for port in model.inputs
+                for name in port.get_names()
+            }
+            assert found == expected
+
+
+def test_the_command_says_what_it_made(
+    command: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    target, done = command
+    assert done.returncode == 0, done.stderr
+    assert "unet" in done.stdout
+    assert done.stderr == ""
+    told = json.loads((target / "sdvino.json").read_text(encoding="utf-8"))["suggested"]
+    assert told == {"num_inference_steps": 9, "guidance_scale": 3.0, "scheduler": "euler"}
+    assert [path.name for path in target.parent.iterdir()] == ["model"]
