@@ -91,7 +91,7 @@ def device_options(command: F) -> F:
             click.option(
                 "--precision",
                 type=click.Choice(get_args(Precision)),
-                help="Arithmetic of float layers.  [default: f32 on a CPU without AMX, f16 on a GPU]",
+                help="Arithmetic of float layers.  [default: f32, on a GPU f16, with AMX bf16]",
             ),
             click.option(
                 "--cache-dir",
