@@ -29,6 +29,7 @@ from transformers import CLIPTokenizer
 CROP = 64  # pixels: the autoencoder learns mostly from crops around objects
 DROPPED_CAPTIONS = 0.1  # so that the model also learns the unconditional score, for guidance
 Pictures = NDArray[np.uint8]  # [N, H, W, 3]
+MIN_SNR_GAMMA = 5.0
 STAGES = ("autoencoder", "pool", "unet", "tiny")
 # Shares of the budget; the pool is drawn and encoded in what is left.
 SHARES = {"autoencoder": 0.29, "unet": 0.58, "tiny": 0.04}
@@ -46,6 +47,11 @@ class Run:
     scenes_in_pool: int
     batch: int
     compiled: bool
+
+    @property
+    def pool(self) -> Path:
+        """Where the encoded scenes are kept."""
+        return self.work / "pool.pt"
 
     def settings(self, name: str, **changes: Any) -> Settings:
         """Return a stage's settings: its share of the budget, or `steps` of them."""
@@ -120,7 +126,11 @@ def train_autoencoder(run: Run) -> Any:
         return reconstruction_loss(output, images) + 5e-4 * divergence
 
     settings = run.settings("autoencoder", learning_rate=2e-3, weight_decay=1e-4, seed=1)
-    Loop(settings, vae, run.work).run(loss)
+    loop = Loop(settings, vae, run.work)
+    if run.pool.exists():
+        loop.finish()  # the pool was encoded with these weights, whatever the budget is now
+    else:
+        loop.run(loss)
     vae.eval().requires_grad_(False)
     pictures = draw_batch(np.random.default_rng(99), 64, None)
     images = to_images(pictures, run.device)
@@ -136,9 +146,10 @@ def train_autoencoder(run: Run) -> Any:
 
 def make_pool(run: Run, vae: Any, tokenizer: Any) -> dict[str, torch.Tensor]:
     """Draw scenes and encode them: unit-variance latents [n, 4, 16, 16], token ids [n, 77]."""
-    path = run.work / "pool.pt"
-    if path.exists():
-        pool: dict[str, torch.Tensor] = torch.load(path, map_location=run.device, weights_only=True)
+    if run.pool.exists():
+        pool: dict[str, torch.Tensor] = torch.load(
+            run.pool, map_location=run.device, weights_only=True
+        )
         return pool
     rng = np.random.default_rng(2)
     latents: list[torch.Tensor] = []
@@ -156,7 +167,9 @@ def make_pool(run: Run, vae: Any, tokenizer: Any) -> dict[str, torch.Tensor]:
             left = spent * (run.scenes_in_pool / len(texts) - 1)
             say(f"pool: {len(texts)} scenes, {left / 60:.1f} min left")
     pool = {"latents": torch.cat(latents), "tokens": tokenize(tokenizer, texts).to(run.device)}
-    torch.save(pool, path)
+    partial = run.pool.with_suffix(".partial")
+    torch.save(pool, partial)
+    partial.replace(run.pool)
     return pool
 
 
@@ -180,6 +193,17 @@ def cumulative_alphas(device: torch.device) -> torch.Tensor:
     return (1 - betas).cumprod(0).float().to(device)
 
 
+def min_snr_weights(alphas: torch.Tensor) -> torch.Tensor:
+    """Return Min-SNR weights for predicting v (Hang et al. 2023), of mean 1, [1000].
+
+    Shapes are decided at signal-to-noise ratios around one. Unweighted, most of the loss comes
+    from nearly pure noise, where all there is to learn is the layout, and that is learnt soon.
+    """
+    snr = alphas / (1 - alphas)
+    weights = snr.clamp(max=MIN_SNR_GAMMA) / (snr + 1)
+    return weights / weights.mean()
+
+
 def train_unet(run: Run, pool: dict[str, torch.Tensor], tokenizer: Any) -> Any:
     """Train the UNet and the text encoder together on the pool; return them as a module dict."""
     torch.manual_seed(3)
@@ -189,6 +213,7 @@ def train_unet(run: Run, pool: dict[str, torch.Tensor], tokenizer: Any) -> Any:
     run.place(model)
     denoiser = torch.compile(model["unet"]) if run.compiled else model["unet"]
     alphas = cumulative_alphas(run.device)
+    weights = min_snr_weights(alphas)
     empty = tokenize(tokenizer, [""]).to(run.device)
     latents, tokens = pool["latents"], pool["tokens"]
 
@@ -207,7 +232,8 @@ def train_unet(run: Run, pool: dict[str, torch.Tensor], tokenizer: Any) -> Any:
         with run.autocast():
             context = model["text_encoder"](captions).last_hidden_state
             v_pred = denoiser(x_t, t, encoder_hidden_states=context, return_dict=False)[0]
-        return mse_loss(v_pred.float(), v)
+        error = (v_pred.float() - v).square().mean((1, 2, 3))
+        return (weights[t] * error).mean()
 
     settings = run.settings("unet", learning_rate=1e-3, seed=3)
     Loop(settings, model, run.work).run(loss)

@@ -81,7 +81,11 @@ class Loop:
         return min(self.seconds / self.settings.seconds, 1.0)
 
     def run(self, loss_function: LossFunction) -> None:
-        """Train until the budget is spent, then leave the averaged weights in the module."""
+        """Train until the budget is spent, then finish.
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C was pressed; the checkpoint is saved.
+        """
         reported = saved = time.monotonic()
         with _interrupts() as interrupted:
             while self.progress < 1.0 and not interrupted.is_set():
@@ -98,6 +102,10 @@ class Loop:
         self.save()
         if interrupted.is_set():
             raise KeyboardInterrupt
+        self.finish()
+
+    def finish(self) -> None:
+        """Leave the averaged weights in the module."""
         self.module.load_state_dict(self.ema)
 
     def _one_step(self, loss_function: LossFunction) -> None:
