@@ -114,12 +114,12 @@ def test_training_writes_a_pipeline_and_resumes(tmp_path: Path) -> None:
         other = load_file(tmp_path / "parts" / "out" / path.relative_to(out))
         for name, tensor in load_file(path).items():
             assert tensor.dtype == torch.float16
-            # Kernels round differently where memory is laid out otherwise; the loop itself is exact.
+            # The loop is exact; kernels on memory laid out otherwise are not.
             assert torch.allclose(tensor.float(), other[name].float(), atol=1e-3), name
 
     index = json.loads((out / "model_index.json").read_text())
     assert index["requires_safety_checker"] is False
-    pipe = StableDiffusionPipeline.from_pretrained(out)
+    pipe = StableDiffusionPipeline.from_pretrained(out, torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     latents = pipe("a red circle", num_inference_steps=2, output_type="latent").images
     assert latents.shape == (1, 4, 16, 16)
