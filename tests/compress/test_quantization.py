@@ -28,8 +28,9 @@ def residual_network() -> ov.Model:
     x = ops.parameter([-1, CHANNELS, -1, -1], ov.Type.f32, name="sample")
     x.output(0).get_tensor().set_names({"sample"})
     h = residual = convolution(ops.relu(x), "upsamplers.0.conv", rng)
+    one, zero = ops.constant(np.ones(CHANNELS, "f4")), ops.constant(np.zeros(CHANNELS, "f4"))
     for name in ("resnets.0.conv1", "resnets.0.conv2"):
-        h = convolution(ops.relu(h), name, rng)
+        h = convolution(ops.swish(ops.group_normalization(h, one, zero, 4, 1e-6)), name, rng)
     return ov.Model([ops.add(residual, h)], [x], "block")
 
 
