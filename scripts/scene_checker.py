@@ -26,8 +26,8 @@ SMALLEST_OBJECT = 40  # pixels; specks below it are noise
 MIN_ONE_COLOUR = 0.8  # share of an object's inner pixels that have its colour
 MIN_OVERLAP = 0.75  # of an object with the closest shape (intersection over union)
 # Between the radii the grammar draws, with equal room on both sides.
-SMALL_BELOW, BIG_ABOVE = 20.5, 26.5
-COLUMN_EDGES = (51.0, 77.0)  # pixels: between the grid's columns, and rows
+SMALL_BELOW, BIG_ABOVE = 20.6, 26.9
+COLUMN_EDGES = (52.0, 76.0)  # pixels: between the grid's columns, and rows
 RIM = 2  # pixels of soft edge around what is clearly not background
 MIN_APART = 8.0  # pixels between two centres for one to be left of, or above, the other
 

@@ -34,7 +34,7 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 }
 SHAPES = ("circle", "square", "triangle", "diamond", "star", "ring", "cross", "heart")
 # Half the longer side of an object's bounding box, in pixels. Two big ones fit side by side.
-RADII = {"small": (17.0, 18.0), "medium": (23.0, 24.0), "big": (29.0, 30.0)}
+RADII = {"small": 17.5, "medium": 23.75, "big": 30.0}
 SIZE_WORDS = {"small": ("small", "little"), "medium": ("medium",), "big": ("big", "large")}
 RELATIONS = ("to the left of", "to the right of", "above", "below")
 POSITIONS: dict[str, tuple[int, int]] = {  # (column, row) of a 3 x 3 grid
@@ -48,9 +48,12 @@ POSITIONS: dict[str, tuple[int, int]] = {  # (column, row) of a 3 x 3 grid
     "at the bottom": (1, 2),
     "in the bottom right corner": (2, 2),
 }
-GRID_CENTRES = (38.0, 64.0, 90.0)  # pixels: the middle of each column and row
-GRID_JITTER = 5.0
-MARGIN = 2.0  # pixels between an object and the edge of the picture
+# Objects are centred on a lattice of whole latent cells: a shape then has one appearance in the
+# latents wherever it stands, which is what a network this small can learn to draw sharply.
+LATTICE = 8  # pixels
+GRID_CENTRES = (40.0, 64.0, 88.0)  # pixels: the middle of each column and row
+JITTER = (-LATTICE, 0, LATTICE)  # pixels, along each axis
+MARGIN = 2.0  # pixels between an object and the edge of the picture, at least
 GAP = 4.0  # pixels between two objects, at least
 
 HELD_OUT_SEED = 20240607
@@ -144,38 +147,47 @@ def _pick_objects(
             return background, chosen
 
 
+def _jitter(rng: np.random.Generator) -> float:
+    return float(JITTER[int(rng.integers(len(JITTER)))])
+
+
 def _place_one(
     rng: np.random.Generator, colour: str, shape: str, size: str, position: str
 ) -> tuple[Placed, ...]:
     column, row = POSITIONS[position]
-    dx, dy = rng.uniform(-GRID_JITTER, GRID_JITTER, 2)
-    radius = rng.uniform(*RADII[size])
-    x, y = GRID_CENTRES[column] + dx, GRID_CENTRES[row] + dy
-    return (Placed(colour, shape, float(radius), float(x), float(y)),)
+    x, y = GRID_CENTRES[column] + _jitter(rng), GRID_CENTRES[row] + _jitter(rng)
+    return (Placed(colour, shape, RADII[size], x, y),)
+
+
+@functools.cache
+def _places(first: float, second: float) -> list[tuple[float, float]]:
+    """All pairs of lattice points along an axis where objects of two radii stand apart, in order."""
+    points = [float(v) for v in range(0, PICTURE_SIZE, LATTICE)]
+    return [
+        (a, b)
+        for a, b in itertools.combinations(points, 2)
+        if a - first >= MARGIN
+        and a + first + GAP <= b - second
+        and b + second <= PICTURE_SIZE - MARGIN
+    ]
 
 
 def _place_two(
     rng: np.random.Generator, pairs: list[tuple[str, str]], sizes: list[str], relation: str
 ) -> tuple[Placed, ...]:
     """Put two objects apart along the relation's axis, and near the middle across it."""
-    radii = [float(rng.uniform(*RADII[size])) for size in sizes]
-    if relation in ("to the right of", "below"):  # lay out from the left, or from the top
-        first, second = radii[1], radii[0]
-    else:
-        first, second = radii
-    slack = PICTURE_SIZE - 2 * MARGIN - GAP - 2 * (first + second)
-    # Shares of the free space before, between and after; the middle one is never starved.
-    before, between, _ = rng.dirichlet((2.0, 3.0, 2.0)) * slack
-    a = MARGIN + before + first
-    along = [a, a + first + GAP + between + second]
-    if relation in ("to the right of", "below"):
+    radii = [RADII[size] for size in sizes]
+    reverse = relation in ("to the right of", "below")  # the first object stands second
+    places = _places(*(radii[::-1] if reverse else radii))
+    along = list(places[int(rng.integers(len(places)))])
+    if reverse:
         along.reverse()
-    across = PICTURE_SIZE / 2 + rng.uniform(-8, 8, 2)
+    across = [PICTURE_SIZE / 2 + _jitter(rng) for _ in pairs]
     horizontal = relation.startswith("to the")
     placed = []
     for (colour, shape), radius, u, v in zip(pairs, radii, along, across, strict=True):
         x, y = (u, v) if horizontal else (v, u)
-        placed.append(Placed(colour, shape, radius, float(x), float(y)))
+        placed.append(Placed(colour, shape, radius, x, y))
     return tuple(placed)
 
 

@@ -18,13 +18,13 @@ def fully_described(scene: Scene, prompt: Prompt) -> Prompt:
     )
     position = None
     if len(scene.objects) == 1:
-        cell = tuple(round((v - 38) / 26) for v in (scene.objects[0].x, scene.objects[0].y))
+        cell = tuple(int((v - 28) // 24) for v in (scene.objects[0].x, scene.objects[0].y))
         position = next(name for name, place in scenes.POSITIONS.items() if place == cell)
     return Prompt(objects, scene.background, position, prompt.relation)
 
 
 def size_of(radius: float) -> str:
-    return next(name for name, (low, high) in scenes.RADII.items() if low <= radius <= high)
+    return next(name for name, value in scenes.RADII.items() if value == radius)
 
 
 @pytest.fixture(scope="module")
