@@ -2,9 +2,10 @@
 
     python scripts/train_demo.py --out models/shapes-source --work build/train --minutes 95
 
-Stages, in order: the autoencoder; a pool of scenes encoded once; the UNet with the text encoder;
-the tiny autoencoder for previews. Each goes on from its checkpoint in --work when run again, so
-Ctrl-C is safe. Needs torch, diffusers and transformers (pip install "sdvino[convert]").
+Stages, in order: the autoencoder; a pool of scenes encoded once; the text encoder by itself; the
+UNet together with it; the autoencoder's decoder once more; the tiny autoencoder for previews. Each
+goes on from its checkpoint in --work when run again, so Ctrl-C is safe. `--init FOLDER` takes the
+autoencoder of an earlier folder as it is. Needs pip install "sdvino[convert]".
 """
 
 from __future__ import annotations
@@ -21,8 +22,10 @@ import demo_model
 import numpy as np
 import scenes
 import torch
+from diffusers import AutoencoderKL
+from layout_labels import COUNTS, layout_labels
 from numpy.typing import NDArray
-from torch.nn.functional import l1_loss, mse_loss
+from torch.nn.functional import cross_entropy, l1_loss, mse_loss
 from train_loop import Loop, Settings
 from transformers import CLIPTokenizer
 
@@ -30,9 +33,13 @@ CROP = 64  # pixels: the autoencoder learns mostly from crops around objects
 DROPPED_CAPTIONS = 0.1  # so that the model also learns the unconditional score, for guidance
 Pictures = NDArray[np.uint8]  # [N, H, W, 3]
 MIN_SNR_GAMMA = 5.0
-STAGES = ("autoencoder", "pool", "unet", "tiny")
+UNIFORM_SHARE = 0.25  # of the timesteps; the others are drawn where shapes are decided
+# The decoder learns to forgive what the UNet leaves in the latents, up to this share of their size.
+LATENT_NOISE = 0.25
+CAPTION_TOKENS = 28  # no caption of ours is longer
+STAGES = ("autoencoder", "pool", "text", "unet", "decoder", "tiny")
 # Shares of the budget; the pool is drawn and encoded in what is left.
-SHARES = {"autoencoder": 0.29, "unet": 0.58, "tiny": 0.04}
+SHARES = {"autoencoder": 0.17, "text": 0.03, "unet": 0.60, "decoder": 0.10, "tiny": 0.03}
 
 
 @dataclass(frozen=True)
@@ -47,6 +54,9 @@ class Run:
     scenes_in_pool: int
     batch: int
     compiled: bool
+    init: Path | None = None
+    muon: bool = True
+    learning_rate: float = 1e-3
 
     @property
     def pool(self) -> Path:
@@ -111,6 +121,8 @@ def reconstruction_loss(output: torch.Tensor, target: torch.Tensor) -> torch.Ten
 
 def train_autoencoder(run: Run) -> Any:
     """Train the autoencoder and set its scaling factor; return it in evaluation mode."""
+    if run.init is not None:
+        return run.place(AutoencoderKL.from_pretrained(run.init / "vae")).float().eval()
     torch.manual_seed(1)
     vae: Any = run.place(demo_model.make_autoencoder())
 
@@ -132,16 +144,73 @@ def train_autoencoder(run: Run) -> Any:
     else:
         loop.run(loss)
     vae.eval().requires_grad_(False)
-    pictures = draw_batch(np.random.default_rng(99), 64, None)
-    images = to_images(pictures, run.device)
+    images = to_images(draw_batch(np.random.default_rng(98), 64, None), run.device)
     with torch.no_grad():
         latents = torch.cat([vae.encode(part).latent_dist.sample() for part in images.split(16)])
-        decoded = torch.cat([vae.decode(part).sample for part in latents.split(16)])
     vae.register_to_config(scaling_factor=round(float(1 / latents.std()), 5))
-    error = (to_pictures(decoded).astype(float) - pictures) ** 2
-    quality = float(np.mean(10 * np.log10(255**2 / error.mean((1, 2, 3)))))
-    say(f"autoencoder: {quality:.1f} dB on whole scenes, latents of {latents.std():.2f}")
+    say_quality(run, vae)
     return vae
+
+
+def say_quality(run: Run, vae: Any) -> None:
+    """Print how well the autoencoder keeps whole scenes."""
+    pictures = draw_batch(np.random.default_rng(99), 64, None)
+    with torch.no_grad():
+        decoded = [
+            vae.decode(vae.encode(part).latent_dist.mean).sample
+            for part in to_images(pictures, run.device).split(16)
+        ]
+    error = (to_pictures(torch.cat(decoded)).astype(float) - pictures) ** 2
+    quality = float(np.mean(10 * np.log10(255**2 / error.mean((1, 2, 3)))))
+    say(f"autoencoder: {quality:.1f} dB on whole scenes")
+
+
+def train_decoder(run: Run, vae: Any) -> Any:
+    """Train the decoder alone, on latents as noisy as a UNet's; the encoder stays as it is."""
+    torch.manual_seed(5)
+    for part in (vae.decoder, vae.post_quant_conv):
+        part.requires_grad_(True)
+
+    def loss(step: int, rng: np.random.Generator, progress: float) -> torch.Tensor:
+        whole = step % 4 == 3
+        count = max(run.batch // (32 if whole else 8), 1)
+        images = to_images(draw_batch(rng, count, None if whole else CROP), run.device)
+        with run.autocast():
+            with torch.no_grad():
+                latents = vae.encode(images).latent_dist.mean
+            amount = LATENT_NOISE * torch.from_numpy(rng.random((count, 1, 1, 1))).float()
+            noise = amount.to(run.device) / vae.config.scaling_factor * torch.randn_like(latents)
+            output = vae.decode(latents + noise).sample.float()
+        return reconstruction_loss(output, images)
+
+    settings = run.settings("decoder", learning_rate=1e-3, weight_decay=1e-4, seed=5)
+    Loop(settings, vae, run.work).run(loss)
+    vae.eval().requires_grad_(False)
+    say_quality(run, vae)
+    return vae
+
+
+def train_text(run: Run, tokenizer: Any) -> Any:
+    """Train the text encoder to tell a caption's layout at the end of the text."""
+    torch.manual_seed(6)
+    text_encoder = demo_model.make_text_encoder(tokenizer)
+    head = torch.nn.Linear(demo_model.TEXT_WIDTH, sum(COUNTS))
+    model: Any = torch.nn.ModuleDict({"text_encoder": text_encoder, "head": head})
+    model.to(run.device)
+
+    def loss(step: int, rng: np.random.Generator, progress: float) -> torch.Tensor:
+        prompts = [scenes.sample_scene(rng)[1] for _ in range(4 * run.batch)]
+        tokens = tokenize(tokenizer, [prompt.text for prompt in prompts], CAPTION_TOKENS)
+        labels = torch.from_numpy(np.stack([layout_labels(prompt) for prompt in prompts]))
+        end = (tokens == tokenizer.eos_token_id).int().argmax(1)
+        tokens, labels = tokens.to(run.device), labels.to(run.device)
+        states = model["text_encoder"](tokens).last_hidden_state
+        logits = model["head"](states[torch.arange(len(end)), end])
+        parts = zip(logits.split(COUNTS, 1), labels.unbind(1), strict=True)
+        return torch.stack([cross_entropy(part, label) for part, label in parts]).sum()
+
+    Loop(run.settings("text", learning_rate=2e-3, seed=6), model, run.work).run(loss)
+    return model["text_encoder"]
 
 
 def make_pool(run: Run, vae: Any, tokenizer: Any) -> dict[str, torch.Tensor]:
@@ -173,13 +242,13 @@ def make_pool(run: Run, vae: Any, tokenizer: Any) -> dict[str, torch.Tensor]:
     return pool
 
 
-def tokenize(tokenizer: Any, texts: list[str]) -> torch.Tensor:
-    """Return token ids, int64 [n, 77], padded with the end of text as Stable Diffusion does."""
+def tokenize(tokenizer: Any, texts: list[str], length: int = demo_model.MAX_TOKENS) -> torch.Tensor:
+    """Return token ids, int64 [n, length], padded with the end of text as Stable Diffusion does."""
     ids: torch.Tensor = tokenizer(
         texts,
         padding="max_length",
         truncation=True,
-        max_length=demo_model.MAX_TOKENS,
+        max_length=length,
         return_tensors="pt",
     ).input_ids
     return ids
@@ -196,6 +265,9 @@ def cumulative_alphas(device: torch.device) -> torch.Tensor:
 def min_snr_weights(alphas: torch.Tensor) -> torch.Tensor:
     """Return Min-SNR weights for predicting v (Hang et al. 2023), of mean 1, [1000].
 
+    Timesteps are drawn in their proportion, rather than evenly and then weighted: the expected
+    gradient is the same and less of the work goes into timesteps that hardly count.
+
     Shapes are decided at signal-to-noise ratios around one. Unweighted, most of the loss comes
     from nearly pure noise, where all there is to learn is the layout, and that is learnt soon.
     """
@@ -204,12 +276,22 @@ def min_snr_weights(alphas: torch.Tensor) -> torch.Tensor:
     return weights / weights.mean()
 
 
-def train_unet(run: Run, pool: dict[str, torch.Tensor], tokenizer: Any) -> Any:
+def draw_timesteps(weights: torch.Tensor, batch: int, rng: np.random.Generator) -> torch.Tensor:
+    """Return timesteps distributed as `weights`, a share of them evenly, int64 [batch].
+
+    One comes from each of `batch` strata of equal probability: a steadier loss.
+    """
+    density = (1 - UNIFORM_SHARE) * weights.double() / weights.double().sum()
+    density += UNIFORM_SHARE / len(weights)
+    strata = (torch.arange(batch) + torch.from_numpy(rng.random(batch))) / batch
+    found = torch.searchsorted(density.cumsum(0).cpu(), strata)
+    return found.clamp(max=len(weights) - 1)
+
+
+def train_unet(run: Run, pool: dict[str, torch.Tensor], tokenizer: Any, text_encoder: Any) -> Any:
     """Train the UNet and the text encoder together on the pool; return them as a module dict."""
     torch.manual_seed(3)
-    model: Any = torch.nn.ModuleDict(
-        {"unet": demo_model.make_unet(), "text_encoder": demo_model.make_text_encoder(tokenizer)}
-    )
+    model: Any = torch.nn.ModuleDict({"unet": demo_model.make_unet(), "text_encoder": text_encoder})
     run.place(model)
     denoiser = torch.compile(model["unet"]) if run.compiled else model["unet"]
     alphas = cumulative_alphas(run.device)
@@ -222,9 +304,7 @@ def train_unet(run: Run, pool: dict[str, torch.Tensor], tokenizer: Any) -> Any:
         x0 = latents[chosen]
         dropped = torch.from_numpy(rng.random(run.batch) < DROPPED_CAPTIONS).to(run.device)
         captions = torch.where(dropped[:, None], empty, tokens[chosen])
-        # One timestep from each of `batch` equal strata: a steadier loss than independent draws.
-        strata = (np.arange(run.batch) + rng.random(run.batch)) / run.batch
-        t = torch.from_numpy((strata * len(alphas)).astype(np.int64)).to(run.device)
+        t = draw_timesteps(weights, run.batch, rng).to(run.device)
         noise = torch.randn(x0.shape).to(run.device)
         a = alphas[t][:, None, None, None]
         x_t = (a.sqrt() * x0 + (1 - a).sqrt() * noise).contiguous(memory_format=torch.channels_last)
@@ -232,10 +312,9 @@ def train_unet(run: Run, pool: dict[str, torch.Tensor], tokenizer: Any) -> Any:
         with run.autocast():
             context = model["text_encoder"](captions).last_hidden_state
             v_pred = denoiser(x_t, t, encoder_hidden_states=context, return_dict=False)[0]
-        error = (v_pred.float() - v).square().mean((1, 2, 3))
-        return (weights[t] * error).mean()
+        return mse_loss(v_pred.float(), v)
 
-    settings = run.settings("unet", learning_rate=1e-3, seed=3)
+    settings = run.settings("unet", learning_rate=run.learning_rate, seed=3, muon=run.muon)
     Loop(settings, model, run.work).run(loss)
     return model.eval()
 
@@ -278,10 +357,16 @@ def train(run: Run, last_stage: str = STAGES[-1]) -> None:
     pool = make_pool(run, vae, tokenizer)
     if last_stage == "pool":
         return
-    model = train_unet(run, pool, tokenizer)
+    text_encoder = train_text(run, tokenizer)
+    if last_stage == "text":
+        return
+    model = train_unet(run, pool, tokenizer, text_encoder)
     save(run, "unet", model["unet"])
     save(run, "text_encoder", model["text_encoder"])
     if last_stage == "unet":
+        return
+    save(run, "vae", train_decoder(run, vae))
+    if last_stage == "decoder":
         return
     save(run, "tiny_vae", train_tiny(run, vae, pool))
 
@@ -302,7 +387,10 @@ def parse(arguments: list[str] | None = None) -> tuple[Run, str]:
     parser.add_argument("--scenes", type=int, default=24_576, help="scenes in the pool")
     parser.add_argument("--batch", type=int, default=64, help="pictures in a step of the UNet")
     parser.add_argument("--threads", type=int, help="CPU threads of torch")
-    parser.add_argument("--no-compile", action="store_true", help="do without torch.compile")
+    parser.add_argument("--compile", action="store_true", help="compile the UNet (for CUDA)")
+    parser.add_argument("--init", type=Path, help="a folder whose autoencoder is taken as it is")
+    parser.add_argument("--muon", type=int, default=1)
+    parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--until", choices=STAGES, default=STAGES[-1], help="the last stage to run")
     options = parser.parse_args(arguments)
     if options.threads is not None:
@@ -321,7 +409,10 @@ def parse(arguments: list[str] | None = None) -> tuple[Run, str]:
         steps=options.steps,
         scenes_in_pool=options.scenes,
         batch=options.batch,
-        compiled=not options.no_compile,
+        compiled=options.compile,
+        init=options.init,
+        muon=bool(options.muon),
+        learning_rate=options.lr,
     )
     return run, options.until
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from muon import Muon, is_matrix
 
 LossFunction = Callable[[int, np.random.Generator, float], torch.Tensor]
 
@@ -44,8 +45,23 @@ class Settings:
     weight_decay: float = 1e-2
     ema_decay: float = 0.999
     seed: int = 0
+    muon: bool = False  # matrices and convolutions by Muon, the rest by AdamW
     report_seconds: float = 10.0
     checkpoint_seconds: float = 60.0
+
+
+def _optimizers(settings: Settings, module: torch.nn.Module) -> list[torch.optim.Optimizer]:
+    """Return the optimizers of a module's parameters that are trained."""
+    trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    matrices = {n: p for n, p in trained.items() if settings.muon and is_matrix(n, p)}
+    others = [p for name, p in trained.items() if name not in matrices]
+    common = {"lr": settings.learning_rate, "weight_decay": settings.weight_decay}
+    found: list[torch.optim.Optimizer] = []
+    if others:
+        found.append(torch.optim.AdamW(others, betas=(0.9, 0.99), **common))
+    if matrices:
+        found.append(Muon(matrices.values(), **common))
+    return found
 
 
 class Loop:
@@ -60,12 +76,7 @@ class Loop:
         self.module = module
         self.path = work / f"{settings.name}.pt"
         self.device = next(module.parameters()).device
-        self.optimizer = torch.optim.AdamW(
-            module.parameters(),
-            lr=settings.learning_rate,
-            betas=(0.9, 0.99),
-            weight_decay=settings.weight_decay,
-        )
+        self.optimizers = _optimizers(settings, module)
         self.ema = {name: value.detach().clone() for name, value in module.state_dict().items()}
         self.step = 0
         self.seconds = 0.0
@@ -114,13 +125,15 @@ class Loop:
         rng = np.random.default_rng((settings.seed, self.step))
         warm = min(1.0, (self.step + 1) / settings.warmup_steps)
         rate = settings.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * self.progress))
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
         loss = loss_function(self.step, rng, self.progress)
-        self.optimizer.zero_grad(set_to_none=True)
+        self.module.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.module.parameters(), 1.0)
-        self.optimizer.step()
+        for optimizer in self.optimizers:
+            optimizer.step()
         self.step += 1
         self._update_average()
         value = float(loss.detach())
@@ -140,7 +153,7 @@ class Loop:
         state = {
             "module": self.module.state_dict(),
             "ema": self.ema,
-            "optimizer": self.optimizer.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "step": self.step,
             "seconds": self.seconds,
             "loss": self.loss,
@@ -153,7 +166,8 @@ class Loop:
     def _load(self) -> None:
         state = torch.load(self.path, map_location=self.device, weights_only=True)
         self.module.load_state_dict(state["module"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
         self.ema = state["ema"]
         self.step, self.seconds, self.loss = state["step"], state["seconds"], state["loss"]
 
