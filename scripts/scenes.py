@@ -161,7 +161,7 @@ def _place_one(
 
 @functools.cache
 def _places(first: float, second: float) -> list[tuple[float, float]]:
-    """All pairs of lattice points along an axis where objects of two radii stand apart, in order."""
+    """All pairs of lattice points along an axis where objects of two radii stand apart."""
     points = [float(v) for v in range(0, PICTURE_SIZE, LATTICE)]
     return [
         (a, b)

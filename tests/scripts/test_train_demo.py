@@ -10,13 +10,17 @@ pytest.importorskip("diffusers")
 torch = pytest.importorskip("torch")
 
 import demo_model  # noqa: E402
+import train_autoencoder  # noqa: E402
 import train_demo  # noqa: E402
+import train_denoiser  # noqa: E402
+from layout_labels import COUNTS, layout_labels  # noqa: E402
+from muon import orthogonalize  # noqa: E402
 from train_loop import Loop, Settings  # noqa: E402
 
 # transformers builds CLIP's tokenizer in a way that tokenizers deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
-MINIATURE = ["--device", "cpu", "--scenes", "32", "--batch", "8", "--no-compile"]
+MINIATURE = ["--device", "cpu", "--scenes", "32", "--batch", "8"]
 
 
 @pytest.fixture(scope="module")
@@ -46,33 +50,68 @@ def test_any_text_has_tokens_and_comes_back(tokenizer: Any, text: str) -> None:
 
 
 def test_captions_fit(tokenizer: Any) -> None:
-    ids = train_demo.tokenize(tokenizer, ["a red circle", ""])
+    ids = train_denoiser.tokenize(tokenizer, ["a red circle", ""])
     assert ids.shape == (2, demo_model.MAX_TOKENS)
     assert ids[1, 1:].unique().tolist() == [tokenizer.pad_token_id]
 
 
 def test_crops_are_whole_latent_cells() -> None:
-    pictures = train_demo.draw_batch(np.random.default_rng(32), 4, train_demo.CROP)
-    assert pictures.shape == (4, train_demo.CROP, train_demo.CROP, 3)
-    back = train_demo.to_pictures(train_demo.to_images(pictures, torch.device("cpu")))
+    pictures = train_autoencoder.draw_batch(np.random.default_rng(32), 4, train_autoencoder.CROP)
+    assert pictures.shape == (4, train_autoencoder.CROP, train_autoencoder.CROP, 3)
+    back = train_autoencoder.to_pictures(train_autoencoder.to_images(pictures, torch.device("cpu")))
     assert (back == pictures).all()
 
 
 def test_weights_favour_the_noise_at_which_shapes_are_decided() -> None:
-    alphas = train_demo.cumulative_alphas(torch.device("cpu"))
-    weights = train_demo.min_snr_weights(alphas)
+    alphas = train_denoiser.cumulative_alphas(torch.device("cpu"))
+    weights = train_denoiser.min_snr_weights(alphas)
     assert float(weights.mean()) == pytest.approx(1, abs=1e-5)
     snr = alphas / (1 - alphas)
-    assert float(snr[weights.argmax()]) == pytest.approx(train_demo.MIN_SNR_GAMMA, rel=0.05)
+    assert float(snr[weights.argmax()]) == pytest.approx(train_denoiser.MIN_SNR_GAMMA, rel=0.05)
     assert weights[0] < 0.05
     assert weights[-1] < 0.05
 
 
-def fit(work: Path, stop_after: int | None = None) -> dict[str, Any]:
+def test_timesteps_follow_the_weights_and_leave_none_out() -> None:
+    alphas = train_denoiser.cumulative_alphas(torch.device("cpu"))
+    weights = train_denoiser.min_snr_weights(alphas)
+    rng = np.random.default_rng(33)
+    drawn = np.concatenate(
+        [train_denoiser.draw_timesteps(weights, 64, rng).numpy() for _ in range(400)]
+    )
+    assert drawn.min() >= 0
+    assert drawn.max() < len(alphas)
+    share = np.bincount(drawn // 100, minlength=10) / len(drawn)
+    even = train_denoiser.UNIFORM_SHARE / 10
+    expected = even + (1 - train_denoiser.UNIFORM_SHARE) * weights.reshape(10, 100).sum(1) / 1000
+    assert share == pytest.approx(expected.numpy(), abs=0.01)
+
+
+def test_labels_of_a_layout_do_not_depend_on_how_it_is_put() -> None:
+    star, ring = scenes.Wanted("red", "star", "big"), scenes.Wanted("blue", "ring")
+    one = layout_labels(scenes.Prompt((star, ring), "black", relation="to the right of"))
+    other = layout_labels(scenes.Prompt((ring, star), "black", relation="to the left of"))
+    assert (one == other).all()
+    assert (one != layout_labels(scenes.Prompt((star, ring), "black", relation="above"))).any()
+    assert (one < np.array(COUNTS)).all()
+    alone = layout_labels(scenes.Prompt((star,), None, position="at the top"))
+    assert (alone[6:] == 0).all()
+    assert alone[1] == 0
+
+
+@pytest.mark.parametrize("shape", [(8, 32), (32, 8), (16, 16)])
+def test_muon_makes_updates_orthogonal(shape: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    singular = torch.linalg.svdvals(orthogonalize(torch.randn(shape)))
+    assert float(singular.min()) > 0.5
+    assert float(singular.max()) < 1.3
+
+
+def fit(work: Path, stop_after: int | None = None, muon: bool = False) -> dict[str, Any]:
     """Fit a line for 20 steps, perhaps as if Ctrl-C came after some of them."""
     torch.manual_seed(0)
     module = torch.nn.Linear(3, 1)
-    loop = Loop(Settings("line", seconds=60, steps=20, warmup_steps=3), module, work)
+    loop = Loop(Settings("line", seconds=60, steps=20, warmup_steps=3, muon=muon), module, work)
     begun_at = loop.step
 
     def loss(step: int, rng: np.random.Generator, progress: float) -> Any:
@@ -87,11 +126,12 @@ def fit(work: Path, stop_after: int | None = None) -> dict[str, Any]:
     return {name: value.clone() for name, value in module.state_dict().items()}
 
 
-def test_an_interrupted_loop_goes_on_to_the_same_weights(tmp_path: Path) -> None:
-    whole = fit(tmp_path / "whole")
+@pytest.mark.parametrize("muon", [False, True])
+def test_an_interrupted_loop_goes_on_to_the_same_weights(tmp_path: Path, muon: bool) -> None:
+    whole = fit(tmp_path / "whole", muon=muon)
     with pytest.raises(KeyboardInterrupt):
-        fit(tmp_path / "cut", stop_after=7)
-    resumed = fit(tmp_path / "cut")
+        fit(tmp_path / "cut", stop_after=7, muon=muon)
+    resumed = fit(tmp_path / "cut", muon=muon)
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
