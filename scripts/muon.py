@@ -1,7 +1,7 @@
 """Muon: momentum whose update is orthogonalised, for a network's matrices and convolutions.
 
 Jordan et al. 2024 (kellerjordan.github.io/posts/muon), with the scale of arXiv:2502.16982, so that
-one learning rate serves it and AdamW. On the demo's UNet it needs about half of AdamW's steps.
+one learning rate serves it and AdamW.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ _ITERATIONS = 5
 _UPDATE_RMS = 0.2  # of AdamW's updates, typically
 
 
-class Muon(torch.optim.Optimizer):
-    """Muon with Nesterov momentum and decoupled weight decay; parameters of two or more axes."""
+class Muon:
+    """Muon with Nesterov momentum and decoupled weight decay, used as torch's optimizers are."""
 
     def __init__(
         self,
@@ -27,24 +27,32 @@ class Muon(torch.optim.Optimizer):
         weight_decay: float = 0.0,
     ) -> None:
         """Take parameters [out, ...]; all axes but the first are one side of a matrix."""
-        super().__init__(parameters, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        self._parameters = list(parameters)
+        self._averages = [torch.zeros_like(parameter) for parameter in self._parameters]
+        self.param_groups = [{"lr": lr, "momentum": momentum, "weight_decay": weight_decay}]
 
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+    def step(self) -> None:
         """Update every parameter that has a gradient."""
-        for group in self.param_groups:
-            for parameter in group["params"]:
+        group = self.param_groups[0]
+        with torch.no_grad():
+            for parameter, average in zip(self._parameters, self._averages, strict=True):
                 if parameter.grad is None:
                     continue
-                state = self.state[parameter]
-                if not state:
-                    state["momentum"] = torch.zeros_like(parameter)
-                average = state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
+                average.lerp_(parameter.grad, 1 - group["momentum"])
                 direction = parameter.grad.lerp(average, group["momentum"])
                 matrix = direction.reshape(len(direction), -1)
                 update = orthogonalize(matrix) * (_UPDATE_RMS * max(matrix.shape) ** 0.5)
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
                 parameter.sub_(update.reshape(parameter.shape), alpha=group["lr"])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the momenta, for a checkpoint."""
+        return {"averages": self._averages}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take the momenta of a checkpoint."""
+        for average, saved in zip(self._averages, state["averages"], strict=True):
+            average.copy_(saved)
 
 
 def orthogonalize(matrix: torch.Tensor) -> torch.Tensor:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -50,13 +51,13 @@ class Settings:
     checkpoint_seconds: float = 60.0
 
 
-def _optimizers(settings: Settings, module: torch.nn.Module) -> list[torch.optim.Optimizer]:
+def _optimizers(settings: Settings, module: torch.nn.Module) -> list[Any]:
     """Return the optimizers of a module's parameters that are trained."""
     trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
     matrices = {n: p for n, p in trained.items() if settings.muon and is_matrix(n, p)}
     others = [p for name, p in trained.items() if name not in matrices]
     common = {"lr": settings.learning_rate, "weight_decay": settings.weight_decay}
-    found: list[torch.optim.Optimizer] = []
+    found: list[Any] = []
     if others:
         found.append(torch.optim.AdamW(others, betas=(0.9, 0.99), **common))
     if matrices:
