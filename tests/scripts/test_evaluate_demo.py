@@ -24,14 +24,14 @@ def painter(tasks: list[evaluate_demo.Task], wrong: set[int]) -> evaluate_demo.G
 
 def place(prompt: scenes.Prompt) -> tuple[scenes.Placed, ...]:
     def radius(wanted: scenes.Wanted) -> float:
-        return sum(scenes.RADII[wanted.size or "medium"]) / 2
+        return scenes.RADII[wanted.size or "medium"]
 
     wanted = prompt.objects
     if prompt.relation is None:
         column, row = scenes.POSITIONS[prompt.position or "in the center"]
         at = [(scenes.GRID_CENTRES[column], scenes.GRID_CENTRES[row])]
     else:
-        low, high = 33.0, 96.0
+        low, high = 32.0, 96.0
         at = [(low, 64.0), (high, 64.0)]
         if prompt.relation in ("to the right of", "below"):
             at.reverse()
