@@ -31,29 +31,48 @@ def run_settings(
 
 
 def embeddings_of(
-    prompt: str | Sequence[str] | None, embeds: Array | None, negative: Array | None
+    prompt: str | Sequence[str] | None,
+    negative_prompt: str | Sequence[str] | None,
+    *,
+    prompt_embeds: Array | None,
+    negative_prompt_embeds: Array | None,
+    pooled_prompt_embeds: Array | None,
+    negative_pooled_prompt_embeds: Array | None,
 ) -> Embeddings:
     """Return the text states given to a call; raises RequestError beside a prompt."""
-    if (prompt is None) == (embeds is None):
+    if (prompt is None) == (prompt_embeds is None):
         raise RequestError("Give either a prompt or prompt_embeds, and not both.")
-    return Embeddings(prompt=_states("prompt", embeds), negative=_states("negative", negative))
+    if negative_prompt is not None and negative_prompt_embeds is not None:
+        raise RequestError("Give either a negative_prompt or negative_prompt_embeds, not both.")
+    return Embeddings(
+        prompt=_states("prompt_embeds", prompt_embeds, 3),
+        negative=_states("negative_prompt_embeds", negative_prompt_embeds, 3),
+        pooled=_states("pooled_prompt_embeds", pooled_prompt_embeds, 2),
+        negative_pooled=_states("negative_pooled_prompt_embeds", negative_pooled_prompt_embeds, 2),
+    )
 
 
-def _states(what: str, value: Array | None) -> Array | None:
+def _states(name: str, value: Array | None, rank: int) -> Array | None:
     if value is None:
         return None
     states = np.ascontiguousarray(value, np.float32)
-    if states.ndim != 3 or not len(states):
-        raise RequestError(
-            f"{what} embeddings have the shape {states.shape}; give [N, length, width]."
-        )
+    if states.ndim != rank or not len(states):
+        wanted = "[N, length, width]" if rank == 3 else "[N, width]"
+        raise RequestError(f"The {name} have the shape {list(states.shape)}; give {wanted}.")
+    if not np.isfinite(states).all():
+        raise RequestError(f"The {name} hold NaN or infinity; give finite numbers.")
     return states
 
 
 def state_of(states: Array | None, index: int) -> Array | None:
-    """Return the state of one prompt, float32 [1, length, width]; a single one serves all."""
+    """Return the state of one prompt, float32 [1, ...]; a single one serves all."""
     if states is None:
         return None
+    if index >= len(states) > 1:
+        raise RequestError(
+            f"There are embeddings for {len(states)} prompts and more prompts than that;"
+            " give one, or one for each."
+        )
     return states[:1] if len(states) == 1 else states[index : index + 1]
 
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from sdvino.errors import ModelFolderError
-from sdvino.graph.clip_skip import select_hidden_state
 from sdvino.graph.shapes import reshape_static
+from sdvino.graph.text_states import give_states
 from sdvino.graph.timestep import float_timestep
 from sdvino.graph.vae import decoder_to_float, decoder_to_pixels, encoder_from_pixels
 from sdvino.model_folder import ModelFolder
+from sdvino.pipeline_kinds import TIME_IDS
 from sdvino.runtime.component import Component
 from sdvino.settings import RunSettings
 
@@ -29,27 +30,35 @@ class Components:
         self.settings = settings
         self._loaded: dict[str, tuple[Hashable, Component]] = {}
 
-    def text_encoder(self, clip_skip: int | None) -> Component:
-        """Return the text encoder without its last ``clip_skip`` layers."""
+    def text_encoder(self, name: str, skipped: Sequence[int]) -> Component:
+        """Return the text encoder ``name``, giving its states without so many of its last layers.
+
+        Its outputs are those of `sdvino.graph.text_states.give_states`.
+        """
+        kind = self.folder.kind
 
         def prepare(model: ov.Model) -> None:
-            if clip_skip is not None:
-                select_hidden_state(model, clip_skip)
+            pooled = name == kind.pooled_encoder
+            give_states(model, skipped, final_norm=kind.final_norm, pooled=pooled)
             reshape_static(model, {"input_ids": [1, self.folder.text_length]})
 
-        return self._get("text_encoder", clip_skip, prepare)
+        return self._get(name, tuple(skipped), prepare)
 
     def unet(self, height: int, width: int) -> Component:
         """Return the UNet for latents of ``height`` x ``width``, with a float timestep."""
         folder = self.folder
+        shapes = {
+            "sample": [1, folder.in_channels, height, width],
+            "timestep": [1],
+            "encoder_hidden_states": [1, folder.text_length, folder.cross_attention_dim],
+        }
+        if folder.pooled_width is not None:
+            shapes |= {"text_embeds": [1, folder.pooled_width], "time_ids": [1, TIME_IDS]}
+        if folder.guidance_width is not None:
+            shapes["timestep_cond"] = [1, folder.guidance_width]
 
         def prepare(model: ov.Model) -> None:
             float_timestep(model)
-            shapes = {
-                "sample": [1, folder.in_channels, height, width],
-                "timestep": [1],
-                "encoder_hidden_states": [1, folder.text_length, folder.cross_attention_dim],
-            }
             reshape_static(model, shapes)
 
         return self._get("unet", (height, width), prepare)

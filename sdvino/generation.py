@@ -20,8 +20,6 @@ from sdvino.settings import (
     check_choice,
 )
 
-DEFAULT_STEPS = 20
-DEFAULT_GUIDANCE_SCALE = 7.5
 #: Longer prompts are refused: 77 tokens are read, and no sentence is this long.
 MAX_PROMPT_CHARACTERS = 20_000
 MAX_PICTURES = 10_000
@@ -34,8 +32,9 @@ class GenerationRequest:
 
     #: One text for each series of pictures.
     prompts: tuple[str, ...]
-    #: What the pictures should not show: one text for all prompts, or one for each.
-    negative_prompts: tuple[str, ...] = ("",)
+    #: What the pictures should not show: one text for all prompts, or one for each; None says
+    #: nothing, for which Stable Diffusion XL has zeros rather than the states of an empty text.
+    negative_prompts: tuple[str | None, ...] = (None,)
     #: Pixels, multiples of the autoencoder's factor (8).
     height: int | None = None
     width: int | None = None
@@ -64,7 +63,8 @@ class GenerationRequest:
                 f" {len(self.prompts)} prompts; give one, or one for each."
             )
         for text in (*self.prompts, *self.negative_prompts):
-            _check_prompt(text)
+            if text is not None:
+                _check_prompt(text)
         for name in ("height", "width"):
             _check_range(name, getattr(self, name), 8, MAX_SIDE)
         _check_range("num_inference_steps", self.num_inference_steps, 1, 1000)
@@ -77,7 +77,7 @@ class GenerationRequest:
 
     def resolve(self, folder: ModelFolder) -> ResolvedRequest:
         """Fill what was left open from the model folder, and check sizes against it."""
-        suggested = folder.suggested
+        suggested, kind = folder.suggested, folder.kind
         factor = folder.vae_scale_factor
         height = folder.height if self.height is None else self.height
         width = folder.width if self.width is None else self.width
@@ -104,10 +104,10 @@ class GenerationRequest:
             height=height,
             width=width,
             num_inference_steps=_first(
-                self.num_inference_steps, suggested.num_inference_steps, DEFAULT_STEPS
+                self.num_inference_steps, suggested.num_inference_steps, kind.num_inference_steps
             ),
             guidance_scale=float(
-                _first(self.guidance_scale, suggested.guidance_scale, DEFAULT_GUIDANCE_SCALE)
+                _first(self.guidance_scale, suggested.guidance_scale, kind.guidance_scale)
             ),
             guidance_rescale=self.guidance_rescale,
             clip_skip=None if self.clip_skip == 0 else self.clip_skip,
@@ -135,7 +135,8 @@ class PictureJob:
     index: int
     prompt_index: int
     prompt: str
-    negative_prompt: str
+    #: None: not given.
+    negative_prompt: str | None
     seed: int
 
 
@@ -169,6 +170,11 @@ def as_texts(what: str, value: str | Sequence[str] | None) -> tuple[str, ...]:
 
 def _first(*values: object) -> Any:
     return next((value for value in values if value is not None), None)
+
+
+def as_negative_texts(value: str | Sequence[str] | None) -> tuple[str | None, ...]:
+    """Return the negative prompt argument as a tuple; None stays None."""
+    return (None,) if value is None else as_texts("negative prompt", value)
 
 
 def _check_prompt(text: str) -> None:

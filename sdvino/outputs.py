@@ -70,10 +70,14 @@ class PictureEvent:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Embeddings:
-    """Text states given instead of a prompt: float32 [N, length, width] each."""
+    """Text states given instead of a prompt, float32; None is left to the text encoders."""
 
+    #: [N, length, width] each.
     prompt: Array | None = None
     negative: Array | None = None
+    #: [N, width] each.
+    pooled: Array | None = None
+    negative_pooled: Array | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sdvino.arguments import embeddings_of, given_latents, run_settings, state_of
+from sdvino.arguments import embeddings_of, given_latents, run_settings
 from sdvino.components import Components
+from sdvino.conditioning import Conditioner
 from sdvino.diffusion.denoiser import Denoiser, Predict
 from sdvino.diffusion.guidance import Guidance
 from sdvino.diffusion.noise import make_noise
 from sdvino.diffusion.samplers import get_sampler
 from sdvino.diffusion.schedule import Schedule, final_latents, initial_latents, make_schedule
 from sdvino.diffusion.scheduler_config import SchedulerConfig, sampler_from_config
-from sdvino.errors import RequestError
-from sdvino.generation import GenerationRequest, PictureJob, ResolvedRequest, as_texts
+from sdvino.errors import ModelFolderError, RequestError
+from sdvino.generation import (
+    GenerationRequest,
+    PictureJob,
+    ResolvedRequest,
+    as_negative_texts,
+    as_texts,
+)
 from sdvino.hub import resolve_model
 from sdvino.image.autoencoder import VaeDecoder
 from sdvino.image.parameters import PictureSettings
@@ -49,7 +55,6 @@ from sdvino.settings import (
     TimestepSpacing,
     check_choice,
 )
-from sdvino.text.encoder import TextEncoder
 from sdvino.text.tokenizer import ClipTokenizer
 
 if TYPE_CHECKING:
@@ -74,12 +79,14 @@ class StableDiffusionPipeline:
         *,
         vae_tiling: bool | None = None,
     ) -> None:
+        if folder.refusal is not None:
+            raise ModelFolderError(folder.refusal)
         self.folder = folder
         #: Decode in tiles, which bounds the decoder's memory; None: only where pictures are large.
         self.vae_tiling = vae_tiling
         self.settings = RunSettings() if settings is None else settings
         self.components = Components(folder, self.settings)
-        self._text_encoders: dict[int | None, TextEncoder] = {}
+        self.conditioner = Conditioner(self.components)
         self._scheduler_config = SchedulerConfig.from_dict(folder.scheduler_config)
 
     @classmethod
@@ -124,6 +131,8 @@ class StableDiffusionPipeline:
         latents: Array | None = None,
         prompt_embeds: Array | None = None,
         negative_prompt_embeds: Array | None = None,
+        pooled_prompt_embeds: Array | None = None,
+        negative_pooled_prompt_embeds: Array | None = None,
         clip_skip: int | None = None,
         output_type: OutputType = "pil",
         callback_on_step_end: Callback | None = None,
@@ -136,17 +145,27 @@ class StableDiffusionPipeline:
 
         What is None is taken from the model folder. ``latents`` is unit noise, float32
         [N, C, height / 8, width / 8]; ``prompt_embeds`` is float32 [N, 77, width] in place of
-        ``prompt``. ``output_type`` is "pil", "np" (float32 [N, H, W, 3], 0 to 1) or "latent".
+        ``prompt``, beside which Stable Diffusion XL takes ``pooled_prompt_embeds``, float32
+        [N, width]. Without a ``negative_prompt`` Stable Diffusion XL guides away from zeros, with
+        an empty one away from an empty text, as in diffusers. ``clip_skip`` counts for the prompt
+        alone, as there. ``output_type`` is "pil", "np" (float32 [N, H, W, 3], 0 to 1) or "latent".
         ``callback_on_step_end(pipe, step, timestep, {"latents": x})`` may return a dict with other
         latents of the same shape, and stops the work by raising `Cancelled`.
         Raises RequestError for a wrong request, SdvinoError when the work fails.
         """
         check_choice("output type", output_type, get_args(OutputType))
-        embeddings = embeddings_of(prompt, prompt_embeds, negative_prompt_embeds)
+        embeddings = embeddings_of(
+            prompt,
+            negative_prompt,
+            prompt_embeds=prompt_embeds,
+            negative_prompt_embeds=negative_prompt_embeds,
+            pooled_prompt_embeds=pooled_prompt_embeds,
+            negative_pooled_prompt_embeds=negative_pooled_prompt_embeds,
+        )
         prompts = as_texts("prompt", prompt)
         request = GenerationRequest(
             prompts=prompts if embeddings.prompt is None else ("",) * len(embeddings.prompt),
-            negative_prompts=as_texts("negative prompt", negative_prompt),
+            negative_prompts=as_negative_texts(negative_prompt),
             height=height,
             width=width,
             num_inference_steps=num_inference_steps,
@@ -208,7 +227,7 @@ class StableDiffusionPipeline:
         given = given_latents(latents, (len(request.jobs), *shape[1:]))
         sample = get_sampler(schedule.sampler)
         for job in request.jobs:
-            cond, uncond = self.text_states(request, job, embeddings, timings)
+            cond, uncond = self.conditioner.unet_inputs(request, job, embeddings, timings)
             with clock(timings, "load"):
                 unet = self.components.unet(*size)
             noise = make_noise(request.noise, job.seed)
@@ -217,7 +236,7 @@ class StableDiffusionPipeline:
                 Guidance(
                     _predictor(unet, cond, timings),
                     None if uncond is None else _predictor(unet, uncond, timings),
-                    guidance_scale=request.guidance_scale,
+                    guidance_scale=1.0 if uncond is None else request.guidance_scale,
                     guidance_rescale=request.guidance_rescale,
                 ),
                 schedule.prediction_type,
@@ -266,7 +285,7 @@ class StableDiffusionPipeline:
         manifest = self.folder.manifest
         return PictureSettings(
             prompt=job.prompt,
-            negative_prompt=job.negative_prompt,
+            negative_prompt="" if job.negative_prompt is None else job.negative_prompt,
             num_inference_steps=request.num_inference_steps,
             scheduler=self.sampler_name(request),
             sigma_schedule=request.sampler.sigma_schedule,
@@ -308,54 +327,10 @@ class StableDiffusionPipeline:
         """Return the words at the end of ``prompt`` that the text encoder cannot read, or ''."""
         return self.tokenizer.encode(prompt).dropped
 
-    @cached_property
+    @property
     def tokenizer(self) -> ClipTokenizer:
-        """The tokenizer of the folder."""
-        return ClipTokenizer.from_folder(self.folder.tokenizer())
-
-    def text_states(
-        self,
-        request: ResolvedRequest,
-        job: PictureJob,
-        embeddings: Embeddings | None = None,
-        timings: Timings | None = None,
-    ) -> tuple[Array, Array | None]:
-        """Return the text states of the prompt and, where guidance needs it, of the negative.
-
-        Each is float32 [1, length, width].
-        """
-        embeddings = Embeddings() if embeddings is None else embeddings
-        timings = Timings() if timings is None else timings
-        index = job.prompt_index
-        guided = request.guidance_scale > 1.0
-        cond = state_of(embeddings.prompt, index)
-        if cond is None:
-            cond = self._encode(job.prompt, request.clip_skip, timings)
-        uncond = state_of(embeddings.negative, index) if guided else None
-        if guided and uncond is None:
-            uncond = self._encode(job.negative_prompt, request.clip_skip, timings)
-        expected = (1, self.folder.text_length, self.folder.cross_attention_dim)
-        for state in (cond, uncond):
-            if state is not None and state.shape != expected:
-                raise RequestError(
-                    f"The prompt embeddings have the shape {state.shape}; this model takes"
-                    f" [N, {expected[1]}, {expected[2]}]."
-                )
-        return cond, uncond
-
-    def _encode(self, text: str, clip_skip: int | None, timings: Timings) -> Array:
-        if clip_skip not in self._text_encoders:
-            with clock(timings, "load"):
-                component = self.components.text_encoder(clip_skip)
-            vocab_size = self.folder.components["text_encoder"].config.get("vocab_size")
-            encoder = TextEncoder(
-                component,
-                self.tokenizer,
-                vocab_size=vocab_size if isinstance(vocab_size, int) else None,
-            )
-            self._text_encoders = {clip_skip: encoder}
-        with clock(timings, "text"):
-            return self._text_encoders[clip_skip].encode(text)
+        """The tokenizer of the folder, the first text encoder's."""
+        return self.conditioner.tokenizer()
 
     def _decode(
         self, latents: Array, output_type: OutputType, timings: Timings
@@ -402,15 +377,13 @@ class StableDiffusionPipeline:
         event.latents[...] = latents
 
 
-def _predictor(unet: Component, states: Array, timings: Timings) -> Predict:
-    """Return the UNet with its text states filled in, counting its evaluations."""
+def _predictor(unet: Component, conditions: Mapping[str, Array], timings: Timings) -> Predict:
+    """Return the UNet with its conditions filled in, counting its evaluations."""
     timestep = np.empty(1, np.float32)
-    states = states.copy()  # a device reads arrays in place only where they are writable
 
     def predict(x_in: Array, t: float, /) -> Array:
         timestep[0] = t
         timings.unet_evaluations += 1
-        inputs = {"sample": x_in, "timestep": timestep, "encoder_hidden_states": states}
-        return unet.infer(inputs)["out_sample"]
+        return unet.infer({"sample": x_in, "timestep": timestep, **conditions})["out_sample"]
 
     return predict

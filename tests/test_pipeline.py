@@ -74,7 +74,7 @@ def test_embeddings_stand_in_for_prompts(pipe: StableDiffusionPipeline) -> None:
 
     def remember(text: str) -> Any:
         request = GenerationRequest(prompts=(text,), seed=0).resolve(pipe.folder)
-        return pipe.text_states(request, request.jobs[0])[0]
+        return pipe.conditioner.text_states(request, request.jobs[0])[0].hidden
 
     seen = [remember(PROMPT), remember("")]
     direct = latents_of(pipe)

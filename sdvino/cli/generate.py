@@ -298,7 +298,8 @@ def _request(
         }
         return {name: value for name, value in values.items() if value is not None}
 
-    negative = filled(("negative_prompt",)).get("negative_prompt", "")
+    # A picture's text cannot tell an empty negative prompt from none, so both are none here.
+    negative = filled(("negative_prompt",)).get("negative_prompt") or None
     return GenerationRequest(
         prompts=texts,
         negative_prompts=(negative,),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,20 +21,26 @@ CACHED_PROMPTS = 16
 class EncodedPrompt:
     """What a text encoder makes of a prompt. The arrays are read only and belong to the caller."""
 
-    #: float32 [1, max_length, D]
-    hidden_state: NDArray[np.float32]
+    #: By the names asked for: float32 [1, max_length, D] each.
+    states: Mapping[str, NDArray[np.float32]]
     #: float32 [1, D], or None where the encoder gives none.
     pooled: NDArray[np.float32] | None
     #: The words that did not fit; '' when all did.
     dropped: str
 
+    @property
+    def hidden_state(self) -> NDArray[np.float32]:
+        """The state that was asked for first."""
+        return next(iter(self.states.values()))
+
 
 class TextEncoder:
     """A compiled text encoder with its tokenizer. Each prompt is encoded once and remembered.
 
-    ``component`` takes ``input_ids`` and gives ``last_hidden_state``, perhaps ``pooler_output`` (or
-    ``text_embeds``) too. ``ids_dtype`` is what its input wants, int64 or int32. ``vocab_size`` is
-    the number of rows of its embedding, where known: a tokenizer with more ids is refused.
+    ``component`` takes ``input_ids`` and gives the outputs named in ``states``, perhaps
+    ``pooler_output`` (or ``text_embeds``) too. ``ids_dtype`` is what its input wants, int64 or
+    int32. ``vocab_size`` is the number of rows of its embedding, where known: a tokenizer with
+    more ids is refused.
     """
 
     def __init__(
@@ -41,6 +48,7 @@ class TextEncoder:
         component: InferenceComponent,
         tokenizer: ClipTokenizer,
         *,
+        states: Sequence[str] = ("last_hidden_state",),
         ids_dtype: DTypeLike = np.int64,
         vocab_size: int | None = None,
         cached: int = CACHED_PROMPTS,
@@ -52,19 +60,23 @@ class TextEncoder:
             )
         self.tokenizer = tokenizer
         self._component = component
+        self._states = tuple(states)
         self._ids_dtype = np.dtype(ids_dtype)
         self._cached = cached
         self._cache: OrderedDict[str, EncodedPrompt] = OrderedDict()
 
     def encode(self, prompt: str) -> NDArray[np.float32]:
-        """Return the states of ``prompt``: float32 [1, max_length, D], read only.
+        """Return the first of the states of ``prompt``: float32 [1, max_length, D], read only.
 
         Raises RequestError for a prompt that is no text, SdvinoError when the encoder fails.
         """
         return self.encode_prompt(prompt).hidden_state
 
     def encode_prompt(self, prompt: str) -> EncodedPrompt:
-        """Return the states of ``prompt``, its pooled state and the words that did not fit."""
+        """Return the states of ``prompt``, its pooled state and the words that did not fit.
+
+        Raises as `encode` does.
+        """
         known = self._cache.get(prompt)
         if known is None:
             known = self._run(prompt)
@@ -78,14 +90,15 @@ class TextEncoder:
     def _run(self, prompt: str) -> EncodedPrompt:
         tokens = self.tokenizer.encode(prompt)
         outputs = self._component.infer({"input_ids": tokens.ids.astype(self._ids_dtype)})
-        if "last_hidden_state" not in outputs:
-            raise ModelFolderError(
-                "The text encoder gives no last_hidden_state;"
-                " export it again with optimum-intel or `sdvino convert`."
-            )
+        for name in self._states:
+            if name not in outputs:
+                raise ModelFolderError(
+                    f"The text encoder gives no {name};"
+                    " export it again with optimum-intel or `sdvino convert`."
+                )
         pooled = next((outputs[n] for n in ("pooler_output", "text_embeds") if n in outputs), None)
         return EncodedPrompt(
-            hidden_state=_keep(outputs["last_hidden_state"]),
+            states={name: _keep(outputs[name]) for name in self._states},
             pooled=None if pooled is None else _keep(pooled),
             dropped=tokens.dropped,
         )

@@ -1,12 +1,17 @@
-"""Exact rewrite: the text encoder ends some layers early, as diffusers' ``clip_skip`` asks.
+"""Exact rewrite: a text encoder gives the states that the pipeline reads, and nothing else.
 
-diffusers takes ``hidden_states[-(clip_skip + 1)]`` and runs the encoder's final layer norm on it.
-An exported encoder usually gives only its last hidden state, but the whole residual stream is in
-the graph: every layer adds its attention and then its MLP to it, and each of the two reads the
-stream through a layer norm.
+Stable Diffusion 1.x and 2.x read the last layer through the encoder's final layer norm, or with
+``clip_skip`` an earlier layer through that norm; Stable Diffusion XL reads the layer before the
+last as it is. An exported encoder may give every layer (``hidden_states.0`` ...) or only its last
+state, but the whole residual stream is in the graph: every layer adds its attention and then its
+MLP to it, and each of the two reads the stream through a layer norm. Layers that no state needs
+drop out of the graph.
 """
 
 from __future__ import annotations
+
+import re
+from collections.abc import Iterable
 
 import openvino as ov
 from openvino import opset13 as ops
@@ -14,34 +19,81 @@ from openvino import opset13 as ops
 from sdvino.errors import ModelFolderError, RequestError
 from sdvino.graph.protocol import find_output
 
+#: The pooled state, projected (transformers' CLIPTextModelWithProjection).
+POOLED = "text_embeds"
 #: What a layer norm is exported as: MVN, then its weight and bias.
 _AFFINE = frozenset({"Add", "Multiply"})
 #: What quantization and precision conversion put between the operations.
 _TRANSPARENT = frozenset({"FakeQuantize", "Convert"})
+_LAYER = re.compile(r"hidden_states\.(\d{1,3})")
 
 
-def select_hidden_state(model: ov.Model, clip_skip: int) -> None:
-    """Make ``last_hidden_state`` the final layer norm of an earlier layer, in place; exact.
+def state_name(skipped: int) -> str:
+    """Return the tensor name of the state without the last ``skipped`` layers."""
+    return f"state_without_{skipped}"
 
-    ``clip_skip`` layers are left out: 0 changes nothing. The pooled output still comes from the
-    whole encoder, as in transformers.
+
+def give_states(
+    model: ov.Model, skipped: Iterable[int], *, final_norm: bool, pooled: bool = False
+) -> None:
+    """Make the outputs of ``model`` the states named by `state_name`, in place; exact.
+
+    Each number in ``skipped`` is of layers left out at the encoder's end. With ``final_norm`` a
+    state goes through the encoder's last layer norm. With ``pooled``, `POOLED` stays an output
+    too: it comes from the whole encoder, as in transformers.
     Raises RequestError when the encoder has fewer layers, ModelFolderError when the graph is not
     that of a CLIP text encoder.
     """
-    if clip_skip < 0:
-        raise RequestError(f"clip_skip is {clip_skip}; give a whole number from 0 up.")
-    if clip_skip == 0:
-        return
-    last = find_output(model, "last_hidden_state")
-    norm, affine = _final_norm(last.get_node().input_value(0))
-    states = _layer_outputs(norm.input_value(0))
-    if clip_skip >= len(states):
-        raise RequestError(
-            f"clip_skip is {clip_skip}, but this text encoder has {len(states) - 1} layers;"
-            f" give {len(states) - 1} or less."
-        )
-    _rebuild_norm(last.get_node(), norm, affine, states[clip_skip])
+    wanted: dict[str, ov.Output] = {}
+    if pooled:
+        wanted[POOLED] = find_output(model, POOLED).get_node().input_value(0)
+    for number in sorted(set(skipped)):
+        if number < 0:
+            raise RequestError("clip_skip is negative; give a whole number from 0 up.")
+        find = _normed_state if final_norm else _plain_state
+        wanted[state_name(number)] = find(model, number)
+    for result in model.get_results():
+        model.remove_result(result)
+    for name, port in wanted.items():
+        port.add_names({name})
+        model.add_results([ops.result(port)])
     model.validate_nodes_and_infer_types()
+
+
+def _normed_state(model: ov.Model, skipped: int) -> ov.Output:
+    last = find_output(model, "last_hidden_state").get_node().input_value(0)
+    if skipped == 0:
+        return last
+    norm, affine = _final_norm(last)
+    states = _layer_outputs(norm.input_value(0))
+    _check_layers(skipped, len(states) - 1)
+    return _norm_again(norm, affine, states[skipped])
+
+
+def _plain_state(model: ov.Model, skipped: int) -> ov.Output:
+    given = {
+        int(found.group(1)): port.get_node().input_value(0)
+        for port in model.outputs
+        for name in port.get_names()
+        if (found := _LAYER.fullmatch(name)) is not None
+    }
+    # The last is the embeddings' number of layers on; some versions give it normed.
+    layers = max(given, default=0)
+    if skipped > 0 and layers - skipped in given:
+        return given[layers - skipped]
+    last = find_output(model, "last_hidden_state").get_node().input_value(0)
+    norm, _ = _final_norm(last)
+    states = _layer_outputs(norm.input_value(0))
+    _check_layers(skipped, len(states) - 1)
+    return states[skipped]
+
+
+def _check_layers(skipped: int, layers: int) -> None:
+    if skipped > layers:
+        raise RequestError(
+            f"This clip_skip leaves out {skipped} layers, but this text encoder has {layers}"
+            " layers; give a smaller one."
+        )
 
 
 def _final_norm(state: ov.Output) -> tuple[ov.Node, list[ov.Node]]:
@@ -118,10 +170,8 @@ def _feeds_norm(port: ov.Output) -> bool:
     return False
 
 
-def _rebuild_norm(result: ov.Node, norm: ov.Node, affine: list[ov.Node], state: ov.Output) -> None:
-    """Copy the final layer norm onto ``state`` and give it out as the last hidden state."""
-    old = result.input_value(0)
-    names = old.get_names()
+def _norm_again(norm: ov.Node, affine: list[ov.Node], state: ov.Output) -> ov.Output:
+    """Return ``state`` through a copy of the final layer norm."""
     given = norm.get_attributes()
     new = ops.mvn(
         state,
@@ -133,13 +183,11 @@ def _rebuild_norm(result: ov.Node, norm: ov.Node, affine: list[ov.Node], state: 
     for node in affine:
         constant = _operand(node, constant=True)
         new = (ops.add if node.get_type_name() == "Add" else ops.multiply)(new, constant)
-    old.set_names(set())
-    new.output(0).set_names(names)
-    result.input(0).replace_source_output(new.output(0))
+    return new.output(0)
 
 
 def _not_clip() -> ModelFolderError:
     return ModelFolderError(
-        "clip_skip needs a text encoder that ends in a layer norm, and this one does not;"
-        " leave clip_skip out."
+        "The text encoder does not end in a layer norm, so its earlier layers are not to be found;"
+        " leave clip_skip out, or export it again with optimum-intel or `sdvino convert`."
     )
