@@ -150,7 +150,10 @@ DAMAGES = [
     Damage("channels true", ("in_channels",), config("unet", in_channels=True)),
     Damage("channels 1e9", ("in_channels",), config("unet", in_channels=10**9)),
     Damage("channels apart", ("channels",), config("unet", in_channels=16, out_channels=16)),
-    Damage("inpainting", ("inpainting",), config("unet", in_channels=9)),
+    Damage("inpainting that lies", ("in_channels is 9",), config("unet", in_channels=9)),
+    Damage("latents scaled", ("latents_mean",), config("vae_decoder", latents_mean=[0, 0, 0, 0])),
+    Damage("guidance input", ("timestep_cond",), config("unet", time_cond_proj_dim=256)),
+    Damage("guidance width", ("time_cond_proj_dim",), config("unet", time_cond_proj_dim=-1)),
     Damage("out channels", ("out_channels",), config("unet", out_channels=8)),
     Damage(
         "graph channels",

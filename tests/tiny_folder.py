@@ -73,6 +73,82 @@ def vae_decoder() -> ov.Model:
     return finish(convolution(latents, 4, 3, seed=2), "sample", [latents])
 
 
+#: Of the tiny folder with two text encoders: widths, the pooled state's, a size's embedding.
+WIDTHS, POOLED, SIZE_WIDTH = (32, 16), 24, 8
+
+
+def xl_unet(channels: int = 4, times: int = 6) -> ov.Model:
+    """As `unet`, and with the means of the pooled state and the sizes."""
+    sample = parameter([-1, channels, -1, -1], ov.Type.f32, "sample")
+    timestep = parameter([-1], ov.Type.i64, "timestep")
+    states = parameter([-1, TOKENS, sum(WIDTHS)], ov.Type.f32, "encoder_hidden_states")
+    pooled = parameter([-1, POOLED], ov.Type.f32, "text_embeds")
+    sizes = parameter([-1, times], ov.Type.f32, "time_ids")
+    t = ops.divide(ops.convert(timestep, "f32"), np.float32(1000))
+    text = ops.reduce_mean(states, np.array([1, 2], np.int64))
+    for extra, scale in ((pooled, 1), (sizes, 1000)):
+        mean = ops.reduce_mean(extra, np.array([1], np.int64))
+        text = ops.add(text, ops.divide(mean, np.float32(scale)))
+    shift = ops.unsqueeze(ops.add(t, text), np.array([1, 2, 3], np.int64))
+    inputs = [sample, timestep, states, pooled, sizes]
+    return finish(ops.add(convolution(sample, channels, 4), shift), "out_sample", inputs)
+
+
+def xl_text_encoder(width: int, pooled: int | None) -> ov.Model:
+    """Every layer's states (number n adds n), in optimum-intel's names; perhaps a pooled one."""
+    ids = parameter([-1, -1], ov.Type.i64, "input_ids")
+    table = np.random.default_rng(width).standard_normal((600, width)).astype(np.float32)
+    base = ops.gather(ops.constant(table), ids, np.int64(0))
+    results = []
+    for name, number in (
+        ("last_hidden_state", 9),
+        *((f"hidden_states.{n}", n) for n in range(4)),
+    ):
+        state = ops.add(base, np.float32(number))
+        state.output(0).set_names({name})
+        results.append(ops.result(state))
+    if pooled is not None:
+        first = ops.reduce_mean(base, np.array([1], np.int64))
+        state = ops.matmul(first, np.ones((width, pooled), np.float32), False, False)
+        state.output(0).set_names({"text_embeds"})
+        results.append(ops.result(state))
+    return ov.Model(results, [ids], "tiny")
+
+
+def make_tiny_xl_folder(folder: Path) -> Path:
+    """Write a folder of the layout of Stable Diffusion XL, without tokenizers, and return it."""
+    make_tiny_folder(folder)
+    (folder / "sdvino.json").unlink()
+    save(
+        xl_unet(),
+        folder / "unet",
+        {
+            "_class_name": "UNet2DConditionModel",
+            "in_channels": 4,
+            "out_channels": 4,
+            "cross_attention_dim": sum(WIDTHS),
+            "sample_size": 16,
+            "block_out_channels": [32, 64],
+            "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": SIZE_WIDTH,
+            "projection_class_embeddings_input_dim": POOLED + 6 * SIZE_WIDTH,
+            "time_cond_proj_dim": None,
+        },
+    )
+    for name, width, pooled in (
+        ("text_encoder", WIDTHS[0], None),
+        ("text_encoder_2", WIDTHS[1], POOLED),
+    ):
+        config = {"hidden_size": width, "max_position_embeddings": TOKENS}
+        if pooled is not None:
+            config["projection_dim"] = pooled
+        save(xl_text_encoder(width, pooled), folder / name, config)
+    write_json(folder / "tokenizer_2" / "tokenizer.json", {})
+    write_json(folder / "model_index.json", {"_class_name": "StableDiffusionXLPipeline"})
+    return folder
+
+
 def make_tiny_folder(folder: Path) -> Path:
     """Write a whole folder, manifest included, and return it."""
     save(

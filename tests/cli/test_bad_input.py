@@ -47,6 +47,15 @@ def remove(file: str) -> Callable[[Path], None]:
     return lambda folder: (folder / file).unlink()
 
 
+def inpainting(folder: Path) -> None:
+    """Make the UNet one that takes a mask and a picture beside the latents."""
+    edit_json("unet/config.json", in_channels=9)(folder)
+    xml = folder / "unet" / "openvino_model.xml"
+    text = xml.read_text(encoding="utf-8")
+    assert text.count('shape="?,4,?,?"') == 1
+    xml.write_text(text.replace('shape="?,4,?,?"', 'shape="?,9,?,?"'), encoding="utf-8")
+
+
 def write(file: str, content: str) -> Callable[[Path], None]:
     def damage(folder: Path) -> None:
         (folder / file).write_text(content)
@@ -141,7 +150,7 @@ FOLDERS = [
         ("cross_attention_dim",),
         edit_json("unet/config.json", cross_attention_dim=999),
     ),
-    Bad("an inpainting UNet", (), ("inpainting",), edit_json("unet/config.json", in_channels=9)),
+    Bad("an inpainting UNet", (), ("inpainting",), inpainting),
     Bad(
         "scaling factor zero",
         (),
