@@ -77,7 +77,7 @@ def _plain_state(model: ov.Model, skipped: int) -> ov.Output:
         for name in port.get_names()
         if (found := _LAYER.fullmatch(name)) is not None
     }
-    # The last is the embeddings' number of layers on; some versions give it normed.
+    # Number 0 is the embeddings and the highest the last layer, which some versions give normed.
     layers = max(given, default=0)
     if skipped > 0 and layers - skipped in given:
         return given[layers - skipped]
