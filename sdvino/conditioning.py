@@ -73,10 +73,9 @@ class Conditioner:
         Diffusion XL ``text_embeds`` and ``time_ids``; for a UNet with distilled guidance
         ``timestep_cond``. Raises RequestError for embeddings that do not fit the model.
         """
-        states = self.text_states(request, job, embeddings, timings)
-        cond, uncond = (self._inputs(request, s) for s in states)
-        assert cond is not None
-        return cond, uncond
+        cond, uncond = self.text_states(request, job, embeddings, timings)
+        negative = None if uncond is None else self._inputs(request, uncond)
+        return self._inputs(request, cond), negative
 
     def text_states(
         self,
@@ -110,11 +109,7 @@ class Conditioner:
             hidden, pooled = encoded.hidden, encoded.pooled if pooled is None else pooled
         return cond, self._checked(TextStates(hidden, pooled))
 
-    def _inputs(
-        self, request: ResolvedRequest, states: TextStates | None
-    ) -> dict[str, Array] | None:
-        if states is None:
-            return None
+    def _inputs(self, request: ResolvedRequest, states: TextStates) -> dict[str, Array]:
         # Copies: a device reads arrays in place only where they are writable.
         inputs = {"encoder_hidden_states": states.hidden.copy()}
         if states.pooled is not None:
