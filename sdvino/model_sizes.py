@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 from sdvino.component_files import ComponentFiles
 from sdvino.errors import ModelFolderError
@@ -155,7 +155,7 @@ class Sizes:
         # transformers leaves out of config.json what equals its class's default.
         return sum(self._integer(name, "hidden_size", 512, 16384) for name in encoders)
 
-    def _config(self, part: str) -> Mapping[str, object]:
+    def _config(self, part: str) -> Mapping[str, Any]:
         return self._components[part].config
 
     def _integer(self, part: str, name: str, default: int, limit: int, low: int = 1) -> int:

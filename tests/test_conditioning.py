@@ -39,7 +39,7 @@ def pipe(folder: Path) -> StableDiffusionPipeline:
 def inputs(
     pipe: StableDiffusionPipeline, embeddings: Embeddings | None = None, **options: Any
 ) -> tuple[dict[str, Array], dict[str, Array] | None]:
-    given = {"prompts": (PROMPT,), "seed": 0, "guidance_scale": 5.0, **options}
+    given: dict[str, Any] = {"prompts": (PROMPT,), "seed": 0, "guidance_scale": 5.0, **options}
     request = GenerationRequest(**given).resolve(pipe.folder)
     return pipe.conditioner.unet_inputs(request, request.jobs[0], embeddings)
 
