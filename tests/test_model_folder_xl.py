@@ -97,6 +97,12 @@ def plain_unet(folder: Path) -> None:
         shutil.copy(plain / "unet" / file, folder / "unet" / file)
 
 
+def plainly_named(folder: Path) -> None:
+    """All but the name and the width of a plain model: the UNet wants more than that one gives."""
+    edit_json(folder / "model_index.json", _class_name="StableDiffusionPipeline")
+    edit_json(folder / "text_encoder" / "config.json", hidden_size=sum(WIDTHS))
+
+
 DAMAGES = [
     Damage("no second encoder", ("text_encoder_2",), remove("text_encoder_2")),
     Damage("no first encoder", ("text_encoder/",), remove("text_encoder")),
@@ -137,10 +143,8 @@ DAMAGES = [
     Damage(
         "added inputs in a plain model",
         ("wants an input", "sdvino does not"),
-        lambda f: (
-            edit_json(f / "model_index.json", _class_name="StableDiffusionPipeline"),
-            edit_json(f / "text_encoder" / "config.json", hidden_size=sum(WIDTHS)),
-        ),
+        plainly_named,
+    ),
     ),
     Damage(
         "second encoder's ids",
