@@ -145,7 +145,6 @@ DAMAGES = [
         ("wants an input", "sdvino does not"),
         plainly_named,
     ),
-    ),
     Damage(
         "second encoder's ids",
         ("text_encoder_2", "input_ids"),
