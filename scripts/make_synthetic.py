@@ -1,11 +1,11 @@
 """Make a diffusers folder with random weights in a real architecture, offline.
 
-    python scripts/make_synthetic.py --arch sd15|sdxl|tiny-sd15 OUT
+    python scripts/make_synthetic.py --arch sd15|sdxl|tiny-sd15|tiny-sdxl|... OUT
 
 Speed, memory and conversion do not depend on what the weights are; pictures do, and are noise.
-Weights are half-precision safetensors, written a shard at a time. tiny-sd15 is Stable Diffusion
-1.5's layout with narrow layers, for tests. Needs torch, diffusers and transformers
-(pip install "sdvino[convert]").
+Weights are half-precision safetensors, written a shard at a time. The tiny ones are each family's
+layout with narrow layers, for tests; scripts/synthetic_architectures.py lists them all.
+Needs torch, diffusers and transformers (pip install "sdvino[convert]").
 """
 
 from __future__ import annotations
@@ -22,136 +22,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-SHARD_BYTES = 2 * 2**30
-VOCABULARY = 49_408
-BOS, EOS = "<|startoftext|>", "<|endoftext|>"
+from synthetic_architectures import ARCHITECTURES, VOCABULARY
 
-# The configs of runwayml/stable-diffusion-v1-5 and stabilityai/stable-diffusion-xl-base-1.0, where
-# they differ from the defaults of diffusers' and transformers' classes.
-CLIP_L = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "projection_dim": 768,
-    "hidden_act": "quick_gelu",
-    "bos_token_id": VOCABULARY - 2,
-    "eos_token_id": VOCABULARY - 1,
-    "pad_token_id": VOCABULARY - 1,
-}
-CLIP_BIGG = {
-    **CLIP_L,
-    "hidden_size": 1280,
-    "intermediate_size": 5120,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 20,
-    "projection_dim": 1280,
-    "hidden_act": "gelu",
-    "pad_token_id": 0,
-}
-KL = {
-    "down_block_types": ["DownEncoderBlock2D"] * 4,
-    "up_block_types": ["UpDecoderBlock2D"] * 4,
-    "block_out_channels": [128, 256, 512, 512],
-    "layers_per_block": 2,
-    "sample_size": 512,
-}
-UNET_SD15 = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
-UNET_SDXL = {
-    "sample_size": 128,
-    "block_out_channels": [320, 640, 1280],
-    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
-    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
-    "transformer_layers_per_block": [1, 2, 10],
-    "attention_head_dim": [5, 10, 20],
-    "cross_attention_dim": 2048,
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
-SCHEDULER_SD15 = {
-    "_class_name": "PNDMScheduler",
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "num_train_timesteps": 1000,
-    "set_alpha_to_one": False,
-    "skip_prk_steps": True,
-    "steps_offset": 1,
-}
-SCHEDULER_SDXL = {
-    **SCHEDULER_SD15,
-    "_class_name": "EulerDiscreteScheduler",
-    "timestep_spacing": "leading",
-}
-SD_ENTRIES = {
-    "text_encoder": ("transformers", "CLIPTextModel", CLIP_L),
-    "unet": ("diffusers", "UNet2DConditionModel", UNET_SD15),
-    "vae": ("diffusers", "AutoencoderKL", KL),
-}
-ARCHITECTURES: dict[str, dict[str, Any]] = {
-    "sd15": {
-        "pipeline": "StableDiffusionPipeline",
-        "scheduler": SCHEDULER_SD15,
-        "components": SD_ENTRIES,
-    },
-    "tiny-sd15": {
-        "pipeline": "StableDiffusionPipeline",
-        "scheduler": SCHEDULER_SD15,
-        "components": {
-            "text_encoder": (
-                "transformers",
-                "CLIPTextModel",
-                {
-                    **CLIP_L,
-                    "hidden_size": 32,
-                    "intermediate_size": 128,
-                    "num_hidden_layers": 2,
-                    "num_attention_heads": 2,
-                    "projection_dim": 32,
-                },
-            ),
-            "unet": (
-                "diffusers",
-                "UNet2DConditionModel",
-                {
-                    "sample_size": 16,
-                    "cross_attention_dim": 32,
-                    "attention_head_dim": 2,
-                    "layers_per_block": 1,
-                    "block_out_channels": [32, 32, 64, 64],
-                },
-            ),
-            "vae": (
-                "diffusers",
-                "AutoencoderKL",
-                {
-                    **KL,
-                    "block_out_channels": [8, 8, 16, 16],
-                    "layers_per_block": 1,
-                    "norm_num_groups": 4,
-                    "sample_size": 128,
-                },
-            ),
-        },
-    },
-    "sdxl": {
-        "pipeline": "StableDiffusionXLPipeline",
-        "scheduler": SCHEDULER_SDXL,
-        "components": {
-            "text_encoder": ("transformers", "CLIPTextModel", CLIP_L),
-            "text_encoder_2": ("transformers", "CLIPTextModelWithProjection", CLIP_BIGG),
-            "unet": ("diffusers", "UNet2DConditionModel", UNET_SDXL),
-            "vae": (
-                "diffusers",
-                "AutoencoderKL",
-                {**KL, "sample_size": 1024, "scaling_factor": 0.13025},
-            ),
-        },
-    },
-}
+SHARD_BYTES = 2 * 2**30
+BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 
 
 def make(arch: str, out: Path, seed: int = 0) -> None:
@@ -164,17 +38,12 @@ def make(arch: str, out: Path, seed: int = 0) -> None:
     for name, (library, class_name, config) in plan["components"].items():
         write_component(out / name, library, class_name, config, generator)
         index[name] = [library, class_name]
-    tokenizers = {"tokenizer": EOS}
-    if "text_encoder_2" in plan["components"]:
-        tokenizers["tokenizer_2"] = "!"
-    for name, pad in tokenizers.items():
+    for name, pad in plan["tokenizers"].items():
         write_tokenizer(out / name, pad)
         index[name] = ["transformers", "CLIPTokenizer"]
     write_json(out / "scheduler" / "scheduler_config.json", plan["scheduler"])
     index["scheduler"] = ["diffusers", plan["scheduler"]["_class_name"]]
-    for absent in ("safety_checker", "feature_extractor"):
-        if plan["pipeline"] == "StableDiffusionPipeline":
-            index[absent] = [None, None]
+    index.update(plan.get("index", {}))
     write_json(out / "model_index.json", index)
 
 
