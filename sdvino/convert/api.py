@@ -16,8 +16,8 @@ from sdvino.compress.prompts import GENERAL_PROMPTS, check_prompts, read_prompts
 from sdvino.compress.recipes import DEFAULT_RECIPE, Recipe, get_recipe
 from sdvino.convert.export import export_component, require_libraries
 from sdvino.convert.manifest import write_manifest
-from sdvino.convert.scheduler import portable_scheduler
 from sdvino.convert.open_source import Source, open_source
+from sdvino.convert.scheduler import portable_scheduler
 from sdvino.convert.source import PROMPTS_FILE
 from sdvino.convert.staging import staged
 from sdvino.convert.suggestions import suggestions
@@ -52,7 +52,8 @@ def convert(
     """Convert ``source`` into the model folder ``folder``.
 
     source: a diffusers folder, a .safetensors checkpoint, an OpenVINO folder, or a hub id (see
-    `sdvino.convert.open_source`, also for revision, offline, tokenizer and prediction_type). recipe: fp16, int8-weights or int8 (see `sdvino.compress.recipes`); components: exceptions,
+    `sdvino.convert.open_source`, also for revision, offline, tokenizer and prediction_type).
+    recipe: fp16, int8-weights or int8 (see `sdvino.compress.recipes`); components: exceptions,
     component to precision. prompts: what int8 is calibrated on; None takes the source's
     calibration_prompts.txt, or a general list. suggested: num_inference_steps, guidance_scale,
     scheduler. name: the model's name in the manifest; None takes the source folder's.

@@ -33,7 +33,7 @@ class Facts:
     fewer_blocks: bool = False
     #: epsilon, v_prediction or sample.
     prediction_type: str = "epsilon"
-    #: The scheduler is Euler's, over timesteps spaced from the last one down, without rescaled betas.
+    #: The scheduler is Euler's, over timesteps spaced from the last, with the usual betas.
     trailing: bool = False
     #: The UNet's own size is 512 pixels or fewer.
     small_pictures: bool = False
@@ -271,8 +271,10 @@ _MIDDLE = "UNetMidBlock2DCrossAttn"
 
 
 def _is_open_clip(unet: Mapping[str, Any], text_encoder: Mapping[str, Any]) -> bool:
-    return text_encoder.get("hidden_size") == _OPEN_CLIP_WIDTH or bool(
-        unet.get("use_linear_projection")
+    return (
+        text_encoder.get("hidden_size") == _OPEN_CLIP_WIDTH
+        or text_encoder.get("hidden_act") == "gelu"
+        or bool(unet.get("use_linear_projection"))
     )
 
 

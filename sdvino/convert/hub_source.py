@@ -108,7 +108,7 @@ def choose_files(model: str, file: str | None, names: Sequence[str]) -> list[str
 
 
 def _choose_weights(names: Sequence[str]) -> list[str]:
-    """Return each component's safetensors: half precision's, which the IR is in, where it has it."""
+    """Return each component's safetensors, in half precision (as the IR is) where it has it."""
     result: list[str] = []
     for part in _COMPONENTS:
         files = [n for n in names if n.startswith(f"{part}/") and _WEIGHTS.fullmatch(n) is not None]

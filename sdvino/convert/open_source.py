@@ -83,8 +83,8 @@ def resolve_source(
     text = str(source)
     if isinstance(source, Path) or not is_hub_source(text):
         raise RequestError(
-            f"{text[:200]} does not exist, and it is no hub id (owner/name) either; give a diffusers"
-            " or OpenVINO folder, a .safetensors checkpoint, or a hub id."
+            f"{text[:200]} does not exist, and it is no hub id (owner/name) either; give a"
+            " diffusers or OpenVINO folder, a .safetensors checkpoint, or a hub id."
         )
     return download(text, revision=revision, offline=offline, report=report)
 

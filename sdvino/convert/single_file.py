@@ -156,8 +156,8 @@ def check_suffix(path: Path) -> None:
         )
     if path.suffix.lower() != ".safetensors":
         raise RequestError(
-            f"{path} is a file of another kind; convert takes a .safetensors checkpoint, a diffusers"
-            " folder, an OpenVINO folder or a hub id (owner/name)."
+            f"{path} is a file of another kind; convert takes a .safetensors checkpoint, a"
+            " diffusers folder, an OpenVINO folder or a hub id (owner/name)."
         )
 
 
@@ -262,7 +262,7 @@ def _family(configs: Mapping[str, Mapping[str, Any]], hints: Hints) -> Family:
     unet = configs["unet"]
     text = configs["text_encoder"]
     open_clip = isinstance(unet["attention_head_dim"], list)
-    # Of 2.x's two kinds the one that predicts v was published as the better; diffusers takes it too.
+    # 2.x has both kinds; where nothing says which, diffusers takes the one that predicts v too.
     undecided = "v_prediction" if open_clip and "text_encoder_2" not in configs else "epsilon"
     prediction = hints.prediction_type if hints.prediction_type is not None else undecided
     facts = read_facts(
@@ -351,7 +351,7 @@ def _index(family: Family, configs: Mapping[str, Mapping[str, Any]]) -> dict[str
 
 
 def _start(folder: Path, stamp: Mapping[str, Any]) -> bool:
-    """Make ``folder``, empty of what was unpacked from another file; tell whether it is complete."""
+    """Make ``folder``, without what came from another file; tell whether it is complete."""
     path = folder / _STAMP
     try:
         same = json.loads(path.read_text(encoding="utf-8")) == stamp
