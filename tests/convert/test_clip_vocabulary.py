@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import gzip
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import make_synthetic
@@ -23,7 +22,7 @@ def bpe_file(path: Path, merges: int | None = None) -> Path:
 
 
 @pytest.fixture
-def nothing_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def nothing_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A machine without a hub's cache and without open_clip_torch."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(
@@ -31,7 +30,7 @@ def nothing_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pa
         "find_spec",
         lambda name: None,
     )
-    yield tmp_path
+    return tmp_path
 
 
 def test_open_clip_s_file_gives_the_vocabulary(
