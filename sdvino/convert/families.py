@@ -144,7 +144,7 @@ _LIGHTNING: Mapping[str, Any] = {**_SD_TURBO, "native_size": 1024}
 # The guidance is a number that the UNet takes: it costs no second evaluation.
 _LCM: Mapping[str, Any] = {
     "num_inference_steps": 4,
-    "guidance_scale": 8.0,
+    "guidance_scale": 8.5,
     "scheduler": "lcm",
     "distilled": True,
 }
@@ -259,7 +259,7 @@ def read_facts(
         trailing=scheduler.get("timestep_spacing") == "trailing"
         and str(scheduler.get("_class_name")).startswith("Euler")
         and not scheduler.get("rescale_betas_zero_snr"),
-        small_pictures=unet.get("sample_size", 128) <= _SMALL_LATENTS,
+        small_pictures=_is_small(unet.get("sample_size")),
         names=names,
     )
 
@@ -268,6 +268,10 @@ def read_facts(
 _OPEN_CLIP_WIDTH = 1024
 _SMALL_LATENTS = 64
 _MIDDLE = "UNetMidBlock2DCrossAttn"
+
+
+def _is_small(size: object) -> bool:
+    return isinstance(size, int) and size <= _SMALL_LATENTS
 
 
 def _is_open_clip(unet: Mapping[str, Any], text_encoder: Mapping[str, Any]) -> bool:

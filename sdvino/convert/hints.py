@@ -38,7 +38,9 @@ def read_hints(header: Header, prediction_type: str | None = None) -> Hints:
     keys = ("modelspec.title", "modelspec.architecture", "ss_base_model_version")
     names = " ".join([header.path.stem, *(told.get(key, "")[:200] for key in keys)])
     return Hints(
-        prediction_type=prediction_type or _prediction_type(header, names),
+        prediction_type=_prediction_type(header, names)
+        if prediction_type is None
+        else prediction_type,
         native_size=_size(told.get("modelspec.resolution", "")),
         steps=_steps(names),
         zero_snr="ztsnr" in header.tensors,

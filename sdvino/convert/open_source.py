@@ -31,6 +31,7 @@ def open_source(
     offline: bool = False,
     tokenizer: Path | None = None,
     prediction_type: str | None = None,
+    name: str | None = None,
     progress: Progress = silent,
     report: Report = report_to_stderr,
 ) -> Source:
@@ -41,14 +42,16 @@ def open_source(
     work: a folder for what is unpacked from a single file; it must stay until the conversion is
     done, and what an earlier conversion of the same file left there is used again.
     revision, offline: of the hub. tokenizer: a folder with CLIP's vocabulary, for single files.
-    prediction_type: epsilon or v_prediction, for single files that do not say.
+    prediction_type: epsilon or v_prediction, for single files that do not say. name: the model's,
+    where ``source`` is what `resolve_source` returned for a hub id.
     progress: told what is being unpacked. report: told, in a line, what is about to be downloaded.
 
     Raises RequestError, in one sentence, for what cannot be converted.
     """
     check_choice("prediction type", prediction_type, PREDICTION_TYPES)
     path = resolve_source(source, revision=revision, offline=offline, report=report)
-    name = None if _exists(Path(source).expanduser()) else str(source)
+    if name is None and not _exists(Path(source).expanduser()):
+        name = str(source)
     if path.is_file():
         return _unpacked(path, name, work, tokenizer, prediction_type, progress)
     for value, option in ((tokenizer, "--tokenizer"), (prediction_type, "--prediction-type")):

@@ -85,8 +85,9 @@ class OpenVinoFolder:
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """Return (C, h, w) of the latents at the model's own size."""
-        side = self.configs["unet"].get("sample_size", 64)
-        return self.configs["vae"].get("latent_channels", 4), side, side
+        size = self.configs["unet"].get("sample_size")
+        height, width = size if isinstance(size, list) else [64 if size is None else size] * 2
+        return self.configs["vae"].get("latent_channels", 4), height, width
 
     def folder(self, name: str) -> Path:
         """Return where the sub-folder ``name`` stands."""

@@ -164,36 +164,34 @@ def check_suffix(path: Path) -> None:
 # Names that only one kind of file has -> what it is, and what to do.
 _OTHER_KINDS = (
     (
-        r"lora_(?:unet|te)|\.lora_(?:A|B|up|down)\b|\.lora\.(?:up|down)",
+        r"^lora_(?:unet|te)|\.lora_(?:A|B|up|down)\b|\.lora\.(?:up|down)\b",
         "a LoRA: add it with --lora",
     ),
-    (r"emb_params|string_to_param|clip_[lg]", "a textual inversion, which convert does not take"),
-    (r"control_model\.|controlnet_cond_embedding|input_hint_block", "a ControlNet"),
-    (r".*joint_blocks\.", "Stable Diffusion 3, which sdvino does not run"),
-    (r".*double_blocks\.", "Flux, which sdvino does not run"),
-    (r"edm_mean", "Playground v2.5, whose noise sdvino does not make"),
-    (r"conditioner\.embedders\.0\.model\.", "SDXL's refiner; give the base model"),
-    (r"down_blocks\.|mid_block\.", "one component in diffusers' naming; give the whole folder"),
-    (r"(?:encoder|decoder)\.conv_in", "an autoencoder alone: add it with --vae"),
-    (r"input_blocks\.", "a UNet alone; give the whole checkpoint"),
-    (r"text_model\.|text_projection", "a text encoder alone; give the whole checkpoint"),
+    (r"^(?:emb_params|string_to_param|clip_[lg])", "a textual inversion, which convert leaves out"),
+    (r"^(?:control_model\.|controlnet_cond_embedding|input_hint_block)", "a ControlNet"),
+    (r"joint_blocks\.", "Stable Diffusion 3, which sdvino does not run"),
+    (r"double_blocks\.", "Flux, which sdvino does not run"),
+    (r"^edm_mean$", "Playground v2.5, whose noise sdvino does not make"),
+    (r"^conditioner\.embedders\.0\.model\.", "SDXL's refiner; give the base model"),
+    (
+        r"^(?:down_blocks|mid_block)\.",
+        "one component in diffusers' naming; give the whole folder",
+    ),
+    (r"^(?:encoder|decoder)\.conv_in", "an autoencoder alone: add it with --vae"),
+    (r"^input_blocks\.", "a UNet alone; give the whole checkpoint"),
+    (r"^(?:text_model\.|text_projection)", "a text encoder alone; give the whole checkpoint"),
 )
 
 
 def _check_kind(path: Path, shapes: Mapping[str, Shape]) -> None:
     for pattern, what in _OTHER_KINDS:
-        if any(re.match(pattern, name) or _is_lora(pattern, name) for name in shapes):
+        if any(re.search(pattern, name) is not None for name in shapes):
             raise RequestError(f"{path} is {what}.")
     if not under(shapes, layout.UNET):
         raise RequestError(
             f"{path} holds no UNet of Stable Diffusion (nothing in it starts with {layout.UNET});"
             " give a whole checkpoint of Stable Diffusion 1.x, 2.x or XL."
         )
-
-
-def _is_lora(pattern: str, name: str) -> bool:
-    """LoRAs are told by the ends of their names too."""
-    return pattern.startswith("lora") and re.search(pattern, name) is not None
 
 
 def _components(path: Path, shapes: Mapping[str, Shape]) -> dict[str, dict[str, Tensor]]:

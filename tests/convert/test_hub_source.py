@@ -103,7 +103,8 @@ from sdvino.convert.open_source import open_source
 from sdvino.errors import SdvinoError
 for source in sys.argv[3:]:
     try:
-        found = open_source(source, Path(sys.argv[1]), tokenizer=sys.argv[2] and Path(sys.argv[2]))
+        tokenizer = Path(sys.argv[2]) if sys.argv[2] else None
+        found = open_source(source, Path(sys.argv[1]), tokenizer=tokenizer)
         print(found.name, found.family.name, found.path)
     except SdvinoError as error:
         print(type(error).__name__, error)
