@@ -348,7 +348,7 @@ def _open_clip_layer(
             raise LayoutError(f"{name} cannot be divided into queries, keys and values")
         third = (shape[0] // 3, *shape[1:])
         for which in ("q", "k", "v"):
-            change: Change = which  # type: ignore[assignment]
+            change: Change = which
             yield f"{layer}.self_attn.{which}_proj.{kind}", Tensor(name, change, third)
     elif part in _OPEN_CLIP_PART:
         yield f"{layer}.{_OPEN_CLIP_PART[part]}.{kind}", Tensor(name, "same", shape)

@@ -67,16 +67,18 @@ def find_vocabulary(tokenizer: Path | None = None, *, tokens: int = CLIP_TOKENS)
     folder holds no tokenizer or another one, and, without a folder, when there is none anywhere.
     """
     if tokenizer is not None:
-        found = _from_folder(tokenizer)
+        found: Vocabulary | None = _from_folder(tokenizer)
     else:
-        found = _from_hub_cache() or _from_open_clip()
+        found = _from_hub_cache()
         if found is None:
-            raise RequestError(
-                "A single file holds no tokenizer, and CLIP's vocabulary is not on this machine:"
-                " give the tokenizer folder of any Stable Diffusion model with --tokenizer FOLDER,"
-                " or download openai/clip-vit-large-patch14 to the hub's cache, or run"
-                " `pip install open_clip_torch`."
-            )
+            found = _from_open_clip()
+    if found is None:
+        raise RequestError(
+            "A single file holds no tokenizer, and CLIP's vocabulary is not on this machine:"
+            " give the tokenizer folder of any Stable Diffusion model with --tokenizer FOLDER,"
+            " or download openai/clip-vit-large-patch14 to the hub's cache, or run"
+            " `pip install open_clip_torch`."
+        )
     if len(found.vocab) != tokens:
         where = "the vocabulary found here" if tokenizer is None else str(tokenizer)
         raise RequestError(

@@ -14,7 +14,7 @@ import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
@@ -141,7 +141,7 @@ def _tensor(path: Path, name: str, entry: object, data: int) -> TensorInfo:
     return TensorInfo(dtype, tuple(shape), data + places[0], data + places[1])
 
 
-def _is_counts(value: Any) -> bool:
+def _is_counts(value: Any) -> TypeGuard[list[int]]:
     return isinstance(value, list) and all(
         type(item) is int and 0 <= item <= 2**48 for item in value
     )

@@ -331,7 +331,8 @@ def _changed(values: NDArray[np.float16], tensor: Tensor) -> NDArray[np.float16]
     if tensor.change in ("q", "k", "v"):
         rows = tensor.shape[0]
         first = "qkv".index(tensor.change) * rows
-        return values[first : first + rows]
+        part: NDArray[np.float16] = values[first : first + rows]
+        return part
     return values
 
 
