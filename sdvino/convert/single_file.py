@@ -327,12 +327,12 @@ def _changed(values: NDArray[np.float16], tensor: Tensor) -> NDArray[np.float16]
     if tensor.change == "linear":
         return values.reshape(tensor.shape)
     if tensor.change == "transposed":
-        return values.T
+        flipped: NDArray[np.float16] = values.T
+        return flipped
     if tensor.change in ("q", "k", "v"):
         rows = tensor.shape[0]
         first = "qkv".index(tensor.change) * rows
-        part: NDArray[np.float16] = values[first : first + rows]
-        return part
+        return values[first : first + rows]
     return values
 
 
