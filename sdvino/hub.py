@@ -10,7 +10,7 @@ import errno
 import glob
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,6 +30,9 @@ _WANTED = re.compile(
 )
 
 Report = Callable[[str], None]
+#: Takes the names of the files in a repository and returns those to have; raises ModelFolderError
+#: when what is needed is not among them.
+Choose = Callable[[Sequence[str]], Sequence[str]]
 
 
 def report_to_stderr(message: str) -> None:
@@ -65,16 +68,43 @@ def resolve_model(
         exists = False
     if exists or isinstance(model, Path):
         return path
-    if _HUB_ID.fullmatch(model) is None or ".." in model or "--" in model:
+    if not is_hub_id(model):
         raise ModelFolderError(
             f"There is no folder {model[:200]!r}, and it is no hub id (owner/name) either;"
             " leave -m out for the bundled demo model."
         )
+    return fetch(
+        model,
+        lambda names: _choose_runnable(model, names),
+        revision=revision,
+        cache_dir=cache_dir,
+        offline=offline,
+        progress=progress,
+    )
+
+
+def is_hub_id(text: str) -> bool:
+    """Tell whether ``text`` has the form of a hub id, owner/name."""
+    return _HUB_ID.fullmatch(text) is not None and ".." not in text and "--" not in text
+
+
+def fetch(
+    model: str,
+    choose: Choose,
+    *,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+    offline: bool = False,
+    progress: Report = report_to_stderr,
+) -> Path:
+    """Return the folder of those files of the repository ``model`` that ``choose`` picks.
+
+    The rest is as in `resolve_model`.
+    """
     if revision is not None and (_REVISION.fullmatch(revision) is None or ".." in revision):
         raise RequestError(f"{revision[:80]!r} is no revision; give a branch, a tag or a commit.")
-    return _from_hub(
-        model, revision, None if cache_dir is None else Path(cache_dir), offline, progress
-    )
+    cache = None if cache_dir is None else Path(cache_dir)
+    return _from_hub(model, choose, revision, cache, offline, progress)
 
 
 def bundled_model() -> Path:
@@ -89,7 +119,12 @@ def bundled_model() -> Path:
 
 
 def _from_hub(
-    model: str, revision: str | None, cache_dir: Path | None, offline: bool, progress: Report
+    model: str,
+    choose: Choose,
+    revision: str | None,
+    cache_dir: Path | None,
+    offline: bool,
+    progress: Report,
 ) -> Path:
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import (
@@ -100,11 +135,15 @@ def _from_hub(
 
     if offline or constants.HF_HUB_OFFLINE:
         return _from_cache(
-            model, revision, cache_dir, f"{model} was not downloaded before, and sdvino is offline"
+            model,
+            choose,
+            revision,
+            cache_dir,
+            f"{model} was not downloaded before, and sdvino is offline",
         )
     try:
         info = HfApi().model_info(model, revision=revision, files_metadata=True)
-        return _download(info, model, revision, cache_dir, progress)
+        return _download(info, model, choose, revision, cache_dir, progress)
     except RevisionNotFoundError as error:
         raise ModelFolderError(
             f"{model} has no revision {revision!r} on the hub; leave --revision out or correct it."
@@ -124,6 +163,7 @@ def _from_hub(
             raise
         folder = _from_cache(
             model,
+            choose,
             revision,
             cache_dir,
             f"The hub cannot be reached ({type(error).__name__}), and {model} was not downloaded"
@@ -147,15 +187,19 @@ def _network_errors() -> tuple[type[Exception], ...]:
 
 
 def _download(
-    info: ModelInfo, model: str, revision: str | None, cache_dir: Path | None, progress: Report
+    info: ModelInfo,
+    model: str,
+    choose: Choose,
+    revision: str | None,
+    cache_dir: Path | None,
+    progress: Report,
 ) -> Path:
-    """Download what `info` lists and running needs, and is not there yet."""
+    """Download what `info` lists and ``choose`` picks, and is not there yet."""
     from huggingface_hub import snapshot_download, try_to_load_from_cache
 
     found = [] if info.siblings is None else info.siblings
-    sizes = {f.rfilename: f.size for f in found if _WANTED.fullmatch(f.rfilename) is not None}
-    if "unet/openvino_model.xml" not in sizes:
-        raise _no_openvino(model, [f.rfilename for f in found])
+    wanted = set(choose([f.rfilename for f in found]))
+    sizes = {f.rfilename: f.size for f in found if f.rfilename in wanted}
     missing = [
         name
         for name in sizes
@@ -179,6 +223,7 @@ def _download(
 
 def _from_cache(
     model: str,
+    choose: Choose,
     revision: str | None,
     cache_dir: Path | None,
     complaint: str,
@@ -197,17 +242,25 @@ def _from_cache(
         raise SdvinoError(
             f"{complaint}{what}; connect once, or give the folder of a model with -m."
         ) from (error if cause is None else cause)
-    if not (folder / "unet" / "openvino_model.xml").exists():
-        names = [path.relative_to(folder).as_posix() for path in folder.rglob("*")]
-        raise _no_openvino(model, names)
+    # Only what is whole is linked to from here.
+    choose([p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()])
     return folder
 
 
-def _no_openvino(model: str, names: list[str]) -> ModelFolderError:
+def _choose_runnable(model: str, names: Sequence[str]) -> list[str]:
+    """Return the files that running needs; raises ModelFolderError without an OpenVINO UNet."""
+    wanted = [name for name in names if _WANTED.fullmatch(name) is not None]
+    if "unet/openvino_model.xml" not in wanted:
+        raise _no_openvino(model, names)
+    return wanted
+
+
+def _no_openvino(model: str, names: Sequence[str]) -> ModelFolderError:
     if any(name.endswith((".safetensors", ".ckpt", ".pt", ".pth", ".bin")) for name in names):
         return ModelFolderError(
-            f"{model} holds torch weights, not an OpenVINO model; download it and run"
-            " `sdvino convert` on it, or look on the hub for the same model in OpenVINO format."
+            f"{model} holds torch weights, not an OpenVINO model; run"
+            f" `sdvino convert {model} FOLDER` first, or look on the hub for the same model in"
+            " OpenVINO format."
         )
     return ModelFolderError(
         f"{model} has no unet/openvino_model.xml, or its download was cut off;"

@@ -1,4 +1,4 @@
-"""`sdvino convert`: a diffusers folder in, an OpenVINO model folder out."""
+"""`sdvino convert`: a checkpoint in any of its forms in, an OpenVINO model folder out."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import click
 
 
 @click.command("convert")
-@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("source")
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option(
     "--recipe",
@@ -40,20 +40,43 @@ import click
     help="What the folder suggests for a good first picture.",
 )
 @click.option("--name", help="Name of the model in its manifest.  [default: SOURCE's]")
+@click.option("--revision", help="Branch, tag or commit, where SOURCE is on the hub.")
+@click.option(
+    "--offline", is_flag=True, help="Take SOURCE from what was downloaded from the hub before."
+)
+@click.option(
+    "--tokenizer",
+    type=click.Path(path_type=Path),
+    metavar="FOLDER",
+    help="CLIP's vocabulary (vocab.json, merges.txt), where SOURCE is a single file."
+    "  [default: the hub's cache, or open_clip_torch's]",
+)
+@click.option(
+    "--prediction-type",
+    metavar="epsilon|v_prediction",
+    help="What the UNet predicts, where SOURCE is a single file that does not say.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace FOLDER if sdvino convert made it.")
 def convert_command(
-    source: Path,
+    source: str,
     folder: Path,
     recipe: str,
     overrides: Sequence[str],
     prompts_file: Path | None,
     suggest: str | None,
     name: str | None,
+    revision: str | None,
+    offline: bool,
+    tokenizer: Path | None,
+    prediction_type: str | None,
     overwrite: bool,
 ) -> None:
-    """Convert SOURCE, a diffusers folder of Stable Diffusion 1.x or 2.x, into FOLDER.
+    """Convert SOURCE into FOLDER.
 
-    Needs the convert extra: pip install "sdvino[convert]". A safety checker is not converted.
+    SOURCE is a diffusers folder, a .safetensors checkpoint, an OpenVINO folder, or a model on the
+    hub (owner/name, or owner/name/FILE.safetensors) of Stable Diffusion 1.x, 2.x or XL, or one made
+    from them (turbo, LCM, Lightning, SSD-1B, small and inpainting models). Needs the convert extra:
+    pip install "sdvino[convert]". A safety checker is not converted.
     """
     from tqdm import tqdm
 
@@ -86,6 +109,10 @@ def convert_command(
             suggested=suggested,
             name=name,
             overwrite=overwrite,
+            revision=revision,
+            offline=offline,
+            tokenizer=tokenizer,
+            prediction_type=prediction_type,
             progress=show,
         )
     click.echo(summary(result.path))

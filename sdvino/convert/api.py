@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,9 @@ from sdvino.compress.prompts import GENERAL_PROMPTS, check_prompts, read_prompts
 from sdvino.compress.recipes import DEFAULT_RECIPE, Recipe, get_recipe
 from sdvino.convert.export import export_component, require_libraries
 from sdvino.convert.manifest import write_manifest
+from sdvino.convert.open_source import Source, open_source
 from sdvino.convert.scheduler import portable_scheduler
-from sdvino.convert.source import PROMPTS_FILE, DiffusersFolder
+from sdvino.convert.source import PROMPTS_FILE
 from sdvino.convert.staging import staged
 from sdvino.convert.suggestions import suggestions
 from sdvino.convert.tokenizer import convert_tokenizer
@@ -40,10 +43,16 @@ def convert(
     suggested: Mapping[str, Any] | None = None,
     name: str | None = None,
     overwrite: bool = False,
+    revision: str | None = None,
+    offline: bool = False,
+    tokenizer: Path | str | None = None,
+    prediction_type: str | None = None,
     progress: Progress = silent,
 ) -> ModelFolder:
-    """Convert the diffusers folder ``source`` into the model folder ``folder``.
+    """Convert ``source`` into the model folder ``folder``.
 
+    source: a diffusers folder, a .safetensors checkpoint, an OpenVINO folder, or a hub id (see
+    `sdvino.convert.open_source`, also for revision, offline, tokenizer and prediction_type).
     recipe: fp16, int8-weights or int8 (see `sdvino.compress.recipes`); components: exceptions,
     component to precision. prompts: what int8 is calibrated on; None takes the source's
     calibration_prompts.txt, or a general list. suggested: num_inference_steps, guidance_scale,
@@ -56,12 +65,55 @@ def convert(
     folder that cannot be written) and SdvinoError (the libraries failed).
     """
     chosen = get_recipe(recipe).with_overrides({} if components is None else components)
-    checked = DiffusersFolder.open(Path(source))
     target = Path(folder).absolute()
+    with _work_folder(target) as work:
+        checked = open_source(
+            source,
+            work,
+            revision=revision,
+            offline=offline,
+            tokenizer=None if tokenizer is None else Path(tokenizer),
+            prediction_type=prediction_type,
+            progress=progress,
+        )
+        return _convert(checked, target, chosen, prompts, suggested, name, overwrite, progress)
+
+
+@contextlib.contextmanager
+def _work_folder(target: Path) -> Iterator[Path]:
+    """Give a folder that is gone afterwards, on the disk that ``target`` is for."""
+    standing = next(folder for folder in target.parents if folder.is_dir())
+    try:
+        work = Path(tempfile.mkdtemp(prefix=".sdvino-", dir=standing))
+    except OSError as error:
+        raise OutputError(
+            f"{standing} cannot be written ({error.strerror}); choose another folder."
+        ) from error
+    try:
+        yield work
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _convert(
+    checked: Source,
+    target: Path,
+    chosen: Recipe,
+    prompts: Sequence[str] | None,
+    suggested: Mapping[str, Any] | None,
+    name: str | None,
+    overwrite: bool,
+    progress: Progress,
+) -> ModelFolder:
     if target.resolve() == checked.path.resolve() or target.resolve() in (
         checked.path.resolve().parents
     ):
-        raise RequestError(f"{folder} is, or holds, the source; choose another name.")
+        raise RequestError(f"{target} is, or holds, the source; choose another name.")
+    if not checked.family.runs and any(chosen.treatment(c) == "int8" for c in checked.components):
+        raise RequestError(
+            f"{checked.name} is for {checked.family.title}, and int8 is calibrated on pictures made"
+            " from text alone; choose --recipe int8-weights or fp16."
+        )
     hints = suggestions(checked, {} if suggested is None else suggested)
     plan = _plan(checked, prompts, hints["guidance_scale"])
     with staged(target, overwrite=overwrite) as staging:
@@ -82,9 +134,7 @@ def convert(
     return ModelFolder.open(target)
 
 
-def _plan(
-    source: DiffusersFolder, prompts: Sequence[str] | None, guidance_scale: float
-) -> CalibrationPlan:
+def _plan(source: Source, prompts: Sequence[str] | None, guidance_scale: float) -> CalibrationPlan:
     """Choose prompts and how many inputs are kept, by the size of the UNet."""
     own = source.path / PROMPTS_FILE
     if prompts is not None:
@@ -105,11 +155,12 @@ def _plan(
 
 
 def _write_parts(
-    source: DiffusersFolder, folder: Path, recipe: Recipe, plan: CalibrationPlan, work: Work
+    source: Source, folder: Path, recipe: Recipe, plan: CalibrationPlan, work: Work
 ) -> None:
     """Write everything but the manifest into ``folder``."""
     _write_configs(source, folder)
-    convert_tokenizer(source.path / "tokenizer", folder / "tokenizer")
+    for tokenizer in source.tokenizers:
+        convert_tokenizer(source.folder(tokenizer), folder / tokenizer)
     for name in source.components:
         work.update(f"export {name}", 0.0)
         export_component(source, name, folder / name)
@@ -121,12 +172,14 @@ def _write_parts(
         raise SdvinoError(f"{source.name} cannot be compressed: {what}") from error
 
 
-def _write_configs(source: DiffusersFolder, folder: Path) -> None:
+def _write_configs(source: Source, folder: Path) -> None:
     """Write model_index.json and each component's config, without paths or a safety checker."""
     index = {key: value for key, value in source.model_index.items() if key != "_name_or_path"}
-    for absent in ("safety_checker", "feature_extractor", "image_encoder"):
-        index[absent] = [None, None]
-    index["requires_safety_checker"] = False
+    absent = ["feature_extractor", "image_encoder"]
+    if len(source.family.text_encoders) == 1:  # SDXL's pipelines know no safety checker
+        absent.append("safety_checker")
+        index["requires_safety_checker"] = False
+    index.update({name: [None, None] for name in absent})
     scheduler = portable_scheduler(source.configs["scheduler"])
     index["scheduler"] = ["diffusers", scheduler["_class_name"]]
     _write_json(folder / "model_index.json", index)
@@ -143,7 +196,7 @@ def _write_json(path: Path, value: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _check_space(source: DiffusersFolder, folder: Path) -> None:
+def _check_space(source: Source, folder: Path) -> None:
     """Raise OutputError when the disk cannot hold the model while it is made."""
     largest = max(source.bytes_of(name) for name in source.weights)
     needed = largest + sum(source.bytes_of(theirs) for theirs in source.components.values())

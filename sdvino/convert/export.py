@@ -13,6 +13,7 @@ from typing import Any
 
 from sdvino.compress.ir import read_ir, save_ir
 from sdvino.compress.quiet import quiet
+from sdvino.convert.openvino_source import OpenVinoFolder, copy_component
 from sdvino.convert.source import DiffusersFolder
 from sdvino.convert.timestep_table import restore_frequencies, sinusoid_frequencies
 from sdvino.errors import RequestError, SdvinoError
@@ -22,6 +23,7 @@ IR_NAME = "openvino_model.xml"
 # Our component -> optimum's task and model type.
 _EXPORTERS: Mapping[str, tuple[str, str]] = {
     "text_encoder": ("feature-extraction", "clip-text"),
+    "text_encoder_2": ("feature-extraction", "clip-text-with-projection"),
     "unet": ("semantic-segmentation", "unet"),
     "vae_decoder": ("semantic-segmentation", "vae-decoder"),
     "vae_encoder": ("semantic-segmentation", "vae-encoder"),
@@ -30,8 +32,9 @@ _EXPORTERS: Mapping[str, tuple[str, str]] = {
 # dynamic), and small ones save the time and memory of running the model at its own size.
 _TRACED_LATENTS = 16
 _TRACED_PICTURE = 128
-# fp16 devices overflow in this family's autoencoder; optimum-intel sets the same hint.
+# fp16 devices overflow in these families' autoencoders; optimum-intel sets the same hints.
 _V_PREDICTION_VAE_SCALE = "8.0"
+_SDXL_VAE_SCALE = "128.0"
 
 
 def require_libraries() -> None:
@@ -53,20 +56,30 @@ def require_libraries() -> None:
         _ = library
 
 
-def export_component(source: DiffusersFolder, component: str, output: Path) -> None:
+def export_component(
+    source: DiffusersFolder | OpenVinoFolder, component: str, output: Path
+) -> None:
     """Write ``component`` of ``source`` as ``output``/openvino_model.xml and .bin.
 
     Inputs and outputs, by name, are optimum-intel's: text_encoder input_ids -> last_hidden_state,
-    pooler_output; unet sample, timestep (int64), encoder_hidden_states -> out_sample; vae_decoder
+    pooler_output (of two: hidden_states.0 and on, too); text_encoder_2 input_ids -> text_embeds,
+    last_hidden_state, hidden_states.0 and on; unet sample, timestep (int64), encoder_hidden_states
+    (text_embeds, time_ids with two text encoders; timestep_cond with an embedded guidance scale:
+    [N, D], [N, 6], [N, D]) -> out_sample; vae_decoder
     latent_sample -> sample; vae_encoder sample -> latent_parameters. tiny_vae (AutoencoderTiny's
     decoder) takes latent_sample, scaled as the pipeline's latents are, and gives sample in
     [-1, 1]. All float tensors are f32, NCHW; batch, height and width are dynamic.
-    Raises SdvinoError when the libraries cannot load or trace the weights.
+    Raises RequestError for weights that are not numbers, SdvinoError when the libraries cannot load
+    or trace them.
     """
     output.mkdir(parents=True, exist_ok=True)
+    if isinstance(source, OpenVinoFolder):
+        copy_component(source, component, output)
+        return
     try:
         with quiet():
             model = _load(source, component)
+            _check_finite(source, component, model)
             if component == "tiny_vae":
                 _convert_tiny(model, output / IR_NAME)
             else:
@@ -87,11 +100,12 @@ def _load(source: DiffusersFolder, component: str) -> Any:
     """Return the torch module, in float32 and eval mode, from safetensors alone."""
     import torch
     from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
-    from transformers import CLIPTextModel
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
     folder = source.components[component]
     classes = {
         "text_encoder": CLIPTextModel,
+        "text_encoder_2": CLIPTextModelWithProjection,
         "unet": UNet2DConditionModel,
         "vae": AutoencoderKL,
         "tiny_vae": AutoencoderTiny,
@@ -103,7 +117,15 @@ def _load(source: DiffusersFolder, component: str) -> Any:
     options: dict[str, Any] = {"use_safetensors": True, "local_files_only": True}
     if any(".fp16." in file.name for file in source.weights[folder]):
         options["variant"] = "fp16"
-    model = classes[folder].from_pretrained(source.path / folder, **options)
+    model, loaded = classes[folder].from_pretrained(
+        source.folder(folder), output_loading_info=True, **options
+    )
+    missing = sorted(loaded["missing_keys"])
+    if missing:  # the libraries would fill them with noise
+        raise RequestError(
+            f"The {component} of {source.name} lacks {len(missing)} of its weights ({missing[0]});"
+            " get the model again, complete."
+        )
     return model.to(torch.float32).eval()
 
 
@@ -133,6 +155,18 @@ def _load_lean(cls: Any, source: DiffusersFolder, folder: str) -> Any | None:
     return model.eval()
 
 
+def _check_finite(source: DiffusersFolder, component: str, model: Any) -> None:
+    """Raise RequestError unless every weight is a number; a sum needs no memory and keeps NaN."""
+    import torch
+
+    for name, tensor in model.named_parameters():
+        if not bool(torch.isfinite(tensor.detach().sum(dtype=torch.float64))):
+            raise RequestError(
+                f"The {component} of {source.name} has weights that are not numbers ({name});"
+                " get the file again or choose another version of the model."
+            )
+
+
 def _export(source: DiffusersFolder, component: str, model: Any, xml: Path) -> None:
     import optimum.exporters.openvino.model_configs  # noqa: F401  registers the configurations
     from optimum.exporters.openvino.convert import export_pytorch
@@ -149,8 +183,9 @@ def _export(source: DiffusersFolder, component: str, model: Any, xml: Path) -> N
         model_type=model_type,
     )
     config = constructor(model.config, int_dtype="int64", float_dtype="fp32")
-    if component.startswith("vae") and source.prediction_type == "v_prediction":
-        config.runtime_options = {"ACTIVATIONS_SCALE_FACTOR": _V_PREDICTION_VAE_SCALE}
+    scale = _activations_scale(source, component)
+    if scale is not None:
+        config.runtime_options = {"ACTIVATIONS_SCALE_FACTOR": scale}
     export_pytorch(
         model,
         config,
@@ -162,11 +197,27 @@ def _export(source: DiffusersFolder, component: str, model: Any, xml: Path) -> N
     )
 
 
+def _activations_scale(source: DiffusersFolder, component: str) -> str | None:
+    """Return the IR's ACTIVATIONS_SCALE_FACTOR, as optimum-intel chooses it."""
+    if not component.startswith("vae"):
+        return None
+    if source.prediction_type == "v_prediction":
+        return _V_PREDICTION_VAE_SCALE
+    # force_upcast is on in diffusers where the config does not say.
+    upcast = source.configs["vae"].get("force_upcast", True)
+    return _SDXL_VAE_SCALE if upcast and source.family.added_conditioning != "none" else None
+
+
 def _set_export_options(source: DiffusersFolder, component: str, model: Any) -> None:
     """Set what optimum reads from the module: extra fields of its config, and what is traced."""
     model.config.export_model_type = _EXPORTERS[component][1]
-    if component == "unet":
-        text = source.configs["text_encoder"]
+    if component.startswith("text_encoder") and len(source.family.text_encoders) > 1:
+        # The UNet attends to the last states but one of both.
+        model.config.output_hidden_states = True
+        if hasattr(model, "text_model"):
+            model.text_model.config.output_hidden_states = True
+    elif component == "unet":
+        text = source.configs[source.family.text_encoders[-1]]
         model.register_to_config(sample_size=_TRACED_LATENTS)
         model.config.model_max_length = text.get("max_position_embeddings", 77)
         model.config.requires_aesthetics_score = False

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from sdvino.convert.families import PIPELINE_CLASSES, Family, find_family
+from sdvino.convert.families import (
+    FAMILIES,
+    PIPELINE_CLASSES,
+    TITLES,
+    Family,
+    find_family,
+    read_facts,
+    tokenizer_of,
+)
+from sdvino.convert.safetensors_header import read_header
 from sdvino.diffusion.scheduler_config import SchedulerConfig
 from sdvino.errors import RequestError
 from sdvino.files import read_json
@@ -24,12 +33,17 @@ _LIMITS = {
     "num_hidden_layers": 128,
     "vocab_size": 1_000_000,
     "max_position_embeddings": 4096,
+    "projection_dim": 8192,
+    "time_cond_proj_dim": 8192,
+    "addition_time_embed_dim": 8192,
 }
+# A mask and the latents of a masked picture, beside the latents themselves.
+_INPAINTING_CHANNELS = 9
 
 
 @dataclass(frozen=True, slots=True)
 class DiffusersFolder:
-    """A checked diffusers folder of the Stable Diffusion 1.x / 2.x family."""
+    """A checked diffusers folder of a family that sdvino knows."""
 
     path: Path
     #: The folder's name, never its path.
@@ -43,25 +57,38 @@ class DiffusersFolder:
     #: What the UNet predicts: epsilon, v_prediction or sample.
     prediction_type: str
     has_tiny_vae: bool
+    #: Sub-folders that stand elsewhere than in ``path``.
+    folders: Mapping[str, Path] = field(default_factory=dict)
 
     @classmethod
-    def open(cls, path: Path) -> DiffusersFolder:
-        """Read and check ``path``; raises RequestError, in one sentence, for anything else."""
+    def open(cls, path: Path, *, name: str | None = None) -> DiffusersFolder:
+        """Read and check ``path``; raises RequestError, in one sentence, for anything else.
+
+        ``name`` is the model's, where the folder's says nothing (a hub's cache, a work folder).
+        """
         index = _read_index(path)
-        _check_classes(path, index)
-        folders = ["text_encoder", "unet", "vae"]
+        text_encoders = _check_classes(path, index)
+        folders = [*text_encoders, "unet", "vae"]
         has_tiny_vae = (path / "tiny_vae").is_dir()
         if has_tiny_vae:
             folders.append("tiny_vae")
         configs = {name: _read_config(path, name, "config.json") for name in folders}
-        _check_configs(path, configs)
+        _check_configs(path, configs, text_encoders)
         configs["scheduler"] = _read_config(path, "scheduler", "scheduler_config.json")
         scheduler = SchedulerConfig.from_dict(configs["scheduler"])
-        _check_tokenizer(path)
+        for text_encoder in text_encoders:
+            _check_tokenizer(path / tokenizer_of(text_encoder))
+        own_name = path.resolve().name if name is None else name
+        facts = read_facts(
+            configs["unet"],
+            configs["text_encoder"],
+            configs["scheduler"],
+            " ".join([own_name, str(index.get("_name_or_path"))]),
+        )
         return cls(
             path=path,
-            name=path.resolve().name,
-            family=find_family(configs["unet"]["cross_attention_dim"]),
+            name=own_name,
+            family=find_family(facts),
             model_index=index,
             configs=configs,
             weights={name: _find_weights(path / name) for name in folders},
@@ -76,10 +103,34 @@ class DiffusersFolder:
         return {**self.family.components, **tiny}
 
     @property
+    def tokenizers(self) -> tuple[str, ...]:
+        """Return the sub-folders of the tokenizers, one for each text encoder."""
+        return tuple(tokenizer_of(name) for name in self.family.text_encoders)
+
+    def folder(self, name: str) -> Path:
+        """Return where the sub-folder ``name`` stands."""
+        return self.folders.get(name, self.path / name)
+
+    def with_folder(self, name: str, folder: Path) -> DiffusersFolder:
+        """Return the source with the sub-folder ``name`` (config.json and weights) from ``folder``.
+
+        Raises RequestError when the folder is incomplete or does not fit the rest of the model.
+        """
+        configs = {**self.configs, name: read_json(folder / "config.json", f"{name}/config.json")}
+        _check_configs(self.path, configs, self.family.text_encoders)
+        return replace(
+            self,
+            configs=configs,
+            weights={**self.weights, name: _find_weights(folder)},
+            has_tiny_vae=self.has_tiny_vae or name == "tiny_vae",
+            folders={**self.folders, name: folder},
+        )
+
+    @property
     def latent_shape(self) -> tuple[int, int, int]:
         """Return (C, h, w) of the latents at the model's own size."""
-        unet = self.configs["unet"]
-        return unet["in_channels"], unet["sample_size"], unet["sample_size"]
+        side = self.configs["unet"]["sample_size"]
+        return self.configs["vae"]["latent_channels"], side, side
 
     def bytes_of(self, folder: str) -> int:
         """Return the size of a sub-folder's weights."""
@@ -103,22 +154,33 @@ def _read_index(path: Path) -> dict[str, Any]:
     return read_json(path / "model_index.json", "model_index.json")
 
 
-def _check_classes(path: Path, index: Mapping[str, Any]) -> None:
+def _check_classes(path: Path, index: Mapping[str, Any]) -> tuple[str, ...]:
+    """Check the classes that model_index.json names and return the text encoders' sub-folders."""
     pipeline = index.get("_class_name")
     if pipeline not in PIPELINE_CLASSES:
+        raise RequestError(f"{path} holds a {str(pipeline)[:80]}; convert takes {TITLES}.")
+    if index.get("requires_aesthetics_score") or (
+        "XL" in pipeline and _class_of(index, "text_encoder") == "None"
+    ):
         raise RequestError(
-            f"{path} holds a {str(pipeline)[:80]}; convert takes"
-            f" {' and '.join(PIPELINE_CLASSES)} (Stable Diffusion 1.x and 2.x)."
+            f"{path} holds SDXL's refiner, which only finishes another model's latents;"
+            " give the base model."
         )
-    family = find_family(0)
+    encoders = 2 if "XL" in pipeline else 1
+    family = next(family for family in FAMILIES if len(family.text_encoders) == encoders)
     for folder, expected in family.classes.items():
-        entry = index.get(folder)
-        name = entry[1] if isinstance(entry, list) and len(entry) == 2 else None
-        if str(name).removesuffix("Fast") != expected:
+        name = _class_of(index, folder)
+        if name.removesuffix("Fast") != expected:
             raise RequestError(
-                f"model_index.json of {path} names {str(name)[:80]} for {folder};"
+                f"model_index.json of {path} names {name[:80]} for {folder};"
                 f" convert knows {expected} there."
             )
+    return family.text_encoders
+
+
+def _class_of(index: Mapping[str, Any], folder: str) -> str:
+    entry = index.get(folder)
+    return str(entry[1]) if isinstance(entry, list) and len(entry) == 2 else "None"
 
 
 def _read_config(path: Path, folder: str, file: str) -> Mapping[str, Any]:
@@ -130,34 +192,82 @@ def _read_config(path: Path, folder: str, file: str) -> Mapping[str, Any]:
     return read_json(config, f"{folder}/{file}")
 
 
-def _check_configs(path: Path, configs: Mapping[str, Mapping[str, Any]]) -> None:
-    unet, text, vae = configs["unet"], configs["text_encoder"], configs["vae"]
-    for folder, config, names in (
-        ("unet", unet, ("in_channels", "sample_size", "cross_attention_dim")),
-        ("text_encoder", text, ("hidden_size", "num_hidden_layers", "vocab_size")),
-        ("vae", vae, ("latent_channels",)),
-    ):
-        for name in names:
-            value, limit = config.get(name), _LIMITS.get(name, 8192)
-            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= limit:
-                raise RequestError(
-                    f"{folder}/config.json of {path} gives {name} as {str(value)[:40]};"
-                    f" it should be a whole number from 1 to {limit}."
-                )
-    if unet["in_channels"] != vae["latent_channels"]:
+def _check_configs(
+    path: Path, configs: Mapping[str, Mapping[str, Any]], text_encoders: Sequence[str]
+) -> None:
+    unet, vae = configs["unet"], configs["vae"]
+    _check_numbers(path, "unet", unet, ("in_channels", "sample_size", "cross_attention_dim"))
+    _check_numbers(path, "vae", vae, ("latent_channels",))
+    for name in text_encoders:
+        _check_numbers(
+            path, name, configs[name], ("hidden_size", "num_hidden_layers", "vocab_size")
+        )
+    if unet["in_channels"] not in (vae["latent_channels"], _INPAINTING_CHANNELS):
         raise RequestError(
             f"The UNet of {path} takes {unet['in_channels']} channels and the VAE makes"
-            f" {vae['latent_channels']}; convert takes text-to-image models, where they agree."
+            f" {vae['latent_channels']}; convert takes text-to-image models, where they agree, and"
+            f" inpainting ones, which take {_INPAINTING_CHANNELS}."
         )
-    if unet["cross_attention_dim"] != text["hidden_size"]:
+    widths = [configs[name]["hidden_size"] for name in text_encoders]
+    if unet["cross_attention_dim"] != sum(widths):
+        gives = f"encoder gives {widths[0]}" if len(widths) == 1 else f"encoders give {widths}"
         raise RequestError(
             f"The UNet of {path} attends to text {unet['cross_attention_dim']} wide and its text"
-            f" encoder gives {text['hidden_size']}; the two belong to different models."
+            f" {gives}; the two belong to different models."
+        )
+    _check_conditioning(path, configs, text_encoders)
+
+
+def _check_conditioning(
+    path: Path, configs: Mapping[str, Mapping[str, Any]], text_encoders: Sequence[str]
+) -> None:
+    """Check what the UNet is told beside the text and the timestep."""
+    unet = configs["unet"]
+    wanted = "text_time" if len(text_encoders) == 2 else None
+    added = unet.get("addition_embed_type")
+    other = next((unet[key] for key in _OTHER_CONDITIONING if unet.get(key) is not None), None)
+    if added != wanted or other is not None:
+        raise RequestError(
+            f"The UNet of {path} is conditioned on {str(added if other is None else other)[:40]},"
+            f" beside the text; convert knows {wanted} there, so give another model."
+        )
+    if unet.get("time_cond_proj_dim") is not None:
+        _check_numbers(path, "unet", unet, ("time_cond_proj_dim",))
+    if wanted is None:
+        return
+    _check_numbers(
+        path,
+        "unet",
+        unet,
+        ("addition_time_embed_dim", "projection_class_embeddings_input_dim"),
+    )
+    _check_numbers(path, "text_encoder_2", configs["text_encoder_2"], ("projection_dim",))
+    pooled = configs["text_encoder_2"]["projection_dim"]
+    taken = unet["projection_class_embeddings_input_dim"] - 6 * unet["addition_time_embed_dim"]
+    if taken != pooled:
+        raise RequestError(
+            f"The UNet of {path} takes pooled text {taken} wide and its second text encoder gives"
+            f" {pooled}; the two belong to different models."
         )
 
 
-def _check_tokenizer(path: Path) -> None:
-    folder = path / "tokenizer"
+# Class labels, and pictures or projected text in place of the text's states.
+_OTHER_CONDITIONING = ("class_embed_type", "num_class_embeds", "encoder_hid_dim_type")
+
+
+def _check_numbers(
+    path: Path, folder: str, config: Mapping[str, Any], names: Sequence[str]
+) -> None:
+    for name in names:
+        value, limit = config.get(name), _LIMITS.get(name, 8192)
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= limit:
+            raise RequestError(
+                f"{folder}/config.json of {path} gives {name} as {str(value)[:40]};"
+                f" it should be a whole number from 1 to {limit}."
+            )
+
+
+def _check_tokenizer(folder: Path) -> None:
     pair = (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()
     if not pair and not (folder / "tokenizer.json").is_file():
         raise RequestError(
@@ -173,7 +283,10 @@ def _find_weights(folder: Path) -> tuple[Path, ...]:
     half = [file for file in files if ".fp16" in file.name and "non_ema" not in file.name]
     chosen = plain if plain else half
     if chosen:
-        return tuple(_check_safetensors(file) for file in chosen)
+        for file in chosen:
+            read_header(file)
+        _check_shards(folder, chosen)
+        return tuple(chosen)
     if any(next(folder.glob(pattern), None) is not None for pattern in _PICKLES):
         raise RequestError(
             f"{folder} holds its weights as a pickle, which can run code when it is opened;"
@@ -182,14 +295,18 @@ def _find_weights(folder: Path) -> tuple[Path, ...]:
     raise RequestError(f"{folder} holds no .safetensors weights; download the source model again.")
 
 
-def _check_safetensors(file: Path) -> Path:
-    """Read the header alone: it says how long the file must be."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(file, framework="numpy"):
-            return file
-    except (SafetensorError, OSError) as error:
-        raise RequestError(
-            f"{file} is damaged or not a safetensors file; download the source model again."
-        ) from error
+def _check_shards(folder: Path, files: Sequence[Path]) -> None:
+    """Check that every part that the index of the chosen variant lists is there."""
+    half = ".fp16" in files[0].name
+    names = {file.name for file in files}
+    for index in folder.glob("*.safetensors.index*.json"):
+        if (".fp16" in index.name) != half:
+            continue
+        table = read_json(index, f"{folder.name}/{index.name}").get("weight_map")
+        listed = set(table.values()) if isinstance(table, dict) else set()
+        missing = sorted(str(name) for name in listed if name not in names)
+        if missing:
+            raise RequestError(
+                f"{folder} has no {missing[0][:80]}, which {index.name} lists;"
+                " download the source model again, complete."
+            )

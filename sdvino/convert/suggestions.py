@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from sdvino.convert.open_source import Source
 from sdvino.convert.scheduler import is_distilled, is_historic
-from sdvino.convert.source import DiffusersFolder
 from sdvino.diffusion.scheduler_config import sampler_from_config
 from sdvino.errors import RequestError
 from sdvino.files import read_json
@@ -28,7 +28,7 @@ _DISTILLED_GUIDANCE = 1.0
 Suggested = dict[str, Any]
 
 
-def suggestions(source: DiffusersFolder, given: Mapping[str, Any]) -> Suggested:
+def suggestions(source: Source, given: Mapping[str, Any]) -> Suggested:
     """Return num_inference_steps, guidance_scale and scheduler for ``source``.
 
     What is ``given`` goes first, then the ``suggested`` object of a sdvino.json beside the
@@ -43,7 +43,7 @@ def suggestions(source: DiffusersFolder, given: Mapping[str, Any]) -> Suggested:
     }
     if not is_historic(config):
         found["scheduler"] = sampler_from_config(config)[0]
-    if is_distilled(config):
+    if is_distilled(config) and not family.distilled:  # a family that is knows its own numbers
         found["num_inference_steps"] = _DISTILLED_STEPS
         found["guidance_scale"] = _DISTILLED_GUIDANCE
     own = source.path / MANIFEST_FILE

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import make_synthetic
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
@@ -63,3 +64,11 @@ def edit(source: Path) -> Callable[[str, Any], None]:
         path.write_text(json.dumps({**data, **changes}), encoding="utf-8")
 
     return change
+
+
+@pytest.fixture(scope="session")
+def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer folder with as many tokens as CLIP's."""
+    folder = tmp_path_factory.mktemp("clip") / "tokenizer"
+    make_synthetic.write_tokenizer(folder, make_synthetic.EOS)
+    return folder

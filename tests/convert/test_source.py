@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -56,11 +57,16 @@ def test_half_precision_variants_serve_when_there_is_nothing_else(source: Path) 
 @pytest.mark.parametrize(
     ("file", "changes", "message"),
     [
-        ("model_index.json", {"_class_name": "StableDiffusionXLPipeline"}, "1.x and 2.x"),
+        ("model_index.json", {"_class_name": "StableDiffusionXLPipeline"}, "text_encoder_2"),
+        ("model_index.json", {"_class_name": "StableDiffusion3Pipeline"}, "1.x, 2.x and XL"),
+        ("model_index.json", {"requires_aesthetics_score": True}, "refiner"),
         ("model_index.json", {"_class_name": ["x"]}, "convert takes"),
         ("model_index.json", {"unet": ["diffusers", "UNet2DModel"]}, "UNet2DConditionModel"),
         ("model_index.json", {"vae": "AutoencoderKL"}, "AutoencoderKL there"),
-        ("unet/config.json", {"in_channels": 9}, "text-to-image"),
+        ("unet/config.json", {"in_channels": 8}, "text-to-image"),
+        ("unet/config.json", {"addition_embed_type": "text"}, "conditioned on text"),
+        ("unet/config.json", {"class_embed_type": "timestep"}, "conditioned on timestep"),
+        ("unet/config.json", {"time_cond_proj_dim": 0}, "whole number"),
         ("unet/config.json", {"in_channels": True}, "whole number"),
         ("unet/config.json", {"sample_size": 10**9}, "whole number"),
         ("unet/config.json", {"sample_size": [64, 96]}, "whole number"),
@@ -102,6 +108,28 @@ def test_json_that_is_none_is_refused(source: Path, content: bytes) -> None:
     (source / "unet" / "config.json").write_bytes(content)
     with pytest.raises(RequestError, match=r"config\.json"):
         DiffusersFolder.open(source)
+
+
+def test_a_part_that_the_index_lists_and_nobody_has_is_named(source: Path) -> None:
+    index = {"weight_map": {"a": "diffusion_pytorch_model-00002-of-00002.safetensors"}}
+    path = source / "unet" / "diffusion_pytorch_model.safetensors.index.json"
+    path.write_text(json.dumps(index), encoding="utf-8")
+    with pytest.raises(RequestError, match="00002-of-00002"):
+        DiffusersFolder.open(source)
+
+
+def test_a_component_may_stand_elsewhere(source: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "config.json").write_text('{"latent_channels": 4, "x": 1}', encoding="utf-8")
+    save_file({"w": np.ones(1)}, other / "diffusion_pytorch_model.safetensors")
+    folder = DiffusersFolder.open(source).with_folder("vae", other)
+    assert folder.folder("vae") == other
+    assert folder.folder("unet") == source / "unet"
+    assert folder.configs["vae"]["x"] == 1
+    (other / "config.json").write_text('{"latent_channels": 16}', encoding="utf-8")
+    with pytest.raises(RequestError, match="16"):
+        DiffusersFolder.open(source).with_folder("vae", other)
 
 
 @pytest.mark.parametrize("keep", [0, 7, -1])

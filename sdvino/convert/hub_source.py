@@ -1,0 +1,119 @@
+"""A model on the Hugging Face hub as the source of a conversion: what of it is downloaded.
+
+Weights as safetensors, of one variant (half precision where there is one), configurations and
+tokenizers. Pickles, code and weights for other libraries stay there.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from sdvino.errors import ModelFolderError
+from sdvino.hub import Report, fetch, is_hub_id, report_to_stderr
+
+_COMPONENTS = (
+    "text_encoder",
+    "text_encoder_2",
+    "unet",
+    "vae",
+    "vae_decoder",
+    "vae_encoder",
+    "tiny_vae",
+)
+_PARTS = "|".join(_COMPONENTS)
+_CONFIGS = re.compile(
+    rf"model_index\.json|sdvino\.json|calibration_prompts\.txt|(?:{_PARTS})/config\.json"
+    r"|scheduler/scheduler_config\.json|tokenizer(?:_2)?/[A-Za-z0-9_-]+\.(?:json|txt)"
+)
+_WEIGHTS = re.compile(
+    rf"({_PARTS})/(?:diffusion_pytorch_model|model)(\.fp16)?(?:-\d+-of-\d+)?(\.fp16)?\.safetensors"
+    rf"|({_PARTS})/(?:diffusion_pytorch_model|model)\.safetensors\.index(?:\.fp16)?\.json"
+)
+_IR = re.compile(rf"(?:{_PARTS})/openvino_model\.(?:xml|bin)")
+_FILE_ID = re.compile(r"([^/]+/[^/]+)/(.+\.safetensors)")
+
+
+def split_file(source: str) -> tuple[str, str | None]:
+    """Return the hub id in ``source`` and the single file in it that it names, if it names one."""
+    match = _FILE_ID.fullmatch(source)
+    if match is None or not is_hub_id(match[1]) or ".." in match[2]:
+        return source, None
+    return match[1], match[2]
+
+
+def is_hub_source(source: str) -> bool:
+    """Tell whether ``source`` has the form owner/name, or owner/name/FILE.safetensors."""
+    return is_hub_id(split_file(source)[0])
+
+
+def download(
+    source: str,
+    *,
+    revision: str | None = None,
+    offline: bool = False,
+    report: Report = report_to_stderr,
+) -> Path:
+    """Return the folder, or the single file, of the model ``source`` on the hub.
+
+    source: owner/name, or owner/name/FILE.safetensors. What is not there yet is downloaded to the
+    hub's cache, after ``report`` was told how much it is; a download that was cut off is resumed.
+    Raises ModelFolderError when there is nothing to convert, SdvinoError when the hub cannot be
+    reached and nothing was downloaded before.
+    """
+    model, file = split_file(source)
+    chosen: list[str] = []
+
+    def choose(names: Sequence[str]) -> Sequence[str]:
+        chosen[:] = choose_files(model, file, names)
+        return chosen
+
+    folder = fetch(model, choose, revision=revision, offline=offline, progress=report)
+    if len(chosen) == 1 and chosen[0].endswith(".safetensors"):
+        return folder / chosen[0]
+    return folder
+
+
+def choose_files(model: str, file: str | None, names: Sequence[str]) -> list[str]:
+    """Return which of the files ``names`` of a repository are needed; raises ModelFolderError."""
+    if file is not None:
+        if file not in names:
+            raise ModelFolderError(f"{model} has no file {file[:120]}; check the spelling.")
+        return [file]
+    if "model_index.json" in names:
+        configs = [name for name in names if _CONFIGS.fullmatch(name) is not None]
+        if "unet/openvino_model.xml" in names:
+            return configs + [name for name in names if _IR.fullmatch(name) is not None]
+        weights = _choose_weights(names)
+        if "unet" in {name.partition("/")[0] for name in weights}:
+            return configs + weights
+    single = [name for name in names if "/" not in name and name.endswith(".safetensors")]
+    if len(single) == 1:
+        return single
+    if single:
+        some = ", ".join(sorted(single)[:5])
+        raise ModelFolderError(
+            f"{model} holds several checkpoints ({some}); name one: {model}/{sorted(single)[0]}."
+        )
+    if any(name.endswith((".bin", ".ckpt", ".pt", ".pth")) for name in names):
+        raise ModelFolderError(
+            f"{model} holds its weights as pickles, which can run code when they are opened;"
+            " look on the hub for the same model as safetensors."
+        )
+    raise ModelFolderError(
+        f"{model} holds no Stable Diffusion model, or its download was cut off;"
+        " run again with a connection, or choose another model."
+    )
+
+
+def _choose_weights(names: Sequence[str]) -> list[str]:
+    """Return each component's safetensors, in half precision (as the IR is) where it has it."""
+    result: list[str] = []
+    for part in _COMPONENTS:
+        files = [n for n in names if n.startswith(f"{part}/") and _WEIGHTS.fullmatch(n) is not None]
+        half = [name for name in files if ".fp16" in name]
+        plain = [name for name in files if ".fp16" not in name]
+        whole = any(name.endswith(".safetensors") for name in half)
+        result += half if whole else plain
+    return result

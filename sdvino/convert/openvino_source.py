@@ -1,0 +1,176 @@
+"""An OpenVINO folder as the source of a conversion: its components are compressed further.
+
+Weights stored in 8 or 4 bits become half precision again first, so that every recipe starts from
+the same kind of model. What quantized activations are is lost for good: such a folder is refused.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openvino as ov
+from openvino import opset13 as ops
+
+from sdvino.compress.ir import read_ir, save_ir
+from sdvino.convert.families import Family, find_family, read_facts, tokenizer_of
+from sdvino.diffusion.scheduler_config import SchedulerConfig
+from sdvino.errors import RequestError
+from sdvino.model_folder import ModelFolder
+
+_QUANTIZED = re.compile(rb'<layer\b[^>]*\btype\s*=\s*["\']FakeQuantize["\']')
+# The types that NNCF stores weights in; a constant of one, converted to float, is such a weight.
+_STORED = ("u8", "i8", "u4", "i4", "nf4")
+
+
+@dataclass(frozen=True, slots=True)
+class OpenVinoFolder:
+    """A checked OpenVINO folder whose components are in float, or have weights in fewer bits."""
+
+    path: Path
+    #: The model's name, never its path.
+    name: str
+    family: Family
+    model_index: Mapping[str, Any]
+    #: Component -> its config.json; scheduler, and vae as the decoder has it.
+    configs: Mapping[str, Mapping[str, Any]]
+    #: Component -> its .bin.
+    weights: Mapping[str, tuple[Path, ...]]
+    prediction_type: str
+    has_tiny_vae: bool
+
+    @classmethod
+    def open(cls, path: Path, *, name: str | None = None) -> OpenVinoFolder:
+        """Read and check ``path``; raises RequestError, in one sentence, for anything else."""
+        folder = ModelFolder.open(path)
+        configs = {part: dict(files.config) for part, files in folder.components.items()}
+        scheduler = dict(folder.scheduler_config)
+        own_name = folder.name if name is None else name
+        names = f"{own_name} {folder.model_index.get('_name_or_path')}"
+        for part, files in folder.components.items():
+            if _QUANTIZED.search(files.xml.read_bytes()) is not None:
+                raise RequestError(
+                    f"The {part} of {path} has quantized activations already, which cannot be"
+                    " undone; give the float folder, or the checkpoint, that it was made from."
+                )
+        facts = read_facts(configs["unet"], configs["text_encoder"], scheduler, names)
+        return cls(
+            path=path,
+            name=own_name,
+            family=find_family(facts),
+            model_index=folder.model_index,
+            configs={**configs, "vae": configs["vae_decoder"], "scheduler": scheduler},
+            weights={part: (files.bin,) for part, files in folder.components.items()},
+            prediction_type=SchedulerConfig.from_dict(scheduler)
+            .for_sampler("ddim")
+            .prediction_type,
+            has_tiny_vae="tiny_vae" in folder.components,
+        )
+
+    @property
+    def components(self) -> dict[str, str]:
+        """Return our components and the sub-folders that hold them: the same, here."""
+        return {name: name for name in self.weights}
+
+    @property
+    def tokenizers(self) -> tuple[str, ...]:
+        """Return the sub-folders of the tokenizers, one for each text encoder."""
+        return tuple(tokenizer_of(name) for name in self.family.text_encoders)
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """Return (C, h, w) of the latents at the model's own size."""
+        size = self.configs["unet"].get("sample_size")
+        height, width = size if isinstance(size, list) else [64 if size is None else size] * 2
+        return self.configs["vae"].get("latent_channels", 4), height, width
+
+    def folder(self, name: str) -> Path:
+        """Return where the sub-folder ``name`` stands."""
+        return self.path / name
+
+    def bytes_of(self, folder: str) -> int:
+        """Return the size of a component's weights."""
+        return sum(file.stat().st_size for file in self.weights[folder])
+
+
+def copy_component(source: OpenVinoFolder, component: str, output: Path) -> int:
+    """Write ``component`` of ``source`` as ``output``/openvino_model.xml and .bin, in float.
+
+    Returns how many weights were stored in fewer bits and are half precision now.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    xml = source.folder(component) / "openvino_model.xml"
+    model = read_ir(xml)
+    changed = restore_weights(model)
+    if changed:
+        save_ir(model, output / xml.name)
+    else:
+        for suffix in (".bin", ".xml"):  # the .xml last: it stands for the whole
+            shutil.copyfile(xml.with_suffix(suffix), (output / xml.name).with_suffix(suffix))
+    return changed
+
+
+def restore_weights(model: ov.Model) -> int:
+    """Put half-precision constants in place of ``model``'s weights in 8 or 4 bits; return how many.
+
+    A weight is a constant of a small type, converted to float, less a zero point perhaps, times a
+    scale, and perhaps in another shape (NNCF's compress_weights).
+    """
+    core = ov.Core()
+    ends = [end for node in model.get_ordered_ops() if (end := _end_of_weight(node)) is not None]
+    for end in ends:
+        targets = list(end.get_target_inputs())
+        # OpenVINO folds it: every packing of small types is known there.
+        cut = ov.Model([ops.result(end)], [], "weight")
+        values = core.compile_model(cut, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})({})[0]
+        half = ops.constant(np.asarray(values, np.float16))
+        restored = ops.convert(half, end.get_element_type().get_type_name())
+        restored.set_friendly_name(end.get_node().get_friendly_name())
+        for target in targets:
+            target.replace_source_output(restored.output(0))
+    model.validate_nodes_and_infer_types()
+    return len(ends)
+
+
+def _end_of_weight(node: ov.Node) -> ov.Output | None:
+    """Return the float weight that the constant ``node`` becomes, or None where it is none."""
+    if node.get_type_name() != "Constant":
+        return None
+    if node.get_element_type().get_type_name() not in _STORED:
+        return None
+    end, scaled = node.output(0), False
+    while True:
+        readers = list(end.get_target_inputs())
+        if len(readers) != 1:
+            break
+        reader = readers[0].get_node()
+        kind = reader.get_type_name()
+        if kind not in ("Convert", "Subtract", "Multiply", "Reshape") or not _constant_but(
+            reader, readers[0].get_index()
+        ):
+            break
+        if kind == "Multiply" and scaled:
+            break
+        if readers[0].get_index() != 0 and kind != "Multiply":
+            return None  # a zero point or a shape, not the weight itself
+        scaled = scaled or kind == "Multiply"
+        end = reader.output(0)
+    return end if scaled else None
+
+
+def _constant_but(node: ov.Node, index: int) -> bool:
+    """Tell whether every input of ``node`` but one is a constant, converted perhaps."""
+    for other in range(node.get_input_size()):
+        if other == index:
+            continue
+        source = node.input_value(other).get_node()
+        while source.get_type_name() in ("Convert", "Reshape"):
+            source = source.input_value(0).get_node()
+        if source.get_type_name() != "Constant":
+            return False
+    return True
