@@ -40,6 +40,25 @@ import click
     help="What the folder suggests for a good first picture.",
 )
 @click.option("--name", help="Name of the model in its manifest.  [default: SOURCE's]")
+@click.option(
+    "--lora",
+    "loras",
+    multiple=True,
+    metavar="FILE[:WEIGHT]",
+    help="Merge a LoRA (.safetensors) into the weights; may be repeated.  [default weight: 1]",
+)
+@click.option(
+    "--vae",
+    type=click.Path(path_type=Path),
+    metavar="FOLDER|FILE",
+    help="Another autoencoder in the source's place.",
+)
+@click.option(
+    "--tiny-vae",
+    type=click.Path(path_type=Path),
+    metavar="FOLDER|FILE",
+    help="A tiny autoencoder (TAESD) beside it, for previews and speed.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace FOLDER if sdvino convert made it.")
 def convert_command(
     source: Path,
@@ -49,6 +68,9 @@ def convert_command(
     prompts_file: Path | None,
     suggest: str | None,
     name: str | None,
+    loras: Sequence[str],
+    vae: Path | None,
+    tiny_vae: Path | None,
     overwrite: bool,
 ) -> None:
     """Convert SOURCE, a diffusers folder of Stable Diffusion 1.x or 2.x, into FOLDER.
@@ -86,6 +108,9 @@ def convert_command(
             suggested=suggested,
             name=name,
             overwrite=overwrite,
+            loras=loras,
+            vae=vae,
+            tiny_vae=tiny_vae,
             progress=show,
         )
     click.echo(summary(result.path))

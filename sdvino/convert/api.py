@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from sdvino.compress.calibration import CalibrationPlan
 from sdvino.compress.folder import compress_folder
 from sdvino.compress.prompts import GENERAL_PROMPTS, check_prompts, read_prompts
 from sdvino.compress.recipes import DEFAULT_RECIPE, Recipe, get_recipe
+from sdvino.convert.baking import bake, baking_request
 from sdvino.convert.export import export_component, require_libraries
 from sdvino.convert.manifest import write_manifest
 from sdvino.convert.scheduler import portable_scheduler
@@ -40,6 +42,9 @@ def convert(
     suggested: Mapping[str, Any] | None = None,
     name: str | None = None,
     overwrite: bool = False,
+    loras: Sequence[str | Path | tuple[str | Path, float]] = (),
+    vae: Path | str | None = None,
+    tiny_vae: Path | str | None = None,
     progress: Progress = silent,
 ) -> ModelFolder:
     """Convert the diffusers folder ``source`` into the model folder ``folder``.
@@ -48,6 +53,8 @@ def convert(
     component to precision. prompts: what int8 is calibrated on; None takes the source's
     calibration_prompts.txt, or a general list. suggested: num_inference_steps, guidance_scale,
     scheduler. name: the model's name in the manifest; None takes the source folder's.
+    loras: files to merge into the weights, each a path, ``FILE:WEIGHT`` or (path, weight). vae: an
+    AutoencoderKL in the source's place, tiny_vae: an AutoencoderTiny beside it; folders or files.
     progress: called with what is being done and the share done.
 
     The folder appears when it is complete; after Ctrl-C or a failure there is nothing. The
@@ -56,6 +63,7 @@ def convert(
     folder that cannot be written) and SdvinoError (the libraries failed).
     """
     chosen = get_recipe(recipe).with_overrides({} if components is None else components)
+    baking = baking_request(loras, vae, tiny_vae)
     checked = DiffusersFolder.open(Path(source))
     target = Path(folder).absolute()
     if target.resolve() == checked.path.resolve() or target.resolve() in (
@@ -64,7 +72,11 @@ def convert(
         raise RequestError(f"{folder} is, or holds, the source; choose another name.")
     hints = suggestions(checked, {} if suggested is None else suggested)
     plan = _plan(checked, prompts, hints["guidance_scale"])
-    with staged(target, overwrite=overwrite) as staging:
+    with (
+        staged(target, overwrite=overwrite) as staging,
+        tempfile.TemporaryDirectory(prefix="sdvino-") as unpacked,
+    ):
+        checked = bake(checked, baking, Path(unpacked))
         _check_space(checked, staging)
         progress("import libraries", 0.0)
         require_libraries()
@@ -77,6 +89,7 @@ def convert(
             family=checked.family.name,
             recipe=chosen,
             suggested=hints,
+            baked=baking.to_manifest(),
         )
         ModelFolder.open(staging)  # what we would refuse to run is not delivered
     return ModelFolder.open(target)

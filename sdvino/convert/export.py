@@ -13,6 +13,7 @@ from typing import Any
 
 from sdvino.compress.ir import read_ir, save_ir
 from sdvino.compress.quiet import quiet
+from sdvino.convert.lora import merge
 from sdvino.convert.source import DiffusersFolder
 from sdvino.convert.timestep_table import restore_frequencies, sinusoid_frequencies
 from sdvino.errors import RequestError, SdvinoError
@@ -67,6 +68,7 @@ def export_component(source: DiffusersFolder, component: str, output: Path) -> N
     try:
         with quiet():
             model = _load(source, component)
+            merge(model, source.components[component], source.loras)
             if component == "tiny_vae":
                 _convert_tiny(model, output / IR_NAME)
             else:
@@ -103,7 +105,7 @@ def _load(source: DiffusersFolder, component: str) -> Any:
     options: dict[str, Any] = {"use_safetensors": True, "local_files_only": True}
     if any(".fp16." in file.name for file in source.weights[folder]):
         options["variant"] = "fp16"
-    model = classes[folder].from_pretrained(source.path / folder, **options)
+    model = classes[folder].from_pretrained(source.folder(folder), **options)
     return model.to(torch.float32).eval()
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from sdvino.convert.families import PIPELINE_CLASSES, Family, find_family
+from sdvino.convert.lora_file import Lora
 from sdvino.diffusion.scheduler_config import SchedulerConfig
 from sdvino.errors import RequestError
 from sdvino.files import read_json
@@ -43,6 +44,10 @@ class DiffusersFolder:
     #: What the UNet predicts: epsilon, v_prediction or sample.
     prediction_type: str
     has_tiny_vae: bool
+    #: Sub-folders that stand elsewhere than in ``path``.
+    folders: Mapping[str, Path] = field(default_factory=dict)
+    #: What is merged into the weights when a component is loaded.
+    loras: tuple[Lora, ...] = ()
 
     @classmethod
     def open(cls, path: Path) -> DiffusersFolder:
@@ -74,6 +79,25 @@ class DiffusersFolder:
         """Return our components and the sub-folders that hold their weights."""
         tiny = {"tiny_vae": "tiny_vae"} if self.has_tiny_vae else {}
         return {**self.family.components, **tiny}
+
+    def folder(self, name: str) -> Path:
+        """Return where the sub-folder ``name`` stands."""
+        return self.folders.get(name, self.path / name)
+
+    def with_folder(self, name: str, folder: Path) -> DiffusersFolder:
+        """Return the source with the sub-folder ``name`` (config.json and weights) from ``folder``.
+
+        Raises RequestError when the folder is incomplete or does not fit the rest of the model.
+        """
+        configs = {**self.configs, name: read_json(folder / "config.json", f"{name}/config.json")}
+        _check_configs(self.path, configs)
+        return replace(
+            self,
+            configs=configs,
+            weights={**self.weights, name: _find_weights(folder)},
+            has_tiny_vae=self.has_tiny_vae or name == "tiny_vae",
+            folders={**self.folders, name: folder},
+        )
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
