@@ -39,6 +39,7 @@ class LoraPart:
     up: str
     mid: str | None
     magnitude: str | None
+    alpha: str | None
     #: [rank, in, ...] and [out, rank, ...]; the middle one, between them, is [rank, rank, h, w].
     down_shape: Shape
     up_shape: Shape
@@ -56,7 +57,7 @@ class LoraPart:
     @property
     def tensors(self) -> tuple[str, ...]:
         """Return the names of its tensors."""
-        names = (self.down, self.up, self.mid, self.magnitude)
+        names = (self.down, self.up, self.mid, self.magnitude, self.alpha)
         return tuple(name for name in names if name is not None)
 
 
@@ -134,7 +135,7 @@ def open_lora(path: Path, weight: float = 1.0) -> Lora:
         layouts |= {key.layout for _, key in group.values() if key.role == "down"}
     if not parts:
         raise RequestError(_no_lora(path, unknown))
-    file.check_finite({name for part in parts for name in part.tensors})
+    file.check_finite({name for p in parts for name in p.tensors if name != p.alpha})
     titles = (path.stem, *(file.metadata.get(key, "") for key in _TITLES))
     return Lora(
         path=path,
@@ -186,6 +187,7 @@ def _part(
         up=names["up"],
         mid=names.get("mid"),
         magnitude=names.get("magnitude"),
+        alpha=names.get("alpha"),
         down_shape=down,
         up_shape=up,
         mid_shape=mid,

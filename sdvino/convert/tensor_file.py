@@ -26,6 +26,7 @@ _FLOATS: Mapping[str, tuple[str, int]] = {
     "F16": ("<u2", 0x7C00),
     "BF16": ("<u2", 0x7F80),
 }
+_WHOLE: Mapping[str, str] = {"I64": "<i8", "I32": "<i4"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +92,8 @@ class TensorFile:
     def scalar(self, name: str) -> float:
         """Return the one number that the tensor ``name`` holds; raises RequestError otherwise."""
         info = self.tensors[name]
-        self._check_float(name, info)
+        if info.dtype not in _WHOLE:
+            self._check_float(name, info)
         if math.prod(info.shape) != 1:
             raise RequestError(f"{self.path} gives {name[:120]} as more than one number.")
         with self.path.open("rb") as file:
@@ -99,7 +101,7 @@ class TensorFile:
             raw = file.read(info.end - info.start)
         if info.dtype == "BF16":
             raw = b"\0\0" + raw
-        kind = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<f4"}[info.dtype]
+        kind = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<f4", **_WHOLE}[info.dtype]
         return float(np.frombuffer(raw, dtype=kind)[0])
 
     def _check_float(self, name: str, info: TensorInfo) -> None:
