@@ -144,8 +144,8 @@ def _write(
     )
     if wrong or len(shapes) < len(tensors):
         raise RequestError(
-            f"{where} is no whole {what}: {len(wrong)} tensors are missing, left over or of another"
-            f" shape ({listed(wrong)}); download it again or choose another."
+            f"{where} is no whole {what}: tensors are missing, left over or of another shape"
+            f" ({listed(wrong)}); download it again or choose another."
         )
     folder.mkdir(parents=True, exist_ok=True)
     write_renamed(tensors, folder / WEIGHTS)
