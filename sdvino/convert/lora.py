@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from sdvino.convert.lora_file import Lora, LoraPart, Shape, listed, open_lora, parse_lora
 from sdvino.convert.lora_names import COMPONENTS, spellings
@@ -160,20 +163,59 @@ def _weights(shapes: Mapping[str, Shape]) -> dict[str, Shape]:
     }
 
 
-def merge(module: Any, component: str, loras: Sequence[Lora]) -> MergeReport:
+def merge(
+    module: Any,
+    component: str,
+    loras: Sequence[Lora],
+    mapped: MutableMapping[str, NDArray[Any]] | None = None,
+) -> MergeReport:
     """Add ``loras`` to the weights of the torch ``module``, which is ``component`` of a model.
 
-    Every LoRA is worked out from the weights as they were, in float32, so their order is of no
-    account; a weight keeps its own type. DoRA (arXiv:2402.09353) is applied in full at weight 1,
-    and in part in between. Raises RequestError when a part does not fit or a result overflows.
+    mapped: values of parameters that ``module`` has in name and shape alone; changed ones are
+    replaced by new arrays. Every LoRA is worked out from the weights as they were, in float32, so
+    their order is of no account; a weight keeps its own type. DoRA (arXiv:2402.09353) is applied
+    in full at weight 1, and in part in between. Raises RequestError, before anything is changed,
+    when a part does not fit, and when a result overflows.
     """
     import torch
     from safetensors import safe_open
 
-    if component not in COMPONENTS:
+    if component not in COMPONENTS or not loras:
         return MergeReport()
+    mapped = {} if mapped is None else mapped
     parameters = dict(module.named_parameters())
     shapes = _weights({name: tuple(value.shape) for name, value in parameters.items()})
+    found, unmatched = _assign(component, shapes, loras)
+    with contextlib.ExitStack() as stack, torch.no_grad():
+        files = {
+            path: stack.enter_context(safe_open(path, framework="pt"))
+            for path in {lora.path for lora in loras}
+        }
+        for layer, entries in found.items():
+            name = f"{layer}.weight"
+            parameter = parameters[name]
+            weight = _single(mapped[name] if name in mapped else parameter.detach())
+            merged = weight + sum(
+                _delta(files[lora.path], lora, part, weight) for lora, part in entries
+            )
+            if name not in mapped:
+                merged = merged.to(parameter.dtype)
+            if not bool(torch.isfinite(merged).all()):
+                names = " and ".join(lora.name for lora, _ in entries)
+                raise RequestError(
+                    f"{layer} overflows with the LoRA {names}; choose a smaller weight."
+                )
+            if name in mapped:
+                mapped[name] = _as_before(merged, mapped[name])
+            else:  # a new tensor: the old one may be a view of the file on the disk
+                parameter.data = merged
+    return MergeReport(layers=len(found), unmatched=unmatched)
+
+
+def _assign(
+    component: str, shapes: Mapping[str, Shape], loras: Sequence[Lora]
+) -> tuple[dict[str, list[tuple[Lora, LoraPart]]], dict[str, tuple[str, ...]]]:
+    """Return layer -> what changes it, and the name of a LoRA -> its tensors that fit no layer."""
     table = spellings(component, shapes)
     found: dict[str, list[tuple[Lora, LoraPart]]] = {}
     unmatched: dict[str, tuple[str, ...]] = {}
@@ -195,23 +237,24 @@ def merge(module: Any, component: str, loras: Sequence[Lora]) -> MergeReport:
                 found.setdefault(layer, []).append((lora, part))
         if left_out:
             unmatched[lora.name] = tuple(left_out)
-    with contextlib.ExitStack() as stack, torch.no_grad():
-        files = {
-            lora.path: stack.enter_context(safe_open(lora.path, framework="pt")) for lora in loras
-        }
-        for layer, entries in found.items():
-            parameter = parameters[f"{layer}.weight"]
-            weight = parameter.detach().to(torch.float32)
-            total = sum(_delta(files[lora.path], lora, part, weight) for lora, part in entries)
-            merged = (weight + total).to(parameter.dtype)
-            if not bool(torch.isfinite(merged).all()):
-                names = " and ".join(lora.name for lora, _ in entries)
-                raise RequestError(
-                    f"{layer} overflows with the LoRA {names}; choose a smaller weight."
-                )
-            # A new tensor: the old one may be a view of the file on the disk.
-            parameter.data = merged
-    return MergeReport(layers=len(found), unmatched=unmatched)
+    return found, unmatched
+
+
+def _single(value: Any) -> Any:
+    """Return a tensor or an array as a tensor in float32."""
+    import torch
+
+    if isinstance(value, np.ndarray):
+        return torch.from_numpy(value.astype(np.float32))
+    return value.to(torch.float32)
+
+
+def _as_before(merged: Any, before: NDArray[Any]) -> NDArray[Any]:
+    """Return ``merged`` in the type of ``before``, or in float32 where that cannot hold it."""
+    single: NDArray[np.float32] = merged.numpy()
+    with np.errstate(over="ignore"):
+        result = single.astype(before.dtype)
+    return result if np.isfinite(result).all() else single
 
 
 def _delta(file: Any, lora: Lora, part: LoraPart, weight: Any) -> Any:

@@ -22,7 +22,28 @@ if TYPE_CHECKING:
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 _MAX_STAGES = 8
+_MAX_WIDTH = 8192
 _DEFAULT_SCALING = 0.18215
+# The defaults of diffusers' classes, for what a config leaves out.
+_KL_DEFAULTS: Mapping[str, Any] = {
+    "in_channels": 3,
+    "out_channels": 3,
+    "latent_channels": 4,
+    "block_out_channels": (64,),
+    "layers_per_block": 1,
+    "mid_block_add_attention": True,
+    "use_quant_conv": True,
+    "use_post_quant_conv": True,
+}
+_TINY_DEFAULTS: Mapping[str, Any] = {
+    "in_channels": 3,
+    "out_channels": 3,
+    "latent_channels": 4,
+    "num_encoder_blocks": (1, 3, 3, 3),
+    "num_decoder_blocks": (3, 3, 3, 1),
+    "encoder_block_out_channels": (64,) * 4,
+    "decoder_block_out_channels": (64,) * 4,
+}
 # What a file does not tell and the model's own autoencoder does: how its latents are scaled, and
 # how the norms group channels.
 _INHERITED = (
@@ -45,6 +66,7 @@ def replace_vae(source: DiffusersFolder, path: Path, work: Path) -> DiffusersFol
     option = "--vae"
     if path.is_dir():
         folder = _folder(path, "AutoencoderKL", "vae", option)
+        _check_folder(folder, _KL_DEFAULTS, names.kl_tensors)
     else:
         file = TensorFile.open(path, "a VAE")
         if names.is_original(file.tensors):
@@ -73,6 +95,7 @@ def replace_tiny_vae(source: DiffusersFolder, path: Path, work: Path) -> Diffuse
     option = "--tiny-vae"
     if path.is_dir() and not _is_pair(path):
         folder = _folder(path, "AutoencoderTiny", "tiny_vae", option)
+        _check_folder(folder, _TINY_DEFAULTS, names.tiny_tensors)
     else:
         config = _write(
             work / "tiny_vae",
@@ -107,6 +130,53 @@ def _folder(path: Path, class_name: str, inside: str, option: str) -> Path:
             f"{path} holds {str(found)[:80]}; {option} takes an {class_name} of diffusers."
         )
     return path
+
+
+def _check_folder(
+    folder: Path,
+    defaults: Mapping[str, Any],
+    tensors_of: Callable[[Mapping[str, Any]], dict[str, names.Shape]],
+) -> None:
+    """Raise RequestError when tensors that the config asks for are missing or of another shape.
+
+    diffusers would make up what is missing, at random. Unusual blocks are left to it.
+    """
+    config = {**defaults, **read_json(folder / "config.json", "config.json of the autoencoder")}
+    kinds = {
+        str(kind)
+        for key in ("down_block_types", "up_block_types")
+        if isinstance(config.get(key), list)
+        for kind in config[key]
+    }
+    if not kinds <= {"DownEncoderBlock2D", "UpDecoderBlock2D"}:
+        return
+    for key, default in defaults.items():
+        values = config[key] if isinstance(default, (list, tuple)) else [config[key]]
+        kind = type(default[0] if isinstance(default, (list, tuple)) else default)
+        valid = isinstance(values, (list, tuple)) and 1 <= len(values) <= _MAX_STAGES
+        if not valid or any(type(v) is not kind or not 0 <= v <= _MAX_WIDTH for v in values):
+            raise RequestError(
+                f"{folder / 'config.json'} gives {key} as {str(config[key])[:40]}, which cannot be;"
+                " get the autoencoder again."
+            )
+    found = {
+        new: names.modern_shape(new, info.shape)
+        for file in sorted(folder.glob("*.safetensors"))
+        for old, info in TensorFile.open(file, "the autoencoder").tensors.items()
+        for new in [names.modern(old)]
+    }
+    try:
+        expected = tensors_of(config)
+    except ValueError as error:
+        raise RequestError(
+            f"{folder / 'config.json'} gives lists of different lengths; get the autoencoder again."
+        ) from error
+    wrong = sorted(name for name, shape in expected.items() if found.get(name) != shape)
+    if found and wrong:
+        raise RequestError(
+            f"{folder} is no whole autoencoder: tensors are missing or of another shape"
+            f" ({listed(wrong)}); download it again or choose another."
+        )
 
 
 def _with_folder(source: DiffusersFolder, name: str, folder: Path) -> DiffusersFolder:

@@ -366,6 +366,27 @@ def test_a_weight_keeps_its_type(sd: dict[str, Any], tmp_path: Path) -> None:
     assert {value.dtype for value in merged.parameters()} == {torch.float16}
 
 
+def test_weights_that_the_module_only_seems_to_have(sd: dict[str, Any], tmp_path: Path) -> None:
+    factors = random_factors({"unet": sd["unet"]})
+    path = save(tmp_path / "a.safetensors", lora_files.kohya(factors))
+    hollow = copy.deepcopy(sd["unet"])
+    mapped = {}
+    for name, value in hollow.named_parameters():
+        if value.numel() > 2000:
+            mapped[name] = value.detach().numpy().astype(np.float16)
+            value.data = torch.zeros(1).expand(value.shape)
+    before = dict(mapped)
+    merge(hollow, "unet", [open_lora(path, 0.5)], mapped)
+    found = lora_files.layers_of(hollow)
+    for name, array in mapped.items():
+        assert array.dtype == np.float16
+        assert before[name] is not array
+        found[name.removesuffix(".weight")] = torch.from_numpy(array.astype(np.float32))
+    expected = Model(sd, factors).expected("unet", 0.5)
+    assert 0 < len(mapped) < len(found)
+    assert lora_files.largest_error(found, expected) < 2e-3
+
+
 def test_other_components_are_left_alone(sd: dict[str, Any], tmp_path: Path) -> None:
     path = save(tmp_path / "a.safetensors", lora_files.kohya(random_factors(sd)))
     assert merge(torch.nn.Linear(2, 2), "vae", [open_lora(path)]).layers == 0

@@ -311,7 +311,10 @@ def config_with(**changes: Any) -> Callable[[Path], None]:
         (config_with(_class_name="AutoencoderTiny"), "--vae takes an AutoencoderKL"),
         (config_with(block_out_channels=4), "block_out_channels"),
         (config_with(block_out_channels=[1] * 99), "block_out_channels"),
-        (config_with(latent_channels="four"), "latents of four channels"),
+        (config_with(latent_channels="four"), "latent_channels as four"),
+        (config_with(layers_per_block=10**9), "layers_per_block"),
+        (config_with(layers_per_block=3), "no whole autoencoder"),
+        (config_with(mid_block_add_attention="yes"), "mid_block_add_attention"),
     ],
 )
 def test_bad_folders_get_a_sentence(
@@ -334,6 +337,20 @@ def test_pickles_are_never_opened(opened: DiffusersFolder, tmp_path: Path, suffi
     for replace in (replace_vae, replace_tiny_vae):
         with pytest.raises(RequestError, match="pickle"):
             replace(opened, path, tmp_path / "work")
+
+
+def test_a_tiny_folder_whose_config_lies_is_refused(
+    opened: DiffusersFolder, tiny_vae: Any, tmp_path: Path
+) -> None:
+    tiny_vae.save_pretrained(tmp_path / "given")
+    for changes, words in (
+        ({"num_decoder_blocks": [2, 1, 1]}, "different lengths"),
+        ({"num_decoder_blocks": [2, 1, 1, 2]}, "no whole autoencoder"),
+        ({"num_decoder_blocks": "many"}, "num_decoder_blocks as many"),
+    ):
+        config_with(**changes)(tmp_path / "given")
+        with pytest.raises(RequestError, match=words):
+            replace_tiny_vae(opened, tmp_path / "given", tmp_path / "work")
 
 
 def test_half_of_a_tiny_pair_is_refused(
