@@ -125,9 +125,10 @@ class Renamed:
 def write_renamed(tensors: Sequence[Renamed], output: Path) -> None:
     """Write ``tensors`` to the file ``output``; their bytes are copied as they are.
 
-    The file appears when it is complete.
+    The file appears when it is complete, and is left alone when it was made from the same before.
     """
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    origin = ";".join(sorted({_identity(tensor.file.path) for tensor in tensors}))
+    header: dict[str, object] = {"__metadata__": {"format": "pt", "origin": origin}}
     where = 0
     for tensor in tensors:
         info = tensor.file.tensors[tensor.old]
@@ -140,15 +141,30 @@ def write_renamed(tensors: Sequence[Renamed], output: Path) -> None:
         where = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
+    text = len(text).to_bytes(8, "little") + text
+    if _begins(output, text, len(text) + where):
+        return
     part = output.with_name(f"{output.name}.part")
     with part.open("wb") as target:
-        target.write(len(text).to_bytes(8, "little") + text)
+        target.write(text)
         for tensor in tensors:
             info = tensor.file.tensors[tensor.old]
             with tensor.file.path.open("rb") as source:
                 source.seek(info.start)
                 _copy(source, target, info.end - info.start)
     part.replace(output)
+
+
+def _identity(path: Path) -> str:
+    told = path.stat()
+    return f"{path.name},{told.st_size},{told.st_mtime_ns}"
+
+
+def _begins(path: Path, text: bytes, size: int) -> bool:
+    if not path.is_file() or path.stat().st_size != size:
+        return False
+    with path.open("rb") as file:
+        return file.read(len(text)) == text
 
 
 def _read_header(path: Path, what: str) -> dict[str, dict[str, list[int]]]:

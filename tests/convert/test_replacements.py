@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -111,8 +112,13 @@ def test_single_files(
         assert torch.equal(
             module.encode(picture).latent_dist.mean, vae.encode(picture).latent_dist.mean
         )
-    again = replace_vae(opened, path, tmp_path / "work")
-    assert again == replaced
+    written = replaced.weights["vae"][0]
+    before = written.stat().st_ino
+    assert replace_vae(opened, path, tmp_path / "work") == replaced
+    assert written.stat().st_ino == before  # not a second time
+    os.utime(path, ns=(0, 0))
+    assert replace_vae(opened, path, tmp_path / "work") == replaced
+    assert written.stat().st_ino != before
 
 
 def test_the_scale_of_latents_stays_the_model_s(
