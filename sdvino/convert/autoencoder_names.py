@@ -89,7 +89,7 @@ def kl_config(shapes: Shapes) -> dict[str, Any]:
 
     What shapes do not tell (groups of the norms, scaling) is left out.
     """
-    widths = []
+    widths: list[int] = []
     while (name := f"encoder.down_blocks.{len(widths)}.resnets.0.conv1.weight") in shapes:
         widths.append(shapes[name][0])
     layers = 0

@@ -8,7 +8,7 @@ import os
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -167,7 +167,7 @@ def _begins(path: Path, text: bytes, size: int) -> bool:
         return file.read(len(text)) == text
 
 
-def _read_header(path: Path, what: str) -> dict[str, dict[str, list[int]]]:
+def _read_header(path: Path, what: str) -> dict[str, Any]:
     """Return the header after safetensors itself has checked it against the file's size."""
     from safetensors import SafetensorError, safe_open
 

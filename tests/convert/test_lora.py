@@ -535,7 +535,7 @@ DOWN = "lora_unet_conv_in.lora_down.weight"
 NAN = np.full((4, 4, 3, 3), np.nan, np.float32)
 BAD: dict[str, tuple[Callable[[Path], None], str]] = {
     "missing": (lambda path: None, "does not exist"),
-    "empty": (lambda path: path.write_bytes(b"") and None, "damaged"),
+    "empty": (lambda path: void(path.write_bytes(b"")), "damaged"),
     "text": (lambda path: void(path.write_text("hello" * 100)), "damaged"),
     "cut": (lambda path: void(path.write_bytes(good_bytes(path)[:-8])), "damaged"),
     "too long": (lambda path: void(path.write_bytes(good_bytes(path) + b"12345678")), "damaged"),
