@@ -64,6 +64,8 @@ class Manifest:
     #: What the compression cost the picture, as `sdvino convert` measured it.
     quality: Mapping[str, Any] | None = None
     suggested: Suggested = field(default_factory=Suggested)
+    #: What was baked in: LoRAs with their weights, another autoencoder; names, never paths.
+    baked: Mapping[str, Any] = field(default_factory=dict)
     #: Tool to version.
     versions: Mapping[str, str] = field(default_factory=dict)
 
@@ -96,6 +98,7 @@ class Manifest:
             components={name: _component(name, entry) for name, entry in components.items()},
             quality=None if value.get("quality") is None else _get(value, "quality", dict),
             suggested=_suggested(value.get("suggested", {})),
+            baked=_get(value, "baked", dict, {}),
             versions={
                 str(tool): str(version)
                 for tool, version in _get(value, "versions", dict, {}).items()
@@ -124,6 +127,7 @@ class Manifest:
                 for name in ("num_inference_steps", "guidance_scale", "scheduler")
                 if (value := getattr(suggested, name)) is not None
             },
+            **({"baked": dict(self.baked)} if self.baked else {}),
             "versions": dict(self.versions),
         }
 

@@ -56,6 +56,25 @@ import click
     metavar="epsilon|v_prediction",
     help="What the UNet predicts, where SOURCE is a single file that does not say.",
 )
+@click.option(
+    "--lora",
+    "loras",
+    multiple=True,
+    metavar="FILE[:WEIGHT]",
+    help="Merge a LoRA (.safetensors) into the weights; may be repeated.  [default weight: 1]",
+)
+@click.option(
+    "--vae",
+    type=click.Path(path_type=Path),
+    metavar="FOLDER|FILE",
+    help="Another autoencoder in the source's place.",
+)
+@click.option(
+    "--tiny-vae",
+    type=click.Path(path_type=Path),
+    metavar="FOLDER|FILE",
+    help="A tiny autoencoder (TAESD) beside it, for previews and speed.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace FOLDER if sdvino convert made it.")
 def convert_command(
     source: str,
@@ -69,6 +88,9 @@ def convert_command(
     offline: bool,
     tokenizer: Path | None,
     prediction_type: str | None,
+    loras: Sequence[str],
+    vae: Path | None,
+    tiny_vae: Path | None,
     overwrite: bool,
 ) -> None:
     """Convert SOURCE into FOLDER.
@@ -113,6 +135,9 @@ def convert_command(
             offline=offline,
             tokenizer=tokenizer,
             prediction_type=prediction_type,
+            loras=loras,
+            vae=vae,
+            tiny_vae=tiny_vae,
             progress=show,
         )
     click.echo(summary(result.path))

@@ -63,6 +63,7 @@ def _facts(folder: ModelFolder) -> dict[str, Any]:
         "name": folder.name,
         "family": None if manifest is None else manifest.family,
         "recipe": None if manifest is None else manifest.recipe,
+        "baked in": None if manifest is None or not manifest.baked else dict(manifest.baked),
         "size": f"{folder.width} x {folder.height}",
         "prediction": folder.prediction_type,
         "scheduler": folder.scheduler_config.get("_class_name"),

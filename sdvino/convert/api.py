@@ -14,6 +14,7 @@ from sdvino.compress.calibration import CalibrationPlan
 from sdvino.compress.folder import compress_folder
 from sdvino.compress.prompts import GENERAL_PROMPTS, check_prompts, read_prompts
 from sdvino.compress.recipes import DEFAULT_RECIPE, Recipe, get_recipe
+from sdvino.convert.baking import BakingRequest, bake, baking_request
 from sdvino.convert.export import export_component, require_libraries
 from sdvino.convert.manifest import write_manifest
 from sdvino.convert.open_source import Source, open_source
@@ -47,6 +48,9 @@ def convert(
     offline: bool = False,
     tokenizer: Path | str | None = None,
     prediction_type: str | None = None,
+    loras: Sequence[str | Path | tuple[str | Path, float]] = (),
+    vae: Path | str | None = None,
+    tiny_vae: Path | str | None = None,
     progress: Progress = silent,
 ) -> ModelFolder:
     """Convert ``source`` into the model folder ``folder``.
@@ -57,6 +61,8 @@ def convert(
     component to precision. prompts: what int8 is calibrated on; None takes the source's
     calibration_prompts.txt, or a general list. suggested: num_inference_steps, guidance_scale,
     scheduler. name: the model's name in the manifest; None takes the source folder's.
+    loras: files to merge into the weights, each a path, ``FILE:WEIGHT`` or (path, weight). vae: an
+    AutoencoderKL in the source's place, tiny_vae: an AutoencoderTiny beside it; folders or files.
     progress: called with what is being done and the share done.
 
     The folder appears when it is complete; after Ctrl-C or a failure there is nothing. The
@@ -65,6 +71,7 @@ def convert(
     folder that cannot be written) and SdvinoError (the libraries failed).
     """
     chosen = get_recipe(recipe).with_overrides({} if components is None else components)
+    baking = baking_request(loras, vae, tiny_vae)
     target = Path(folder).absolute()
     with _work_folder(target) as work:
         checked = open_source(
@@ -76,7 +83,10 @@ def convert(
             prediction_type=prediction_type,
             progress=progress,
         )
-        return _convert(checked, target, chosen, prompts, suggested, name, overwrite, progress)
+        checked = bake(checked, baking, work)
+        return _convert(
+            checked, target, chosen, prompts, suggested, name, overwrite, progress, baking
+        )
 
 
 @contextlib.contextmanager
@@ -104,6 +114,7 @@ def _convert(
     name: str | None,
     overwrite: bool,
     progress: Progress,
+    baking: BakingRequest,
 ) -> ModelFolder:
     if target.resolve() == checked.path.resolve() or target.resolve() in (
         checked.path.resolve().parents
@@ -129,6 +140,7 @@ def _convert(
             family=checked.family.name,
             recipe=chosen,
             suggested=hints,
+            baked=baking.to_manifest(),
         )
         ModelFolder.open(staging)  # what we would refuse to run is not delivered
     return ModelFolder.open(target)

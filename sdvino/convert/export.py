@@ -13,6 +13,7 @@ from typing import Any
 
 from sdvino.compress.ir import read_ir, save_ir
 from sdvino.compress.quiet import quiet
+from sdvino.convert.lora import merge
 from sdvino.convert.openvino_source import OpenVinoFolder, copy_component
 from sdvino.convert.source import DiffusersFolder
 from sdvino.convert.timestep_table import restore_frequencies, sinusoid_frequencies
@@ -80,6 +81,7 @@ def export_component(
         with quiet():
             model = _load(source, component)
             _check_finite(source, component, model)
+            merge(model, source.components[component], source.loras)
             if component == "tiny_vae":
                 _convert_tiny(model, output / IR_NAME)
             else:

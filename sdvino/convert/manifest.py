@@ -22,10 +22,11 @@ def write_manifest(
     family: str,
     recipe: Recipe,
     suggested: Mapping[str, Any],
+    baked: Mapping[str, Any] | None = None,
 ) -> None:
     """Write sdvino.json into the finished ``folder``: precision, size and hashes of each component.
 
-    ``source`` is a name, never a path.
+    ``source`` is a name, never a path. ``baked`` names the LoRAs and autoencoders that went in.
     """
     manifest = Manifest(
         source=source,
@@ -35,6 +36,7 @@ def write_manifest(
             name: ManifestComponent.of(folder / name, recipe.treatment(name)) for name in components
         },
         suggested=Suggested(**suggested),
+        baked={} if baked is None else baked,
         versions=tool_versions(),
     )
     (folder / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")

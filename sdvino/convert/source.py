@@ -16,6 +16,7 @@ from sdvino.convert.families import (
     read_facts,
     tokenizer_of,
 )
+from sdvino.convert.lora_file import Lora
 from sdvino.convert.safetensors_header import read_header
 from sdvino.diffusion.scheduler_config import SchedulerConfig
 from sdvino.errors import RequestError
@@ -59,6 +60,8 @@ class DiffusersFolder:
     has_tiny_vae: bool
     #: Sub-folders that stand elsewhere than in ``path``.
     folders: Mapping[str, Path] = field(default_factory=dict)
+    #: What is merged into the weights when a component is loaded.
+    loras: tuple[Lora, ...] = ()
 
     @classmethod
     def open(cls, path: Path, *, name: str | None = None) -> DiffusersFolder:
