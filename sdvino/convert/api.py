@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sdvino.compress.calibration import CalibrationPlan
+from sdvino.compress.calibration import CalibrationPlan, make_plan
 from sdvino.compress.folder import compress_folder
 from sdvino.compress.prompts import GENERAL_PROMPTS, check_prompts, read_prompts
-from sdvino.compress.recipes import DEFAULT_RECIPE, Recipe, get_recipe
+from sdvino.compress.recipes import DEFAULT_RECIPE, CalibrationRecipe, Recipe, get_recipe
+from sdvino.compress.targets import Target, get_target
 from sdvino.convert.export import export_component, require_libraries
 from sdvino.convert.manifest import write_manifest
 from sdvino.convert.scheduler import portable_scheduler
@@ -20,21 +22,16 @@ from sdvino.convert.staging import staged
 from sdvino.convert.suggestions import suggestions
 from sdvino.convert.tokenizer import convert_tokenizer
 from sdvino.convert.work import Progress, Work, silent
-from sdvino.errors import OutputError, RequestError, SdvinoError
+from sdvino.errors import OutputError, RequestError
 from sdvino.model_folder import ModelFolder
-
-# A UNet of Stable Diffusion's size takes seconds for each evaluation on a laptop, a small one
-# milliseconds: trajectories, and the UNet inputs kept of them.
-_LARGE_UNET_BYTES = 200_000_000
-_LARGE_CALIBRATION = (8, 64)
-_SMALL_CALIBRATION = (48, 256)
 
 
 def convert(
     source: Path | str,
     folder: Path | str,
     *,
-    recipe: str = DEFAULT_RECIPE,
+    recipe: str | Path = DEFAULT_RECIPE,
+    target: str = "auto",
     components: Mapping[str, str] | None = None,
     prompts: Sequence[str] | None = None,
     suggested: Mapping[str, Any] | None = None,
@@ -44,9 +41,10 @@ def convert(
 ) -> ModelFolder:
     """Convert the diffusers folder ``source`` into the model folder ``folder``.
 
-    recipe: fp16, int8-weights or int8 (see `sdvino.compress.recipes`); components: exceptions,
-    component to precision. prompts: what int8 is calibrated on; None takes the source's
-    calibration_prompts.txt, or a general list. suggested: num_inference_steps, guidance_scale,
+    recipe: a name or a TOML file (see `sdvino.compress.recipes`); components: exceptions,
+    component to precision. target: the machine that int8 is made for (see
+    `sdvino.compress.targets`). prompts: what int8 is calibrated on; None takes the recipe's, the
+    source's calibration_prompts.txt, or a general list. suggested: num_inference_steps, guidance_scale,
     scheduler. name: the model's name in the manifest; None takes the source folder's.
     progress: called with what is being done and the share done.
 
@@ -57,19 +55,21 @@ def convert(
     """
     chosen = get_recipe(recipe).with_overrides({} if components is None else components)
     checked = DiffusersFolder.open(Path(source))
-    target = Path(folder).absolute()
-    if target.resolve() == checked.path.resolve() or target.resolve() in (
+    made_for = get_target(target)
+    goal = Path(folder).absolute()
+    if goal.resolve() == checked.path.resolve() or goal.resolve() in (
         checked.path.resolve().parents
     ):
         raise RequestError(f"{folder} is, or holds, the source; choose another name.")
     hints = suggestions(checked, {} if suggested is None else suggested)
-    plan = _plan(checked, prompts, hints["guidance_scale"])
-    with staged(target, overwrite=overwrite) as staging:
+    plan = _plan(checked, chosen.calibration, prompts, hints["guidance_scale"])
+    with staged(goal, overwrite=overwrite) as staging:
         _check_space(checked, staging)
         progress("import libraries", 0.0)
         require_libraries()
         sizes = {ours: checked.bytes_of(theirs) for ours, theirs in checked.components.items()}
-        _write_parts(checked, staging, chosen, plan, Work(sizes, chosen, plan, progress))
+        work = Work(sizes, chosen, plan, progress)
+        _write_parts(checked, staging, chosen, plan, made_for, work)
         write_manifest(
             staging,
             checked.components,
@@ -79,33 +79,36 @@ def convert(
             suggested=hints,
         )
         ModelFolder.open(staging)  # what we would refuse to run is not delivered
-    return ModelFolder.open(target)
+    return ModelFolder.open(goal)
 
 
 def _plan(
-    source: DiffusersFolder, prompts: Sequence[str] | None, guidance_scale: float
+    source: DiffusersFolder,
+    recipe: CalibrationRecipe,
+    prompts: Sequence[str] | None,
+    guidance_scale: float,
 ) -> CalibrationPlan:
-    """Choose prompts and how many inputs are kept, by the size of the UNet."""
+    """Return what is calibrated on: the prompts given, the recipe's, the source's, or ours."""
     own = source.path / PROMPTS_FILE
     if prompts is not None:
-        texts = check_prompts(prompts)
-    else:
-        texts = read_prompts(own) if own.is_file() else GENERAL_PROMPTS
-    large = source.bytes_of("unet") >= _LARGE_UNET_BYTES
-    trajectories, samples = _LARGE_CALIBRATION if large else _SMALL_CALIBRATION
-    # Evenly from the whole list, which may be sorted.
-    count = min(trajectories, len(texts))
-    spread = tuple(texts[i * len(texts) // count] for i in range(count))
-    return CalibrationPlan(
-        prompts=spread,
-        unet_samples=samples,
+        recipe = replace(recipe, prompts=check_prompts(prompts))
+    texts = read_prompts(own) if own.is_file() else GENERAL_PROMPTS
+    return make_plan(
+        recipe,
+        texts,
+        unet_bytes=source.bytes_of("unet"),
         guidance_scale=guidance_scale,
         shape=source.latent_shape,
     )
 
 
 def _write_parts(
-    source: DiffusersFolder, folder: Path, recipe: Recipe, plan: CalibrationPlan, work: Work
+    source: DiffusersFolder,
+    folder: Path,
+    recipe: Recipe,
+    plan: CalibrationPlan,
+    target: Target,
+    work: Work,
 ) -> None:
     """Write everything but the manifest into ``folder``."""
     _write_configs(source, folder)
@@ -114,11 +117,8 @@ def _write_parts(
         work.update(f"export {name}", 0.0)
         export_component(source, name, folder / name)
         work.update(f"export {name}", 1.0)
-    try:
-        compress_folder(folder, tuple(source.components), recipe, plan=plan, progress=work.update)
-    except RuntimeError as error:  # NNCF's and OpenVINO's exceptions
-        what = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise SdvinoError(f"{source.name} cannot be compressed: {what}") from error
+    names = tuple(source.components)
+    compress_folder(folder, names, recipe, plan=plan, target=target, progress=work.update)
 
 
 def _write_configs(source: DiffusersFolder, folder: Path) -> None:

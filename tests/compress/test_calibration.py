@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -37,10 +38,10 @@ class PerfectModel:
         self.picture = np.random.default_rng(5).standard_normal((1, 4, 8, 8)).astype(np.float32)
         self.timesteps: list[int] = []
 
-    def encode(self, prompt: str) -> Array:
-        return np.full((1, 77, 2), len(prompt), dtype=np.float32)
+    def encode(self, prompt: str) -> dict[str, Array]:
+        return {"encoder_hidden_states": np.full((1, 77, 2), len(prompt), dtype=np.float32)}
 
-    def predict(self, sample: Array, timestep: int, hidden_states: Array) -> Array:
+    def predict(self, sample: Array, timestep: int, conditions: Mapping[str, Array]) -> Array:
         self.timesteps.append(timestep)
         alpha = np.float32(self.alphas_cumprod[timestep] ** 0.5)
         sigma = np.float32((1 - self.alphas_cumprod[timestep]) ** 0.5)
