@@ -81,7 +81,7 @@ def _names(model: ov.Model, kinds: Sequence[str]) -> list[str]:
 
 def _with_bias(convolution: ov.Node) -> ov.Node:
     """Return the addition of the convolution's bias, or the convolution if it has none."""
-    users = [port.get_node() for port in convolution.output(0).get_target_inputs()]
+    users = _users(convolution)
     if len(users) == 1 and users[0].get_type_name() == "Add":
         values = [port.get_source_output() for port in users[0].inputs()]
         if any(is_constant(value) for value in values):
@@ -90,5 +90,14 @@ def _with_bias(convolution: ov.Node) -> ov.Node:
 
 
 def _is_residual(node: ov.Node) -> bool:
-    users = [port.get_node().get_type_name() for port in node.output(0).get_target_inputs()]
+    users = [user.get_type_name() for user in _users(node)]
     return len(users) > 1 and "Add" in users
+
+
+def _users(node: ov.Node) -> list[ov.Node]:
+    """Return what reads the output of ``node``, directly or quantized."""
+    users: list[ov.Node] = []
+    for port in node.output(0).get_target_inputs():
+        user = port.get_node()
+        users += _users(user) if user.get_type_name() == "FakeQuantize" else [user]
+    return users

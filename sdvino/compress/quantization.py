@@ -77,9 +77,7 @@ def quantize(
     return result
 
 
-def _ignored(
-    recipe: ComponentRecipe, component: str, model: ov.Model, target: Target
-) -> list[str]:
+def _ignored(recipe: ComponentRecipe, component: str, model: ov.Model, target: Target) -> list[str]:
     """Return the names of what stays in float, or as compressed as it is."""
     attention = attention_nodes(model)
     weighted = nodes_with_weights(model)

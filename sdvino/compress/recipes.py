@@ -293,7 +293,8 @@ def _quantized(mode: Treatment, alpha: float | None = None) -> dict[str, Compone
             float_layers=FRAGILE_LAYERS.get(component, ()),
             # AutoencoderTiny's decoder is a flat list of layers without names to go by.
             float_ends=component == "tiny_vae",
-            float_residual_sources=True,
+            # Only programs that compile with dynamic shapes need it, and they run no tiny decoder.
+            float_residual_sources=component != "tiny_vae",
             smooth_quant_alpha=alpha,
         )
 
@@ -346,5 +347,3 @@ def get_recipe(name: str | Path) -> Recipe:
             f"Unknown recipe {text!r}; choose one of: {_listed(RECIPES)}, or a .toml file."
         )
     return _TABLE[text]
-
-
