@@ -38,7 +38,7 @@ _COLUMNS = (
 
 
 def measure_folder(folder: ModelFolder, size: int | None = None) -> Iterator[Coverage]:
-    """Yield the coverage of each component; ``size`` is the picture's side, None the model's own."""
+    """Yield the coverage of each component; ``size`` is the picture's side, or the model's own."""
     side = folder.height if size is None else size
     scale = folder.vae_scale_factor
     if side < scale or side % scale:

@@ -19,7 +19,7 @@ from sdvino.settings import COMPONENTS
 _MAX_BYTES = 2**20
 
 _HEAD = """\
-# A recipe of sdvino: how each component is stored. Use it: sdvino convert SOURCE FOLDER --recipe FILE
+# A recipe of sdvino: how each component is stored. sdvino convert SOURCE FOLDER --recipe FILE
 # A component that is not named stays in half precision. A key that is left out takes its default.
 #
 # mode                    fp16, int8-weights, int8-hybrid, int8 or int4-weights
@@ -35,9 +35,9 @@ _HEAD = """\
 # smooth_quant_alpha      int8: 0 to 1; without it SmoothQuant is off
 # quantize_attention      int8: attention's products in 8 bits; without it --target decides
 #
-# calibration: prompts, a list, or prompts_file, a name (the model's own); trajectories, how many of
-# them are denoised; strata of timesteps, each denoised in one step; samples, inputs of the UNet that
-# are kept (all by the size of the UNet); seed (0).
+# calibration: prompts, a list, or prompts_file, a name (the model's own); trajectories, how many
+# of them are denoised; strata of timesteps, each denoised in one step; samples, inputs of the UNet
+# that are kept (all by the size of the UNet); seed (0).
 """
 # What is written even where it is the default.
 _ALWAYS = frozenset({"mode", "granularity", "bits", "float_layers", "seed"})

@@ -55,7 +55,7 @@ def attention_network() -> ov.Model:
     attention.set_friendly_name("__module.attn1/aten::scaled_dot_product_attention/SDPA")
     y = linear(attention, "attn1.to_out.0", rng, CHANNELS)
     y = ops.reshape(ops.transpose(y, np.array([0, 2, 1], np.int64)), shape, False)
-    return ov.Model([convolution(ops.add(h, y), "conv_out", rng)], [x], "unet")
+    return ov.Model([convolution(y, "conv_out", rng)], [x], "unet")
 
 
 def parameter(shape: list[int], name: str) -> Any:

@@ -113,7 +113,7 @@ def test_single_layers_stay_in_float() -> None:
 
 
 def test_a_layer_that_is_not_there_is_named_before_the_work() -> None:
-    with pytest.raises(RequestError, match="conv_shortcut.*matches no layer"):
+    with pytest.raises(RequestError, match=r"conv_shortcut.*matches no layer"):
         compress_component(
             "unet",
             nets.residual_network(),
