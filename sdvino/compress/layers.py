@@ -33,6 +33,15 @@ def embeddings(model: ov.Model) -> list[str]:
     ]
 
 
+def operations(model: ov.Model) -> list[str]:
+    """Return the names of all operations but constants, inputs and outputs."""
+    return [
+        op.get_friendly_name()
+        for op in model.get_ordered_ops()
+        if op.get_type_name() not in ("Constant", "Parameter", "Result")
+    ]
+
+
 def attention_nodes(model: ov.Model) -> list[str]:
     """Return the names of the products of two activations: those of attention."""
     return [

@@ -13,6 +13,7 @@ from sdvino.compress.layers import (
     embeddings,
     linears,
     nodes_with_weights,
+    operations,
     residual_sources,
 )
 from sdvino.compress.quiet import quiet
@@ -81,7 +82,8 @@ def _ignored(recipe: ComponentRecipe, component: str, model: ov.Model, target: T
     """Return the names of what stays in float, or as compressed as it is."""
     attention = attention_nodes(model)
     weighted = nodes_with_weights(model)
-    ignored = float_nodes(recipe, component, weighted, [*embeddings(model), *attention])
+    others = [*embeddings(model), *attention]
+    ignored = float_nodes(recipe, component, weighted, others, operations(model))
     if recipe.float_residual_sources:
         ignored += residual_sources(model)
     wanted = recipe.quantize_attention

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -222,27 +222,36 @@ class Recipe:
 
 
 def float_nodes(
-    recipe: ComponentRecipe, component: str, weighted: Iterable[str], others: Iterable[str] = ()
+    recipe: ComponentRecipe,
+    component: str,
+    weighted: Sequence[str],
+    others: Sequence[str] = (),
+    rest: Sequence[str] = (),
 ) -> list[str]:
     """Return the names of the operations that stay in float.
 
     ``weighted`` are the names of those with weights, in graph order; ``others`` those that can be
-    quantized without. Raises RequestError for a regular expression that matches none of them.
+    compressed without; ``rest`` every operation, where an expression is at home that matches none
+    of the former. Raises RequestError for a regular expression that matches nothing.
     """
-    layers = list(weighted)
-    every = [*layers, *others]
     found: dict[str, None] = {}
     for pattern in recipe.float_layers:
-        matching = [name for name in every if re.search(pattern, name)]
+        matching = _matching(pattern, [*weighted, *others])
+        if not matching:
+            matching = _matching(pattern, rest)
         if not matching:
             raise RequestError(
                 f"float_layers of {component} has {pattern!r}, which matches no layer of this"
                 " model; correct it or leave it out."
             )
         found |= dict.fromkeys(matching)
-    if recipe.float_ends and layers:
-        found |= dict.fromkeys((layers[0], layers[-1]))
+    if recipe.float_ends and weighted:
+        found |= dict.fromkeys((weighted[0], weighted[-1]))
     return list(found)
+
+
+def _matching(pattern: str, names: Sequence[str]) -> list[str]:
+    return [name for name in names if re.search(pattern, name)]
 
 
 def _component(name: str, treatment: str) -> ComponentRecipe:

@@ -7,7 +7,7 @@ from typing import Any
 
 import openvino as ov
 
-from sdvino.compress.layers import CONVOLUTIONS, embeddings, nodes_with_weights
+from sdvino.compress.layers import CONVOLUTIONS, embeddings, nodes_with_weights, operations
 from sdvino.compress.quiet import quiet
 from sdvino.compress.recipes import ComponentRecipe, float_nodes
 
@@ -26,7 +26,8 @@ def compress_weights(component: str, model: ov.Model, recipe: ComponentRecipe) -
     Raises RequestError when the recipe names layers that the model has not.
     Source: NNCF, "Weight Compression", modes INT8_ASYM and INT4_ASYM.
     """
-    ignored = float_nodes(recipe, component, nodes_with_weights(model), embeddings(model))
+    weighted, others = nodes_with_weights(model), embeddings(model)
+    ignored = float_nodes(recipe, component, weighted, others, operations(model))
     with quiet():
         import nncf
 

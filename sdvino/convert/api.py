@@ -45,8 +45,8 @@ def convert(
     component to precision. target: the machine that int8 is made for (see
     `sdvino.compress.targets`). prompts: what int8 is calibrated on; None takes the recipe's, the
     source's calibration_prompts.txt, or a general list. suggested: num_inference_steps,
-    guidance_scale, scheduler. name: the model's name in the manifest; None takes the source folder's.
-    progress: called with what is being done and the share done.
+    guidance_scale, scheduler. name: the model's name in the manifest; None takes the source
+    folder's. progress: called with what is being done and the share done.
 
     The folder appears when it is complete; after Ctrl-C or a failure there is nothing. The
     source is never changed, and nothing in it is run: its weights are read from safetensors.

@@ -143,6 +143,7 @@ def test_a_layer_that_the_model_has_not_is_named() -> None:
 def test_ends_and_other_operations_stay_in_float() -> None:
     recipe = ComponentRecipe(mode="int8", float_layers=("attn1",), float_ends=True)
     assert float_nodes(recipe, "tiny_vae", ["a", "b", "c"], ["x.attn1"]) == ["x.attn1", "a", "c"]
+    assert float_nodes(recipe, "tiny_vae", ["a"], ["b"], ["attn1/Add"]) == ["attn1/Add", "a"]
     assert float_nodes(ComponentRecipe(mode="int8", float_ends=True), "tiny_vae", []) == []
 
 
