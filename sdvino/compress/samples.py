@@ -23,7 +23,7 @@ def save_samples(path: Path, samples: Sequence[Sample]) -> None:
         for name, array in sample.items()
     }
     with path.open("wb") as file:
-        np.savez(file, allow_pickle=False, **arrays)
+        np.savez(file, **arrays)
 
 
 def load_samples(path: Path) -> list[dict[str, NDArray[Any]]]:
