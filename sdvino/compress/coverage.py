@@ -23,6 +23,9 @@ from sdvino.compress.layers import (
     residual_sources,
 )
 from sdvino.graph.shapes import reshape_static
+from sdvino.runtime.core import device_facts, shared_core
+from sdvino.runtime.properties import compile_properties
+from sdvino.settings import DeviceSettings
 
 #: The share of multiply-adds, outside attention and the named exceptions, that must run in 8 bits.
 REQUIRED: Mapping[str, float] = {"unet": 0.95, "vae_decoder": 0.90}
@@ -115,10 +118,16 @@ class Coverage:
 
 
 def measure(component: str, model: ov.Model, compiled: ov.CompiledModel | None = None) -> Coverage:
-    """Return the coverage of ``model``, whose shapes are static; compiles it unless given."""
+    """Return the coverage of ``model``, whose shapes are static.
+
+    Unless ``compiled`` is given, compiles it for the CPU as sdvino's runtime does.
+    """
     layers = planned_layers(component, model)
     if compiled is None:
-        compiled = ov.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        core = shared_core()
+        facts = {"CPU": device_facts(core, "CPU")}
+        properties = compile_properties(DeviceSettings(), "CPU", facts)
+        compiled = core.compile_model(model, "CPU", properties)
     running, unknown = running_layers(compiled.get_runtime_model(), layers)
     return Coverage(
         component=component, layers=tuple(layers), running=frozenset(running), unknown=unknown

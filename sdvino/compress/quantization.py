@@ -48,8 +48,10 @@ def quantize(
     """
     ignored = _ignored(recipe, component, model, target)
     if recipe.mode == "int8-hybrid":
-        compress_linears(model, ignored)
-        ignored += linears(model)
+        # Linears keep the names that they have; their weights are done with here.
+        weights_only = linears(model)
+        model = compress_linears(model, ignored) if _has_linears(model, ignored) else model
+        ignored += weights_only
     smooth = recipe.smooth_quant_alpha is not None and _has_linears(model, ignored)
     passes = (2 if smooth else 1) * len(samples)
     seen = 0

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import measure_choices
 import pytest
 
 from sdvino.compress.recipes import (
@@ -12,6 +13,7 @@ from sdvino.compress.recipes import (
     float_nodes,
     get_recipe,
 )
+from sdvino.compress.targets import get_target
 from sdvino.errors import RequestError
 from sdvino.settings import COMPONENTS
 
@@ -151,3 +153,13 @@ def test_ends_and_other_operations_stay_in_float() -> None:
 def test_a_recipe_has_a_name(name: str) -> None:
     with pytest.raises(RequestError, match="called"):
         Recipe(name, "")
+
+
+@pytest.mark.parametrize("component", ["unet", "vae_decoder"])
+@pytest.mark.parametrize("target", ["avx2", "avx512-vnni"])
+def test_every_choice_that_is_measured_is_another(component: str, target: str) -> None:
+    recipe = get_recipe("int8").component(component)
+    made = measure_choices.variants(recipe, get_target(target))
+    values = list(made.values())
+    assert all(value not in values[:index] for index, value in enumerate(values))
+    assert "conv_shortcut" not in made["conv_shortcut in 8 bits"][0].float_layers[0]
