@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import openvino as ov
 
@@ -175,23 +174,37 @@ def running_layers(runtime: ov.Model, layers: Sequence[Layer]) -> tuple[set[str]
     The second is kernels that multiply and belong to none of the layers: they should be none.
     """
     known = _by_name(layers)
-    attention = any(layer.exception == "attention" for layer in layers)
+    kernels = [op for op in runtime.get_ordered_ops() if _rt(op, "layerType") in _KERNELS]
+    named = [(op, _originals(_rt(op, "originalLayersNames"), known)) for op in kernels]
+    claimed = {name for _, names in named for name in names}
+    left = [x for x in layers if x.name not in claimed and x.exception != "attention"]
     running: set[str] = set()
     unknown: list[str] = []
-    for op in runtime.get_ordered_ops():
-        info = op.get_rt_info()
-        if _text(info, "layerType") not in _KERNELS:
-            continue
-        names = _originals(_text(info, "originalLayersNames"), known)
+    for op, names in named:
         if not names:
-            # The products that attention was taken apart into bear names of their own.
-            if not (attention and _text(info, "layerType") == "MatMul"):
+            # Passes of OpenVINO can lose a name; its size and place tell whose kernel it is.
+            size = _kernel_multiply_adds(op)
+            layer = next((layer for layer in left if layer.multiply_adds == size), None)
+            if layer is not None:
+                left.remove(layer)
+                names = {layer.name}
+            elif _rt(op, "layerType") != "MatMul":  # attention, taken apart, has names of its own
                 unknown.append(op.get_friendly_name())
-        elif all(
-            op.input(port).get_element_type().get_type_name() in _EIGHT_BITS for port in (0, 1)
-        ):
+        ports = (op.input(port) for port in (0, 1))
+        if all(port.get_element_type().get_type_name() in _EIGHT_BITS for port in ports):
             running |= names
     return running, tuple(unknown)
+
+
+def _kernel_multiply_adds(op: ov.Node) -> int:
+    first, second = (list(op.input(port).get_shape()) for port in (0, 1))
+    out = list(op.output(0).get_shape())
+    kind = _rt(op, "layerType")
+    if kind == "Convolution":  # weights [O, I, ...] or [G, O, I, ...]
+        return math.prod(out) * math.prod(second[1 + len(second) - len(out) :])
+    if kind == "Deconvolution":
+        return math.prod(first) * math.prod(second[1:])
+    return math.prod(out) * first[-1]
 
 
 def fix_shapes(
@@ -273,5 +286,7 @@ def _by_name(layers: Sequence[Layer]) -> dict[str, str]:
     return known | {name: name for name in names}
 
 
-def _text(info: Any, key: str) -> str:
+def _rt(op: ov.Node, key: str) -> str:
+    """Return what the compiled model says of a kernel under ``key``."""
+    info = op.get_rt_info()
     return str(info[key].astype(str)) if key in info else ""
