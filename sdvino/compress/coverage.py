@@ -201,10 +201,10 @@ def _kernel_multiply_adds(op: ov.Node) -> int:
     out = list(op.output(0).get_shape())
     kind = _rt(op, "layerType")
     if kind == "Convolution":  # weights [O, I, ...] or [G, O, I, ...]
-        return math.prod(out) * math.prod(second[1 + len(second) - len(out) :])
+        return int(math.prod(out) * math.prod(second[1 + len(second) - len(out) :]))
     if kind == "Deconvolution":
-        return math.prod(first) * math.prod(second[1:])
-    return math.prod(out) * first[-1]
+        return int(math.prod(first) * math.prod(second[1:]))
+    return int(math.prod(out) * first[-1])
 
 
 def fix_shapes(

@@ -139,7 +139,8 @@ def test_damaged_inputs_are_named(tmp_path: Path, content: bytes) -> None:
 
 def test_objects_are_never_unpickled(tmp_path: Path) -> None:
     with (tmp_path / "unet.npz").open("wb") as file:
-        np.savez(file, **{"0/sample": np.array([{}], dtype=object)})
+        arrays: dict[str, Any] = {"0/sample": np.array([{}], dtype=object)}
+        np.savez(file, **arrays)
     with pytest.raises(SdvinoError, match=r"unet\.npz"):
         load_samples(tmp_path / "unet.npz")
 

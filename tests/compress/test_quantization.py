@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import openvino as ov
 import pytest
 
 from sdvino.compress.folder import compress_component
@@ -17,7 +18,7 @@ INT8 = get_recipe("int8").component("unet")
 PLAIN = ComponentRecipe(mode="int8", float_residual_sources=True)
 
 
-def quantized(model: nets.ov.Model) -> set[str]:
+def quantized(model: ov.Model) -> set[str]:
     """The modules whose activations are quantized."""
     return {
         op.get_friendly_name().split("/")[0].removeprefix("__module.")

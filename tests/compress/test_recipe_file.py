@@ -3,6 +3,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -36,7 +37,7 @@ SHARES = st.floats(0.0, 1.0, exclude_min=True)
 @st.composite
 def components(draw: st.DrawFn) -> ComponentRecipe:
     mode = draw(st.sampled_from(RECIPES))
-    choices = {
+    choices: dict[str, Any] = {
         "float_layers": draw(LAYERS),
         "float_ends": draw(st.booleans()),
         "float_residual_sources": draw(st.booleans()),
