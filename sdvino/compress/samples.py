@@ -30,11 +30,11 @@ def load_samples(path: Path) -> list[dict[str, NDArray[Any]]]:
     """Return what `save_samples` wrote, in its order; raises SdvinoError for another file."""
     samples: dict[int, dict[str, NDArray[Any]]] = {}
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             for key in arrays.files:
                 index, _, name = key.partition("/")
                 samples.setdefault(int(index), {})[name] = arrays[key]
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
         raise SdvinoError(
             f"The calibration inputs in {path.name} cannot be read; convert again from the start."
         ) from error
