@@ -16,8 +16,24 @@ import click
     "--recipe",
     default="int8",
     show_default=True,
-    metavar="fp16|int8-weights|int8",
-    help="How small and fast: half precision; 8-bit weights; 8-bit weights and activations.",
+    metavar="fp16|int8-weights|int8-hybrid|int8|int4-weights|FILE.toml",
+    help="How small and fast: half precision; 8-bit weights; the same with 8-bit convolutions;"
+    " 8-bit weights and activations; 4-bit weights; or a recipe of your own.",
+)
+@click.option(
+    "--target",
+    default="auto",
+    show_default=True,
+    metavar="auto|avx2|avx2-vnni|avx512-vnni|amx|gpu",
+    help="The machine that int8 is made for; auto is this one's processor.",
+)
+@click.option(
+    "--show-recipe",
+    metavar="NAME",
+    is_eager=True,
+    expose_value=False,
+    callback=lambda context, _, name: _show_recipe(context, name),
+    help="Print a recipe as TOML, to start one of your own from, and stop.",
 )
 @click.option(
     "--component",
@@ -80,6 +96,7 @@ def convert_command(
     source: str,
     folder: Path,
     recipe: str,
+    target: str,
     overrides: Sequence[str],
     prompts_file: Path | None,
     suggest: str | None,
@@ -126,6 +143,7 @@ def convert_command(
             source,
             folder,
             recipe=recipe,
+            target=target,
             components=components,
             prompts=prompts,
             suggested=suggested,
@@ -157,6 +175,17 @@ def summary(folder: Path) -> str:
     lines.append(f"  {'together':30}{total / 1e6:10.1f} MB")
     lines.append(f'Try it: sdvino generate -m {folder} "a prompt"')
     return "\n".join(lines)
+
+
+def _show_recipe(context: click.Context, name: str | None) -> None:
+    """Print the recipe and stop, before SOURCE and FOLDER are asked for."""
+    if name is None or context.resilient_parsing:
+        return
+    from sdvino.compress.recipe_file import to_toml
+    from sdvino.compress.recipes import get_recipe
+
+    click.echo(to_toml(get_recipe(name)), nl=False)
+    context.exit()
 
 
 def _pairs(words: Sequence[str]) -> dict[str, str]:

@@ -8,17 +8,28 @@ the training timesteps, and what is kept is spread over prompts, timesteps and b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from sdvino.compress.recipes import CalibrationRecipe
+from sdvino.compress.samples import load_samples, save_samples
 from sdvino.diffusion.guidance import combine
 from sdvino.errors import SdvinoError
 
 Array = NDArray[np.float32]
+#: What the UNet is told beside latents and timestep, by tensor name.
+Conditions = Mapping[str, Array]
+
+# A UNet of Stable Diffusion's size takes seconds for each evaluation on a laptop, a small one
+# milliseconds. Many prompts matter more than fine grids: together the grids cover every stratum.
+_LARGE_UNET_BYTES = 200_000_000
+_LARGE = {"trajectories": 12, "strata": 6, "unet_samples": 64}
+_SMALL = {"trajectories": 48, "strata": 8, "unet_samples": 256}
 
 
 class FloatPipeline(Protocol):
@@ -29,10 +40,10 @@ class FloatPipeline(Protocol):
     #: epsilon, v_prediction or sample.
     prediction_type: str
 
-    def encode(self, prompt: str) -> Array:
-        """Return the text encoder's hidden states, [1, 77, D]."""
+    def encode(self, prompt: str) -> Conditions:
+        """Return what the UNet is told of ``prompt``: ``encoder_hidden_states`` [1, 77, D] ..."""
 
-    def predict(self, sample: Array, timestep: int, hidden_states: Array) -> Array:
+    def predict(self, sample: Array, timestep: int, conditions: Conditions) -> Array:
         """Return the UNet's output for latents [1, C, h, w] at an integer timestep."""
 
     def decode(self, latents: Array) -> tuple[Array, Array]:
@@ -66,19 +77,63 @@ class CalibrationPlan:
         return len(self.prompts) * (self.strata + 1) * self.branches
 
 
+def make_plan(
+    recipe: CalibrationRecipe,
+    prompts: Sequence[str],
+    *,
+    unet_bytes: int,
+    guidance_scale: float,
+    shape: tuple[int, int, int],
+) -> CalibrationPlan:
+    """Return the plan of ``recipe`` for a UNet with so many bytes of weights.
+
+    ``prompts`` are the texts for a recipe that names none. Those denoised are taken evenly from
+    the whole list, which may be sorted. ``shape`` is that of the latents, (C, h, w).
+    """
+    texts = tuple(prompts) if recipe.prompts is None else recipe.prompts
+    by_size = _LARGE if unet_bytes >= _LARGE_UNET_BYTES else _SMALL
+    asked = {
+        "trajectories": recipe.trajectories,
+        "strata": recipe.strata,
+        "unet_samples": recipe.samples,
+    }
+    chosen = by_size | {key: value for key, value in asked.items() if value is not None}
+    count = min(chosen.pop("trajectories"), len(texts))
+    return CalibrationPlan(
+        prompts=tuple(texts[i * len(texts) // count] for i in range(count)),
+        guidance_scale=guidance_scale,
+        shape=shape,
+        seed=recipe.seed,
+        **chosen,
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class CalibrationInputs:
-    """Inputs by tensor name, for each component that is quantized."""
+    """Inputs by tensor name, for each component that can be quantized."""
 
-    unet: list[dict[str, NDArray[Any]]]
-    vae_decoder: list[dict[str, Array]]
-    vae_encoder: list[dict[str, Array]]
-    tiny_vae: list[dict[str, Array]]
+    unet: list[dict[str, NDArray[Any]]] = field(default_factory=list)
+    vae_decoder: list[dict[str, Array]] = field(default_factory=list)
+    vae_encoder: list[dict[str, Array]] = field(default_factory=list)
+    tiny_vae: list[dict[str, Array]] = field(default_factory=list)
 
     def of(self, component: str) -> list[dict[str, NDArray[Any]]]:
-        """Return the inputs of ``component``."""
-        samples: list[dict[str, NDArray[Any]]] = getattr(self, component)
+        """Return the inputs of ``component``; none for the text encoders."""
+        samples: list[dict[str, NDArray[Any]]] = getattr(self, component, [])
         return samples
+
+    def save(self, folder: Path) -> None:
+        """Write each component's inputs to ``folder``, as COMPONENT.npz: arrays, nothing else."""
+        folder.mkdir(parents=True, exist_ok=True)
+        for component in self.__dataclass_fields__:
+            save_samples(folder / f"{component}.npz", self.of(component))
+
+    @classmethod
+    def load(cls, folder: Path) -> CalibrationInputs:
+        """Read what `save` wrote; raises SdvinoError for anything else."""
+        return cls(
+            **{name: load_samples(folder / f"{name}.npz") for name in cls.__dataclass_fields__}
+        )
 
 
 def timestep_grid(plan: CalibrationPlan, trajectory: int, num_train_timesteps: int) -> list[int]:
@@ -120,7 +175,7 @@ def collect(
     chosen = rng.permutation(plan.evaluations)[: plan.unet_samples]
     recorder = _Recorder(pipeline, frozenset(int(i) for i in chosen), plan.evaluations, progress)
     unconditional = pipeline.encode("") if plan.branches == 2 else None
-    inputs = CalibrationInputs(unet=recorder.kept, vae_decoder=[], vae_encoder=[], tiny_vae=[])
+    inputs = CalibrationInputs(unet=recorder.kept)
     for index, prompt in enumerate(plan.prompts):
         noise = rng.standard_normal((1, *plan.shape), dtype=np.float32)
         timesteps = timestep_grid(plan, index, len(pipeline.alphas_cumprod))
@@ -148,17 +203,17 @@ class _Recorder:
     done: int = 0
     kept: list[dict[str, NDArray[Any]]] = field(default_factory=list)
 
-    def predict(self, x: Array, timestep: int, hidden_states: Array) -> Array:
+    def predict(self, x: Array, timestep: int, conditions: Conditions) -> Array:
         if self.done in self.chosen:
             self.kept.append(
                 {
                     "sample": x,
                     "timestep": np.array([timestep], dtype=np.int64),
-                    "encoder_hidden_states": hidden_states,
+                    **conditions,
                 }
             )
         self.done += 1
-        prediction = self.pipeline.predict(x, timestep, hidden_states)
+        prediction = self.pipeline.predict(x, timestep, conditions)
         self.progress(self.done / self.total)
         return prediction
 
@@ -168,8 +223,8 @@ def _denoise(
     plan: CalibrationPlan,
     timesteps: Sequence[int],
     noise: Array,
-    conditional: Array,
-    unconditional: Array | None,
+    conditional: Conditions,
+    unconditional: Conditions | None,
 ) -> Array:
     """Follow DDIM (arXiv:2010.02502, eta 0) along ``timesteps`` and return the last x_0."""
     pipeline = recorder.pipeline

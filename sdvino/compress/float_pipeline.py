@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,18 +41,19 @@ class FloatPipeline:
             for name in ("text_encoder", "unet", "vae_decoder")
         }
 
-    def encode(self, prompt: str) -> Array:
-        """Return the text encoder's hidden states, [1, 77, D]."""
-        return self._run("text_encoder", {"input_ids": self._tokenizer.encode(prompt).ids})
+    def encode(self, prompt: str) -> dict[str, Array]:
+        """Return what the UNet is told of ``prompt``: the text encoder's hidden states."""
+        ids = self._tokenizer.encode(prompt).ids
+        return {"encoder_hidden_states": self._run("text_encoder", {"input_ids": ids})}
 
-    def predict(self, sample: Array, timestep: int, hidden_states: Array) -> Array:
+    def predict(self, sample: Array, timestep: int, conditions: Mapping[str, Array]) -> Array:
         """Return the UNet's output for latents [1, C, h, w] at an integer timestep."""
         return self._run(
             "unet",
             {
                 "sample": sample,
                 "timestep": np.array([timestep], dtype=np.int64),
-                "encoder_hidden_states": hidden_states,
+                **conditions,
             },
         )
 

@@ -1,4 +1,8 @@
-"""Compress the components of an exported folder, in place, as a recipe says."""
+"""Calibrate an exported folder, and compress its components as a recipe says.
+
+`calibrate` and `compress_component` stand alone, so that each can run in a process of its own;
+`compress_folder` is all of them in one.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +10,66 @@ import gc
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import openvino as ov
+
 from sdvino.compress.calibration import CalibrationInputs, CalibrationPlan, collect
 from sdvino.compress.float_pipeline import FloatPipeline
 from sdvino.compress.ir import make_core, read_ir, save_ir
-from sdvino.compress.quantization import quantize
+from sdvino.compress.quantization import Sample, quantize
 from sdvino.compress.quiet import quiet
-from sdvino.compress.recipes import Recipe
+from sdvino.compress.recipes import ComponentRecipe, Recipe
+from sdvino.compress.targets import Target, get_target
 from sdvino.compress.weights import compress_weights
+from sdvino.errors import SdvinoError
 
 #: Called with what is being done and the share of it done, 0 to 1.
 Progress = Callable[[str, float], None]
+
+
+def calibrate(
+    folder: Path, plan: CalibrationPlan, progress: Callable[[float], None] | None = None
+) -> CalibrationInputs:
+    """Run the float pipeline in ``folder`` as ``plan`` says; return what its parts were fed.
+
+    ``progress`` is called with the share done. Raises SdvinoError when its pictures are no numbers.
+    """
+    with quiet():
+        pipeline = FloatPipeline(folder, make_core())
+    inputs = collect(pipeline, plan, _ignore if progress is None else progress)
+    del pipeline
+    gc.collect()
+    return inputs
+
+
+def compress_component(
+    name: str,
+    model: ov.Model,
+    recipe: ComponentRecipe,
+    samples: Sequence[Sample] = (),
+    target: Target | None = None,
+    progress: Callable[[float], None] | None = None,
+) -> ov.Model:
+    """Return ``model``, the float IR of the component ``name``, as ``recipe`` has it stored.
+
+    ``samples`` are its calibration inputs; recipes that are not `calibrated` need none. ``target``
+    None is this machine. ``model`` is consumed. Raises RequestError when the recipe names layers
+    that the model has not, SdvinoError when NNCF or OpenVINO fail.
+    """
+    if recipe.mode == "fp16":
+        return model
+    try:
+        if not recipe.calibrated:
+            return compress_weights(name, model, recipe)
+        if not samples:
+            raise SdvinoError(
+                f"There are no calibration inputs for {name}, which {recipe.mode} needs;"
+                " choose int8-weights for it."
+            )
+        target = get_target("auto") if target is None else target
+        return quantize(name, model, samples, recipe=recipe, target=target, progress=progress)
+    except RuntimeError as error:  # NNCF's and OpenVINO's exceptions
+        what = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise SdvinoError(f"The {name} cannot be compressed: {what}") from error
 
 
 def compress_folder(
@@ -24,6 +78,7 @@ def compress_folder(
     recipe: Recipe,
     *,
     plan: CalibrationPlan,
+    target: Target,
     progress: Progress,
 ) -> None:
     """Replace the float IR of each of ``components`` in ``folder`` by what ``recipe`` asks for.
@@ -31,34 +86,28 @@ def compress_folder(
     One component is in memory at a time. The float pipeline of the folder runs first, when
     anything is to be quantized.
     """
-    inputs = None
-    if any(recipe.treatment(name) == "int8" for name in components):
+    inputs = CalibrationInputs()
+    if any(recipe.component(name).calibrated for name in components):
         progress("calibrate", 0.0)
-        with quiet():
-            pipeline = FloatPipeline(folder, make_core())
-        inputs = collect(pipeline, plan, lambda share: progress("calibrate", share))
-        del pipeline
-        gc.collect()
+        inputs = calibrate(folder, plan, lambda share: progress("calibrate", share))
     for name in components:
-        if recipe.treatment(name) != "fp16":
-            _compress(folder, name, recipe, inputs, progress)
-            gc.collect()
+        entry = recipe.component(name)
+        if entry.mode == "fp16":
+            continue
+        xml, what = folder / name / "openvino_model.xml", f"compress {name}"
+        progress(what, 0.0)
+        model = compress_component(
+            name, read_ir(xml), entry, inputs.of(name), target, _part(progress, what)
+        )
+        save_ir(model, xml)
+        del model
+        gc.collect()
+        progress(what, 1.0)
 
 
-def _compress(
-    folder: Path,
-    name: str,
-    recipe: Recipe,
-    inputs: CalibrationInputs | None,
-    progress: Progress,
-) -> None:
-    xml = folder / name / "openvino_model.xml"
-    what = f"compress {name}"
-    progress(what, 0.0)
-    model = read_ir(xml)
-    if recipe.treatment(name) == "int8-weights" or inputs is None:
-        model = compress_weights(model)
-    else:
-        model = quantize(name, model, inputs.of(name), progress=lambda part: progress(what, part))
-    save_ir(model, xml)
-    progress(what, 1.0)
+def _part(progress: Progress, what: str) -> Callable[[float], None]:
+    return lambda share: progress(what, share)
+
+
+def _ignore(share: float) -> None:
+    """Show nothing."""

@@ -7,13 +7,15 @@ import json
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sdvino.compress.calibration import CalibrationPlan
+from sdvino.compress.calibration import CalibrationPlan, make_plan
 from sdvino.compress.folder import compress_folder
 from sdvino.compress.prompts import GENERAL_PROMPTS, check_prompts, read_prompts
-from sdvino.compress.recipes import DEFAULT_RECIPE, Recipe, get_recipe
+from sdvino.compress.recipes import DEFAULT_RECIPE, CalibrationRecipe, Recipe, get_recipe
+from sdvino.compress.targets import Target, get_target
 from sdvino.convert.baking import BakingRequest, bake, baking_request
 from sdvino.convert.export import export_component, require_libraries
 from sdvino.convert.manifest import write_manifest
@@ -24,21 +26,30 @@ from sdvino.convert.staging import staged
 from sdvino.convert.suggestions import suggestions
 from sdvino.convert.tokenizer import convert_tokenizer
 from sdvino.convert.work import Progress, Work, silent
-from sdvino.errors import OutputError, RequestError, SdvinoError
+from sdvino.errors import OutputError, RequestError
 from sdvino.model_folder import ModelFolder
 
-# A UNet of Stable Diffusion's size takes seconds for each evaluation on a laptop, a small one
-# milliseconds: trajectories, and the UNet inputs kept of them.
-_LARGE_UNET_BYTES = 200_000_000
-_LARGE_CALIBRATION = (8, 64)
-_SMALL_CALIBRATION = (48, 256)
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Options:
+    """What a conversion was asked to do with its source."""
+
+    recipe: Recipe
+    target: Target
+    prompts: Sequence[str] | None
+    suggested: Mapping[str, Any]
+    name: str | None
+    baking: BakingRequest
+    overwrite: bool
+    progress: Progress
 
 
 def convert(
     source: Path | str,
     folder: Path | str,
     *,
-    recipe: str = DEFAULT_RECIPE,
+    recipe: str | Path = DEFAULT_RECIPE,
+    target: str = "auto",
     components: Mapping[str, str] | None = None,
     prompts: Sequence[str] | None = None,
     suggested: Mapping[str, Any] | None = None,
@@ -57,10 +68,11 @@ def convert(
 
     source: a diffusers folder, a .safetensors checkpoint, an OpenVINO folder, or a hub id (see
     `sdvino.convert.open_source`, also for revision, offline, tokenizer and prediction_type).
-    recipe: fp16, int8-weights or int8 (see `sdvino.compress.recipes`); components: exceptions,
-    component to precision. prompts: what int8 is calibrated on; None takes the source's
-    calibration_prompts.txt, or a general list. suggested: num_inference_steps, guidance_scale,
-    scheduler. name: the model's name in the manifest; None takes the source folder's.
+    recipe: a name or a TOML file (see `sdvino.compress.recipes`); components: exceptions,
+    component to precision. target: the machine that int8 is made for (see
+    `sdvino.compress.targets`). prompts: what int8 is calibrated on; None takes the recipe's, the
+    source's calibration_prompts.txt, or a general list. suggested: num_inference_steps,
+    guidance_scale, scheduler. name: the model's name in the manifest; None takes the source's.
     loras: files to merge into the weights, each a path, ``FILE:WEIGHT`` or (path, weight). vae: an
     AutoencoderKL in the source's place, tiny_vae: an AutoencoderTiny beside it; folders or files.
     progress: called with what is being done and the share done.
@@ -70,10 +82,18 @@ def convert(
     Raises RequestError (wrong source, recipe, prompts, or missing libraries), OutputError (a
     folder that cannot be written) and SdvinoError (the libraries failed).
     """
-    chosen = get_recipe(recipe).with_overrides({} if components is None else components)
-    baking = baking_request(loras, vae, tiny_vae)
-    target = Path(folder).absolute()
-    with _work_folder(target) as work:
+    options = _Options(
+        recipe=get_recipe(recipe).with_overrides({} if components is None else components),
+        target=get_target(target),
+        prompts=prompts,
+        suggested={} if suggested is None else suggested,
+        name=name,
+        baking=baking_request(loras, vae, tiny_vae),
+        overwrite=overwrite,
+        progress=progress,
+    )
+    goal = Path(folder).absolute()
+    with _work_folder(goal) as work:
         checked = open_source(
             source,
             work,
@@ -83,10 +103,7 @@ def convert(
             prediction_type=prediction_type,
             progress=progress,
         )
-        checked = bake(checked, baking, work)
-        return _convert(
-            checked, target, chosen, prompts, suggested, name, overwrite, progress, baking
-        )
+        return _convert(bake(checked, options.baking, work), goal, options)
 
 
 @contextlib.contextmanager
@@ -105,83 +122,85 @@ def _work_folder(target: Path) -> Iterator[Path]:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _convert(
-    checked: Source,
-    target: Path,
-    chosen: Recipe,
-    prompts: Sequence[str] | None,
-    suggested: Mapping[str, Any] | None,
-    name: str | None,
-    overwrite: bool,
-    progress: Progress,
-    baking: BakingRequest,
-) -> ModelFolder:
-    if target.resolve() == checked.path.resolve() or target.resolve() in (
-        checked.path.resolve().parents
-    ):
-        raise RequestError(f"{target} is, or holds, the source; choose another name.")
-    if not checked.family.runs and any(chosen.treatment(c) == "int8" for c in checked.components):
-        raise RequestError(
-            f"{checked.name} is for {checked.family.title}, and int8 is calibrated on pictures made"
-            " from text alone; choose --recipe int8-weights or fp16."
-        )
-    hints = suggestions(checked, {} if suggested is None else suggested)
-    plan = _plan(checked, prompts, hints["guidance_scale"])
-    with staged(target, overwrite=overwrite) as staging:
-        _check_space(checked, staging)
-        progress("import libraries", 0.0)
+def _convert(source: Source, goal: Path, options: _Options) -> ModelFolder:
+    if goal.resolve() == source.path.resolve() or goal.resolve() in source.path.resolve().parents:
+        raise RequestError(f"{goal} is, or holds, the source; choose another name.")
+    _check_calibration(source, options.recipe)
+    hints = suggestions(source, options.suggested)
+    plan = _plan(source, options.recipe.calibration, options.prompts, hints["guidance_scale"])
+    with staged(goal, overwrite=options.overwrite) as staging:
+        _check_space(source, staging)
+        options.progress("import libraries", 0.0)
         require_libraries()
-        sizes = {ours: checked.bytes_of(theirs) for ours, theirs in checked.components.items()}
-        _write_parts(checked, staging, chosen, plan, Work(sizes, chosen, plan, progress))
+        sizes = {ours: source.bytes_of(theirs) for ours, theirs in source.components.items()}
+        work = Work(sizes, options.recipe, plan, options.progress)
+        _write_parts(source, staging, options, plan, work)
         write_manifest(
             staging,
-            checked.components,
-            source=checked.name if name is None else name,
-            family=checked.family.name,
-            recipe=chosen,
+            source.components,
+            source=source.name if options.name is None else options.name,
+            family=source.family.name,
+            recipe=options.recipe,
             suggested=hints,
-            baked=baking.to_manifest(),
+            baked=options.baking.to_manifest(),
         )
         ModelFolder.open(staging)  # what we would refuse to run is not delivered
-    return ModelFolder.open(target)
+    return ModelFolder.open(goal)
 
 
-def _plan(source: Source, prompts: Sequence[str] | None, guidance_scale: float) -> CalibrationPlan:
-    """Choose prompts and how many inputs are kept, by the size of the UNet."""
+def _check_calibration(source: Source, recipe: Recipe) -> None:
+    """Raise RequestError where activations were to be quantized and cannot be calibrated."""
+    if not any(recipe.component(name).calibrated for name in source.components):
+        return
+    family = source.family
+    unet = source.configs["unet"]
+    if not family.runs:
+        raise RequestError(
+            f"{source.name} is for {family.title}, and {recipe.name} is calibrated on pictures made"
+            " from text alone; choose --recipe int8-weights or fp16."
+        )
+    if len(family.text_encoders) > 1 or unet.get("time_cond_proj_dim") is not None:
+        raise RequestError(
+            f"{source.name} is {family.title}, for which {recipe.name} cannot be calibrated yet;"
+            " choose --recipe int8-weights, int4-weights or fp16."
+        )
+
+
+def _plan(
+    source: Source,
+    recipe: CalibrationRecipe,
+    prompts: Sequence[str] | None,
+    guidance_scale: float,
+) -> CalibrationPlan:
+    """Return what is calibrated on: the prompts given, the recipe's, the source's, or ours."""
     own = source.path / PROMPTS_FILE
     if prompts is not None:
-        texts = check_prompts(prompts)
-    else:
-        texts = read_prompts(own) if own.is_file() else GENERAL_PROMPTS
-    large = source.bytes_of("unet") >= _LARGE_UNET_BYTES
-    trajectories, samples = _LARGE_CALIBRATION if large else _SMALL_CALIBRATION
-    # Evenly from the whole list, which may be sorted.
-    count = min(trajectories, len(texts))
-    spread = tuple(texts[i * len(texts) // count] for i in range(count))
-    return CalibrationPlan(
-        prompts=spread,
-        unet_samples=samples,
+        recipe = replace(recipe, prompts=check_prompts(prompts))
+    texts = read_prompts(own) if own.is_file() else GENERAL_PROMPTS
+    return make_plan(
+        recipe,
+        texts,
+        unet_bytes=source.bytes_of("unet"),
         guidance_scale=guidance_scale,
         shape=source.latent_shape,
     )
 
 
 def _write_parts(
-    source: Source, folder: Path, recipe: Recipe, plan: CalibrationPlan, work: Work
+    source: Source, folder: Path, options: _Options, plan: CalibrationPlan, work: Work
 ) -> None:
     """Write everything but the manifest into ``folder``."""
     _write_configs(source, folder)
     for tokenizer in source.tokenizers:
         convert_tokenizer(source.folder(tokenizer), folder / tokenizer)
-    for name in source.components:
+    names = tuple(source.components)
+    for name in names:
         work.update(f"export {name}", 0.0)
         export_component(source, name, folder / name)
         work.update(f"export {name}", 1.0)
-    try:
-        compress_folder(folder, tuple(source.components), recipe, plan=plan, progress=work.update)
-    except RuntimeError as error:  # NNCF's and OpenVINO's exceptions
-        what = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise SdvinoError(f"{source.name} cannot be compressed: {what}") from error
+    compress_folder(
+        folder, names, options.recipe, plan=plan, target=options.target, progress=work.update
+    )
 
 
 def _write_configs(source: Source, folder: Path) -> None:

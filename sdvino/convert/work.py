@@ -38,14 +38,15 @@ class Work:
         self._seconds: dict[str, float] = {}
         for name, size in components.items():
             self._seconds[f"export {name}"] = _cost(_EXPORT, size)
-        if any(recipe.treatment(name) == "int8" for name in components):
+        if any(recipe.component(name).calibrated for name in components):
             evaluation = _cost(_EVALUATION, components.get("unet", 0))
             self._seconds["calibrate"] = plan.evaluations * evaluation
         for name, size in components.items():
-            treatment = recipe.treatment(name)
-            if treatment == "int8-weights":
+            if recipe.treatment(name) == "fp16":
+                continue
+            if not recipe.component(name).calibrated:
                 self._seconds[f"compress {name}"] = _cost(_WEIGHTS, size)
-            elif treatment == "int8":
+            else:
                 samples = plan.unet_samples if name == "unet" else len(plan.prompts)
                 seconds = _QUANTIZE_PASSES * samples * _cost(_EVALUATION, size)
                 self._seconds[f"compress {name}"] = 1.0 + seconds

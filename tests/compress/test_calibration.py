@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,11 +13,15 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from sdvino.compress.calibration import (
+    CalibrationInputs,
     CalibrationPlan,
     collect,
+    make_plan,
     split_prediction,
     timestep_grid,
 )
+from sdvino.compress.recipes import CalibrationRecipe
+from sdvino.compress.samples import load_samples
 from sdvino.errors import SdvinoError
 
 Array = NDArray[np.float32]
@@ -37,10 +43,10 @@ class PerfectModel:
         self.picture = np.random.default_rng(5).standard_normal((1, 4, 8, 8)).astype(np.float32)
         self.timesteps: list[int] = []
 
-    def encode(self, prompt: str) -> Array:
-        return np.full((1, 77, 2), len(prompt), dtype=np.float32)
+    def encode(self, prompt: str) -> dict[str, Array]:
+        return {"encoder_hidden_states": np.full((1, 77, 2), len(prompt), dtype=np.float32)}
 
-    def predict(self, sample: Array, timestep: int, hidden_states: Array) -> Array:
+    def predict(self, sample: Array, timestep: int, conditions: Mapping[str, Array]) -> Array:
         self.timesteps.append(timestep)
         alpha = np.float32(self.alphas_cumprod[timestep] ** 0.5)
         sigma = np.float32((1 - self.alphas_cumprod[timestep]) ** 0.5)
@@ -107,6 +113,58 @@ def test_a_model_that_gives_no_numbers_is_named() -> None:
     model.picture[...] = np.nan
     with pytest.raises(SdvinoError, match="int8-weights"):
         collect(model, plan(), lambda share: None)
+
+
+def test_inputs_come_back_from_disk_as_they_were(tmp_path: Path) -> None:
+    inputs = collect(PerfectModel("epsilon"), plan(unet_samples=12), lambda share: None)
+    inputs.save(tmp_path / "calibration")
+    loaded = CalibrationInputs.load(tmp_path / "calibration")
+    for component in ("unet", "vae_decoder", "vae_encoder", "tiny_vae"):
+        assert len(loaded.of(component)) == len(inputs.of(component))
+        for one, other in zip(loaded.of(component), inputs.of(component), strict=True):
+            assert {name: array.dtype for name, array in one.items()} == {
+                name: array.dtype for name, array in other.items()
+            }
+            for name in one:
+                np.testing.assert_array_equal(one[name], other[name])
+    assert loaded.of("text_encoder") == []
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut off"])
+def test_damaged_inputs_are_named(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "unet.npz").write_bytes(content)
+    with pytest.raises(SdvinoError, match=r"unet\.npz"):
+        load_samples(tmp_path / "unet.npz")
+
+
+def test_objects_are_never_unpickled(tmp_path: Path) -> None:
+    with (tmp_path / "unet.npz").open("wb") as file:
+        arrays: dict[str, Any] = {"0/sample": np.array([{}], dtype=object)}
+        np.savez(file, **arrays)
+    with pytest.raises(SdvinoError, match=r"unet\.npz"):
+        load_samples(tmp_path / "unet.npz")
+
+
+def test_plans_follow_the_recipe_and_the_size_of_the_unet() -> None:
+    texts = [f"prompt {number}" for number in range(96)]
+
+    def made(unet_bytes: int, **recipe: Any) -> CalibrationPlan:
+        return make_plan(
+            CalibrationRecipe(**recipe),
+            texts,
+            unet_bytes=unet_bytes,
+            guidance_scale=7.5,
+            shape=(4, 64, 64),
+        )
+
+    small, large = made(10**7), made(2 * 10**9)
+    assert len(small.prompts) == 48
+    assert len(set(large.prompts)) == 12
+    assert large.evaluations < small.evaluations
+    assert large.unet_samples <= large.evaluations
+    assert {small.prompts[0], large.prompts[0]} == {"prompt 0"}
+    mine = made(10**7, prompts=("a", "b"), strata=3, samples=5, seed=9, trajectories=1)
+    assert (mine.prompts, mine.strata, mine.unet_samples, mine.seed) == (("a",), 3, 5, 9)
 
 
 def test_an_unknown_prediction_type_is_named() -> None:

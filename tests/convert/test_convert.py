@@ -13,7 +13,7 @@ import numpy as np
 import openvino as ov
 import pytest
 
-from sdvino.compress.recipes import RECIPES
+from sdvino.compress.recipes import RECIPES, get_recipe
 from sdvino.convert.api import convert
 from sdvino.model_folder import ModelFolder
 
@@ -113,7 +113,14 @@ def torch_output(source: Path, component: str) -> Any:
 
 @pytest.mark.parametrize("component", COMPONENTS)
 @pytest.mark.parametrize(
-    ("recipe", "error"), [("fp16", 1e-3), ("int8-weights", 0.05), ("int8", 0.2)]
+    ("recipe", "error"),
+    [
+        ("fp16", 1e-3),
+        ("int8-weights", 0.05),
+        ("int8-hybrid", 0.2),
+        ("int8", 0.2),
+        ("int4-weights", 0.3),
+    ],
 )
 def test_every_component_still_computes_what_torch_does(
     synthetic: Path,
@@ -139,7 +146,7 @@ def test_the_manifest_tells_the_truth_and_no_path(
     assert folder.name == "tiny-sd15"
     stored = {name: part.precision for name, part in folder.manifest.components.items()}
     assert set(stored) == set(COMPONENTS)
-    assert stored["text_encoder"] == ("fp16" if recipe == "fp16" else "int8-weights")
+    assert stored == {name: get_recipe(recipe).treatment(name) for name in COMPONENTS}
     assert stored["unet"] == recipe
     for file in folder.path.rglob("*"):
         if file.is_file():
@@ -151,7 +158,7 @@ def test_smaller_recipes_are_smaller(converted: dict[str, ModelFolder]) -> None:
     def weights(recipe: str) -> int:
         return sum(part.bin.stat().st_size for part in converted[recipe].components.values())
 
-    assert weights("int8-weights") < 0.6 * weights("fp16")
+    assert weights("int4-weights") < weights("int8-weights") < 0.6 * weights("fp16")
     assert weights("int8") < 0.8 * weights("fp16")
 
 

@@ -1,0 +1,211 @@
+"""Recipes as TOML: written for people to edit, read with every mistake named."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from sdvino.compress.prompts import read_prompts
+from sdvino.compress.recipes import CalibrationRecipe, ComponentRecipe, Recipe
+from sdvino.errors import RequestError
+from sdvino.settings import COMPONENTS
+
+#: A recipe file beyond this is none.
+_MAX_BYTES = 2**20
+
+_HEAD = """\
+# A recipe of sdvino: how each component is stored. sdvino convert SOURCE FOLDER --recipe FILE
+# A component that is not named stays in half precision. A key that is left out takes its default.
+#
+# mode                    fp16, int8-weights, int8-hybrid, int8 or int4-weights
+# granularity             weights share a scale by tensor (int8), channel or group (int4-weights)
+# group_size              weights in a group: 16, 32, 64, 128 or 256
+# bits                    of a weight: 16, 8 or 4, as the mode has it
+# ratio                   int4-weights: share of the linears' weights in 4 bits, the least sensitive
+#                         first; 1.0
+# float_layers            regular expressions, searched in the names of operations: what stays in
+#                         float; none
+# float_ends              first and last layer in float; false
+# float_residual_sources  convolutions whose output is a block's residual in float; false
+# smooth_quant_alpha      int8: 0 to 1; without it SmoothQuant is off
+# quantize_attention      int8: attention's products in 8 bits; without it --target decides
+#
+# calibration: prompts, a list, or prompts_file, a name (the model's own); trajectories, how many
+# of them are denoised; strata of timesteps, each denoised in one step; samples, inputs of the UNet
+# that are kept (all by the size of the UNet); seed (0).
+"""
+# What is written even where it is the default.
+_ALWAYS = frozenset({"mode", "granularity", "bits", "float_layers", "seed"})
+_CALIBRATION = "calibration"
+_PROMPTS_FILE = "prompts_file"
+
+
+def to_toml(recipe: Recipe) -> str:
+    """Return ``recipe`` as TOML, complete: what `from_toml` makes of it equals ``recipe``."""
+    lines = [_HEAD, f"name = {_text(recipe.name)}", f"summary = {_text(recipe.summary)}"]
+    for name in COMPONENTS:
+        lines += ["", f"[{name}]", *_entries(recipe.component(name))]
+    lines += ["", f"[{_CALIBRATION}]", *_entries(recipe.calibration)]
+    return "\n".join(lines) + "\n"
+
+
+def from_toml(text: str, *, name: str = "recipe", folder: Path | None = None) -> Recipe:
+    """Return the recipe that ``text`` describes.
+
+    ``name`` is for files that give none. ``folder`` is where a relative prompts_file lies.
+    Raises RequestError, one sentence, for anything that is not a recipe: what is no TOML, unknown
+    keys and components, wrong types, and choices that do not go together.
+    """
+    table = _parse(text)
+    keys = {"name": str, "summary": str, _CALIBRATION: dict, **dict.fromkeys(COMPONENTS, dict)}
+    for key, value in table.items():
+        if key not in keys:
+            raise _unknown(key, keys, "a recipe")
+        if not isinstance(value, keys[key]):
+            kind = "a string" if keys[key] is str else "a table"
+            raise RequestError(f"The recipe's {key} is {value!r}; write {kind} there.")
+    calibration = dict(table.get(_CALIBRATION, {}))
+    if _PROMPTS_FILE in calibration:
+        calibration["prompts"] = _prompts(calibration, folder)
+    return Recipe(
+        name=table.get("name", name),
+        summary=table.get("summary", "a recipe of one's own"),
+        components={
+            key: _component(key, value) for key, value in table.items() if key in COMPONENTS
+        },
+        calibration=_take(CalibrationRecipe, calibration, _CALIBRATION),
+    )
+
+
+def read_recipe(path: Path) -> Recipe:
+    """Return the recipe in the file ``path``; raises RequestError, naming the file."""
+    try:
+        with path.open("rb") as file:
+            content = file.read(_MAX_BYTES + 1)
+        text = content.decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError(
+            f"The recipe {path} cannot be read; give a UTF-8 file such as"
+            " `sdvino convert --show-recipe int8` prints."
+        ) from error
+    if len(content) > _MAX_BYTES:
+        raise RequestError(f"{path} is too large for a recipe; give a TOML file under 1 MB.")
+    try:
+        return from_toml(text, name=_name_from(path), folder=path.parent)
+    except RequestError as error:
+        raise RequestError(f"{path}: {error}") from error
+
+
+def _parse(text: str) -> dict[str, Any]:
+    loads, failure = _toml()
+    try:
+        # The standard takes CRLF; a lone carriage return is nothing.
+        return loads(text.replace("\r\n", "\n"))
+    except (failure, RecursionError) as error:
+        raise RequestError(f"This is no TOML ({error}); correct it there.") from error
+
+
+def _toml() -> tuple[Callable[[str], dict[str, Any]], type[Exception]]:
+    if sys.version_info >= (3, 11):
+        import tomllib as library
+    else:
+        try:
+            import tomli as library
+        except ImportError as error:
+            raise RequestError(
+                "Reading a recipe file with Python 3.10 needs tomli;"
+                ' install it with: pip install "sdvino[convert]".'
+            ) from error
+    return library.loads, library.TOMLDecodeError
+
+
+def _component(name: str, values: Mapping[str, Any]) -> ComponentRecipe:
+    if "mode" not in values:
+        raise RequestError(f"[{name}] has no mode; write one, such as mode = 'int8-weights'.")
+    entry: ComponentRecipe = _take(ComponentRecipe, values, name)
+    return entry
+
+
+def _take(cls: Any, values: Mapping[str, Any], where: str) -> Any:
+    """Make the dataclass ``cls`` of a table of TOML, its keys and types checked."""
+    kinds = {entry.name: str(entry.type) for entry in dataclasses.fields(cls)}
+    known = [*kinds, _PROMPTS_FILE] if cls is CalibrationRecipe else [*kinds]
+    taken: dict[str, Any] = {}
+    for key, value in values.items():
+        if key not in known:
+            raise _unknown(key, known, f"[{where}]")
+        if key != _PROMPTS_FILE:
+            taken[key] = _value(f"[{where}] {key}", value, kinds[key])
+    try:
+        return cls(**taken)
+    except RequestError as error:
+        raise RequestError(f"[{where}] {error}") from error
+
+
+def _value(what: str, value: Any, kind: str) -> Any:
+    """Return ``value`` as the annotation ``kind`` of a field has it."""
+    if kind.startswith("tuple"):
+        if isinstance(value, list) and all(isinstance(item, str) for item in value):
+            return tuple(value)
+        raise RequestError(f"{what} is {value!r}; write a list of strings, such as ['a', 'b'].")
+    for words, types, said in (
+        ("bool", (bool,), "true or false"),
+        ("int", (int,), "a whole number"),
+        ("float", (int, float), "a number"),
+    ):
+        if kind.startswith(words):
+            if isinstance(value, types) and (words == "bool" or not isinstance(value, bool)):
+                return float(value) if words == "float" else value
+            raise RequestError(f"{what} is {value!r}; write {said}.")
+    if not isinstance(value, str):
+        raise RequestError(f"{what} is {value!r}; write a string in quotes.")
+    return value
+
+
+def _prompts(calibration: dict[str, Any], folder: Path | None) -> list[str]:
+    file = calibration.pop(_PROMPTS_FILE)
+    if not isinstance(file, str) or "prompts" in calibration:
+        raise RequestError("[calibration] takes prompts, a list, or prompts_file, a name: one.")
+    return list(read_prompts(Path(file) if folder is None else folder / file))
+
+
+def _unknown(key: str, known: Iterable[str], where: str) -> RequestError:
+    return RequestError(f"Unknown key {key!r} in {where}; it takes: {', '.join(known)}.")
+
+
+def _entries(value: Any) -> Iterator[str]:
+    """Yield the lines of a dataclass, without what says nothing: None, and rare keys' defaults."""
+    for entry in dataclasses.fields(value):
+        item = getattr(value, entry.name)
+        if item is not None and (entry.name in _ALWAYS or item != entry.default):
+            yield f"{entry.name} = {_toml_value(item)}"
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        return _text(value)
+    if isinstance(value, tuple):
+        if len(value) <= 1:
+            return f"[{', '.join(map(_text, value))}]"
+        return "[\n" + "".join(f"    {_text(item)},\n" for item in value) + "]"
+    return repr(value)
+
+
+def _text(value: str) -> str:
+    """Return a TOML string: literal where it can be, which spares regular expressions escapes."""
+    if value.isprintable() and "'" not in value:
+        return f"'{value}'"
+    # JSON's escapes are TOML's, but for the character it leaves and for halves of surrogate pairs.
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007F")
+
+
+def _name_from(path: Path) -> str:
+    """Return a name for the recipe of a file that gives none."""
+    return re.sub(r"[^A-Za-z0-9 ._+-]", "-", path.stem).lstrip(" ._+-")[:64] or "recipe"
