@@ -28,6 +28,9 @@ class Components:
         self.folder = folder
         self.settings = settings
         self._loaded: dict[str, tuple[Hashable, Component]] = {}
+        #: Given each part and its name when it is asked for; what it returns is handed out in its
+        #: place. For measurements.
+        self.observe: Callable[[str, Component], Component] | None = None
 
     def text_encoder(self, clip_skip: int | None) -> Component:
         """Return the text encoder without its last ``clip_skip`` layers."""
@@ -98,6 +101,10 @@ class Components:
                 entry[1].unload()
 
     def _get(self, name: str, variant: Hashable, prepare: Callable[[Any], None]) -> Component:
+        component = self._prepared(name, variant, prepare)
+        return component if self.observe is None else self.observe(name, component)
+
+    def _prepared(self, name: str, variant: Hashable, prepare: Callable[[Any], None]) -> Component:
         entry = self._loaded.get(name)
         if entry is not None and entry[0] == variant:
             return entry[1]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Literal, get_args
 
@@ -34,6 +34,8 @@ class Recipe:
     default: Treatment
     #: Components that differ from the default.
     components: Mapping[str, Treatment] = field(default_factory=dict)
+    #: Component to layers (names of operations) that stay in float beside the fragile ones.
+    float_layers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def treatment(self, component: str) -> Treatment:
         """Return how ``component`` is stored."""
@@ -48,7 +50,17 @@ class Recipe:
         for component, treatment in overrides.items():
             check_choice("component", component, COMPONENTS)
             merged[component] = _treatment(treatment)
-        return Recipe(self.name, self.summary, self.default, MappingProxyType(merged))
+        return replace(self, components=MappingProxyType(merged))
+
+    def with_float_layers(self, component: str, names: Iterable[str]) -> Recipe:
+        """Return the recipe with these layers of ``component`` in float as well."""
+        layers = dict.fromkeys([*self.float_layers.get(component, ()), *names])
+        return replace(self, float_layers={**self.float_layers, component: tuple(layers)})
+
+    def milder(self) -> Recipe | None:
+        """Return the recipe that compresses less: int8 -> int8-weights -> fp16 -> None."""
+        index = RECIPES.index(self.name)
+        return _TABLE[RECIPES[index - 1]] if index else None
 
 
 _TABLE: Mapping[str, Recipe] = MappingProxyType(
