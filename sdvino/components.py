@@ -76,7 +76,7 @@ class Components:
 
         def prepare(model: ov.Model) -> None:
             encoder_from_pixels(model, self.folder.scaling_factor, self.folder.shift_factor)
-            reshape_static(model, {"pixels": [1, height, width, 3]})
+            reshape_static(model, {"sample": [1, height, width, 3]})
 
         return self._get("vae_encoder", (height, width), prepare)
 

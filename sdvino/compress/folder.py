@@ -17,6 +17,8 @@ from sdvino.compress.weights import compress_weights
 #: Called with what is being done and the share of it done, 0 to 1.
 Progress = Callable[[str, float], None]
 
+XML = "openvino_model.xml"
+
 
 def compress_folder(
     folder: Path,
@@ -25,40 +27,45 @@ def compress_folder(
     *,
     plan: CalibrationPlan,
     progress: Progress,
+    source: Path | None = None,
 ) -> None:
     """Replace the float IR of each of ``components`` in ``folder`` by what ``recipe`` asks for.
 
     One component is in memory at a time. The float pipeline of the folder runs first, when
-    anything is to be quantized.
+    anything is to be quantized. ``source`` is a folder that holds the float IR, where ``folder``
+    holds it no more.
     """
+    source = folder if source is None else source
     inputs = None
     if any(recipe.treatment(name) == "int8" for name in components):
         progress("calibrate", 0.0)
         with quiet():
-            pipeline = FloatPipeline(folder, make_core())
+            pipeline = FloatPipeline(source, make_core())
         inputs = collect(pipeline, plan, lambda share: progress("calibrate", share))
         del pipeline
         gc.collect()
     for name in components:
         if recipe.treatment(name) != "fp16":
-            _compress(folder, name, recipe, inputs, progress)
+            _compress(source, folder, name, recipe, inputs, progress)
             gc.collect()
+        elif source != folder:
+            save_ir(read_ir(source / name / XML), folder / name / XML)
 
 
 def _compress(
+    source: Path,
     folder: Path,
     name: str,
     recipe: Recipe,
     inputs: CalibrationInputs | None,
     progress: Progress,
 ) -> None:
-    xml = folder / name / "openvino_model.xml"
     what = f"compress {name}"
     progress(what, 0.0)
-    model = read_ir(xml)
+    model = read_ir(source / name / XML)
     if recipe.treatment(name) == "int8-weights" or inputs is None:
         model = compress_weights(model)
     else:
         model = quantize(name, model, inputs.of(name), progress=lambda part: progress(what, part))
-    save_ir(model, xml)
+    save_ir(model, folder / name / XML)
     progress(what, 1.0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Protocol
 
@@ -21,7 +21,7 @@ class Thresholds:
     #: Median over the pictures of their SSIM, at least.
     ssim: float | None = None
     #: Component to the relative error of its output (root mean square over the inputs), at most.
-    components: Mapping[str, float] = MappingProxyType({})
+    components: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,16 +6,17 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
+if TYPE_CHECKING:  # `sdvino info` reads verdicts and needs nothing that compares models
+    import numpy as np
+    from numpy.typing import NDArray
 
-from sdvino.compress.compare import Comparison
-from sdvino.compress.gate_plan import GatePlan
-from sdvino.compress.recipes import Recipe
-from sdvino.compress.sensitivity import Sensitivity
-from sdvino.compress.thresholds import Thresholds
+    from sdvino.compress.compare import Comparison
+    from sdvino.compress.gate_plan import GatePlan
+    from sdvino.compress.recipes import Recipe
+    from sdvino.compress.sensitivity import Sensitivity
+    from sdvino.compress.thresholds import Thresholds
 
 #: Layers written to the manifest, of each component; the report draws the same ones.
 _LISTED_LAYERS = 30
@@ -191,6 +192,6 @@ def _plain(value: Any) -> Any:
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
-    if isinstance(value, (float, np.floating)):
+    if isinstance(value, float):  # NumPy's float64 is one
         return float(f"{value:.6g}") if math.isfinite(value) else None
     return value

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from sdvino.compress.folder import compress_folder
 from sdvino.compress.prompts import GENERAL_PROMPTS, check_prompts, read_prompts
 from sdvino.compress.recipes import DEFAULT_RECIPE, Recipe, get_recipe
 from sdvino.convert.export import export_component, require_libraries
+from sdvino.convert.gating import GateSettings, float_copy, judge
 from sdvino.convert.manifest import write_manifest
 from sdvino.convert.scheduler import portable_scheduler
 from sdvino.convert.source import PROMPTS_FILE, DiffusersFolder
@@ -40,7 +41,9 @@ def convert(
     suggested: Mapping[str, Any] | None = None,
     name: str | None = None,
     overwrite: bool = False,
+    gate: GateSettings | None = GateSettings(),  # noqa: B008 (frozen)
     progress: Progress = silent,
+    say: Callable[[str], None] = lambda line: None,
 ) -> ModelFolder:
     """Convert the diffusers folder ``source`` into the model folder ``folder``.
 
@@ -48,7 +51,9 @@ def convert(
     component to precision. prompts: what int8 is calibrated on; None takes the source's
     calibration_prompts.txt, or a general list. suggested: num_inference_steps, guidance_scale,
     scheduler. name: the model's name in the manifest; None takes the source folder's.
-    progress: called with what is being done and the share done.
+    gate: how the result is compared with the uncompressed pipeline and mended; None: not at all.
+    progress: called with what is being done and the share done; say: with what the gate costs, and
+    what it changes, in a line each.
 
     The folder appears when it is complete; after Ctrl-C or a failure there is nothing. The
     source is never changed, and nothing in it is run: its weights are read from safetensors.
@@ -69,14 +74,38 @@ def convert(
         progress("import libraries", 0.0)
         require_libraries()
         sizes = {ours: checked.bytes_of(theirs) for ours, theirs in checked.components.items()}
-        _write_parts(checked, staging, chosen, plan, Work(sizes, chosen, plan, progress))
+        judged = gate is not None and any(chosen.treatment(name) != "fp16" for name in sizes)
+        work = Work(sizes, chosen, plan, progress, gated=judged)
+        _export(checked, staging, work)
+        title = checked.name if name is None else name
+        quality = None
+        with float_copy(staging) as original:
+            _compress(checked, staging, chosen, plan, work)
+            if gate is not None and judged:
+                verdict = judge(
+                    original,
+                    staging,
+                    chosen,
+                    gate,
+                    name=title,
+                    recompress=lambda recipe, parts: _compress(
+                        checked, staging, recipe, plan, work, parts, source=original
+                    ),
+                    prompts=_texts(checked, prompts),
+                    calibrated_on=plan.prompts,
+                    suggested=hints,
+                    progress=work.update,
+                    say=say,
+                )
+                chosen, quality = verdict.recipe, verdict.to_dict()
         write_manifest(
             staging,
             checked.components,
-            source=checked.name if name is None else name,
+            source=title,
             family=checked.family.name,
             recipe=chosen,
             suggested=hints,
+            quality=quality,
         )
         ModelFolder.open(staging)  # what we would refuse to run is not delivered
     return ModelFolder.open(target)
@@ -86,11 +115,7 @@ def _plan(
     source: DiffusersFolder, prompts: Sequence[str] | None, guidance_scale: float
 ) -> CalibrationPlan:
     """Choose prompts and how many inputs are kept, by the size of the UNet."""
-    own = source.path / PROMPTS_FILE
-    if prompts is not None:
-        texts = check_prompts(prompts)
-    else:
-        texts = read_prompts(own) if own.is_file() else GENERAL_PROMPTS
+    texts = _texts(source, prompts)
     large = source.bytes_of("unet") >= _LARGE_UNET_BYTES
     trajectories, samples = _LARGE_CALIBRATION if large else _SMALL_CALIBRATION
     # Evenly from the whole list, which may be sorted.
@@ -104,21 +129,41 @@ def _plan(
     )
 
 
-def _write_parts(
-    source: DiffusersFolder, folder: Path, recipe: Recipe, plan: CalibrationPlan, work: Work
-) -> None:
-    """Write everything but the manifest into ``folder``."""
+def _texts(source: DiffusersFolder, prompts: Sequence[str] | None) -> tuple[str, ...]:
+    """Return the prompts that there are for this model."""
+    if prompts is not None:
+        return check_prompts(prompts)
+    own = source.path / PROMPTS_FILE
+    return read_prompts(own) if own.is_file() else GENERAL_PROMPTS
+
+
+def _export(source: DiffusersFolder, folder: Path, work: Work) -> None:
+    """Write everything but the manifest into ``folder``, in half precision."""
     _write_configs(source, folder)
     convert_tokenizer(source.path / "tokenizer", folder / "tokenizer")
     for name in source.components:
         work.update(f"export {name}", 0.0)
         export_component(source, name, folder / name)
         work.update(f"export {name}", 1.0)
+
+
+def _compress(
+    checked: DiffusersFolder,
+    folder: Path,
+    recipe: Recipe,
+    plan: CalibrationPlan,
+    work: Work,
+    components: Sequence[str] | None = None,
+    *,
+    source: Path | None = None,
+) -> None:
+    """Compress all, or some, components of ``folder``, from the float IR in ``source``."""
+    names = tuple(checked.components) if components is None else tuple(components)
     try:
-        compress_folder(folder, tuple(source.components), recipe, plan=plan, progress=work.update)
+        compress_folder(folder, names, recipe, plan=plan, progress=work.update, source=source)
     except RuntimeError as error:  # NNCF's and OpenVINO's exceptions
         what = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise SdvinoError(f"{source.name} cannot be compressed: {what}") from error
+        raise SdvinoError(f"{checked.name} cannot be compressed: {what}") from error
 
 
 def _write_configs(source: DiffusersFolder, folder: Path) -> None:
