@@ -158,9 +158,7 @@ def run_float(
         reference.pictures.append(to_levels(event.pixels))
         if event.job.index + 1 >= plan.replayed:
             taps.taps["unet"].open = False
-    reference.calls = {
-        name: list(tap.calls) for name, tap in taps.taps.items() if name != "unet"
-    }
+    reference.calls = {name: list(tap.calls) for name, tap in taps.taps.items() if name != "unet"}
     reference.denoising_error = _denoising_error(pipe, taps, reference)
     _run_more_parts(taps, reference)
     return reference
@@ -210,9 +208,7 @@ def _more_inputs(
             yield {"latent_sample": latents}, parts.tiny_vae(*latents.shape[-2:])
 
 
-def _denoising_error(
-    pipe: StableDiffusionPipeline, taps: Recorder, reference: Reference
-) -> float:
+def _denoising_error(pipe: StableDiffusionPipeline, taps: Recorder, reference: Reference) -> float:
     """Return how badly the UNet predicts the noise that is put on its own finished latents.
 
     The median over timesteps of the relative error of the raw prediction to its target; an answer
@@ -298,9 +294,7 @@ def _pictures(
     return pictures
 
 
-def _replay_unet(
-    taps: Recorder, reference: Reference
-) -> tuple[tuple[TimestepError, ...], float]:
+def _replay_unet(taps: Recorder, reference: Reference) -> tuple[tuple[TimestepError, ...], float]:
     """Give the float trajectories' inputs to the compressed UNet."""
     unet = taps.taps["unet"]
     errors: dict[float, tuple[list[float], list[float]]] = {}
@@ -320,9 +314,7 @@ def _replay_unet(
     return timesteps, _root_mean_square(everything)
 
 
-def _replay(
-    taps: Recorder, name: str, reference: Reference
-) -> Iterator[tuple[Call, Any]]:
+def _replay(taps: Recorder, name: str, reference: Reference) -> Iterator[tuple[Call, Any]]:
     if name in ("vae_encoder", "tiny_vae"):
         parts = _more_inputs(taps, name, reference)
         for call, (inputs, part) in zip(reference.calls[name], parts, strict=False):

@@ -16,7 +16,9 @@ import openvino as ov
 from sdvino.errors import SdvinoError
 
 #: Types that only compressed constants have.
-_SMALL_TYPES = frozenset({"u1", "u2", "u3", "u4", "u6", "u8", "i4", "i8", "nf4", "f8e4m3", "f8e5m2"})
+_SMALL_TYPES = frozenset(
+    {"u1", "u2", "u3", "u4", "u6", "u8", "i4", "i8", "nf4", "f8e4m3", "f8e5m2"}
+)
 #: Operations that move values without changing them: one scale for a tensor passes through.
 _MOVING = frozenset(
     {"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Split", "VariadicSplit", "StridedSlice"}

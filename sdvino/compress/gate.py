@@ -260,9 +260,7 @@ class _Gate:
         if milder is None:
             return False
         self.say(f"{'; '.join(failures)}: falling back to the recipe {milder.name}")
-        self.history.append(
-            Remedy(action="milder recipe", what=(milder.name,), because=failures)
-        )
+        self.history.append(Remedy(action="milder recipe", what=(milder.name,), because=failures))
         changed = [
             name
             for name in ModelFolder.open(self.folder).components
@@ -298,9 +296,7 @@ class _Gate:
             " go back to float"
         )
         self.history.append(
-            Remedy(
-                action="float layers", component=component, what=tuple(fresh), because=failures
-            )
+            Remedy(action="float layers", component=component, what=tuple(fresh), because=failures)
         )
         return True
 

@@ -85,6 +85,4 @@ def _plans(prompts: int, steps: int) -> Iterator[GatePlan]:
     for share in _STEP_SHARES:
         fewer = min(steps, max(_FEWEST_STEPS, round(share * steps)))
         yield GatePlan(pictures=few, steps=fewer, replayed=1)
-    yield GatePlan(
-        pictures=1, steps=min(steps, _FEWEST_STEPS), replayed=1, finished=False
-    )
+    yield GatePlan(pictures=1, steps=min(steps, _FEWEST_STEPS), replayed=1, finished=False)

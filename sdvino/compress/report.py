@@ -90,9 +90,7 @@ def _pictures(verdict: Verdict, plots: Path) -> list[str]:
             rows.append((name, *shown, "" if limit is None else f"{limit:g}"))
     lines += _table(("same prompt and seed", "median", "least", "most", "limit"), rows)
     if verdict.float_pictures and comparison.pictures:
-        count = draw_pictures(
-            verdict.float_pictures, comparison.pictures, plots / "pictures.png"
-        )
+        count = draw_pictures(verdict.float_pictures, comparison.pictures, plots / "pictures.png")
         lines += ["", f"![Before, after, difference x 8]({PLOTS}/pictures.png)", ""]
         lines.append("Uncompressed above, compressed in the middle, 8 times the difference below:")
         lines.append("")
