@@ -7,6 +7,7 @@ weights in 8 bits or fewer with the arithmetic that expands them.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
@@ -160,5 +161,5 @@ def group_layers(names: Sequence[str], most: int) -> dict[str, tuple[str, ...]]:
             return {key: tuple(members) for key, members in groups.items()}
     most = max(1, most)
     bounds = [i * len(names) // most for i in range(most + 1)]
-    parts = [tuple(names[a:b]) for a, b in zip(bounds, bounds[1:], strict=False) if b > a]
+    parts = [tuple(names[a:b]) for a, b in itertools.pairwise(bounds) if b > a]
     return {f"{short_name(part[0])} ... {short_name(part[-1])}": part for part in parts}

@@ -26,9 +26,9 @@ from sdvino.compress.compare import (
     run_float,
     time_folder,
 )
+from sdvino.compress.float_layers import restored
 from sdvino.compress.gate_plan import GatePlan, components_only, fit_plan
 from sdvino.compress.ir import read_ir, save_ir
-from sdvino.compress.float_layers import restored
 from sdvino.compress.quiet import quiet
 from sdvino.compress.recipes import Recipe
 from sdvino.compress.sensitivity import Sensitivity, measure_sensitivity
@@ -158,6 +158,7 @@ class _Gate:
                 break
             if all(self.recipe.treatment(name) == "fp16" for name in components):
                 comparison, failures = self._compare(), ()
+                self._note_result(comparison)
                 break
         self._measure_for_report(comparison)
         self.progress(PART, 1.0)

@@ -27,7 +27,7 @@ _MOST = 16
 
 
 def held_back(available: Sequence[str], seen: Sequence[str]) -> tuple[str, ...]:
-    """Return up to 16 prompts that are not in ``seen``: of the ``available`` ones, then general ones.
+    """Return up to 16 prompts that are not in ``seen``: ``available`` ones, then general ones.
 
     Evenly from the list, which may be sorted.
     """

@@ -18,7 +18,7 @@ _MOST_LISTED = 40
 def write_report(folder: Path, verdict: Verdict, *, name: str) -> Path:
     """Write report.md and its plots into ``folder``; returns the report's path.
 
-    ``name`` is the model's. Without matplotlib, the line and bar plots are left out, and it says so.
+    ``name`` is the model's. Without matplotlib there are no line and bar plots, and it says so.
     """
     plots = folder / PLOTS
     plots.mkdir(exist_ok=True)

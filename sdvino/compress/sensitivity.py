@@ -13,8 +13,8 @@ import numpy as np
 import openvino as ov
 from numpy.typing import NDArray
 
-from sdvino.compress.ir import read_ir
 from sdvino.compress.float_layers import compressed_layers, group_layers, operation_names, restored
+from sdvino.compress.ir import read_ir
 from sdvino.compress.similarity import relative_error
 from sdvino.errors import SdvinoError
 
