@@ -129,7 +129,7 @@ def _is_small(value: ov.Output) -> bool:
     node = value.get_node()
     if node.get_type_name() == "Constant":
         return node.get_element_type().get_type_name() in _SMALL_TYPES
-    return node.get_type_name() == "FakeQuantize" or _is_small(node.input_value(0))
+    return bool(node.get_type_name() == "FakeQuantize") or _is_small(node.input_value(0))
 
 
 def _bias(op: ov.Node) -> Any:

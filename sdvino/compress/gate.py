@@ -172,7 +172,7 @@ class _Gate:
         guidance = DEFAULT_GUIDANCE_SCALE if guidance is None else guidance
         steps = self.suggested.num_inference_steps
         steps = DEFAULT_STEPS if steps is None else steps
-        options = {"guidance": guidance, "scheduler": self.suggested.scheduler}
+        options: dict[str, Any] = {"guidance": guidance, "scheduler": self.suggested.scheduler}
         with opened(self.float_folder) as (pipe, taps):
             first = make_request(self.float_folder, self.prompts[:1], steps=steps, **options)
             speed = time_folder(pipe, first)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 from sdvino.compress.plots import draw_pictures, plot_layers, plot_timesteps
@@ -106,7 +107,7 @@ def _timesteps(verdict: Verdict, plots: Path) -> list[str]:
     timesteps = verdict.comparison.timesteps
     lines = ["", "## Error by timestep", ""]
     lines += _plot(
-        lambda path: plot_timesteps(timesteps, path),
+        partial(plot_timesteps, timesteps),
         plots / "error_by_timestep.png",
         "Relative error of the UNet's prediction by timestep",
     )
@@ -129,7 +130,7 @@ def _layers(verdict: Verdict, plots: Path) -> list[str]:
         lines += ["", f"## Error by layer: {sensitivity.component}", ""]
         lines += ["Relative error of the component's output with this layer alone compressed.", ""]
         lines += _plot(
-            lambda path, s=sensitivity, n=count: plot_layers(s, path, float_count=n),
+            partial(plot_layers, sensitivity, float_count=count),
             plots / f"error_by_layer_{sensitivity.component}.png",
             f"Error by layer of the {sensitivity.component}",
         )
@@ -158,8 +159,7 @@ def _history(verdict: Verdict) -> list[str]:
     return lines
 
 
-def _plot(draw: object, path: Path, alternative: str) -> list[str]:
-    assert callable(draw)
+def _plot(draw: Callable[[Path], None], path: Path, alternative: str) -> list[str]:
     try:
         draw(path)
     except ImportError:

@@ -172,8 +172,7 @@ def median(values: Sequence[float]) -> float | None:
 def quality_line(quality: Mapping[str, Any]) -> str:
     """Return one line on a ``quality`` object of a manifest, whatever somebody wrote into it."""
     passed = quality.get("passed")
-    word = {True: "passed", False: "FAILED", None: "not judged"}.get(passed, "not judged")
-    parts = [word]
+    parts = ["passed" if passed is True else "FAILED" if passed is False else "not judged"]
     measured = quality.get("measured")
     if isinstance(measured, Mapping) and quality.get("trained") is not False:
         for key, text in (("median_psnr", "median PSNR {:.1f} dB"), ("median_ssim", "SSIM {:.3f}")):
@@ -182,7 +181,7 @@ def quality_line(quality: Mapping[str, Any]) -> str:
                 parts.append(text.format(value))
     note = quality.get("note")
     if isinstance(note, str) and note:
-        parts.append(note[:300])
+        parts.append(" ".join(note.split())[:300])
     return "; ".join(parts)
 
 

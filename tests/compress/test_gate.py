@@ -125,7 +125,12 @@ class Folders:
         save_ir(unet, self.model / "unet" / "openvino_model.xml")
 
     def judge(self, recipe: str = "int8-weights", **options: Any) -> Verdict:
-        given = {"minutes": 60.0, "prompts": PROMPTS, "suggested": SUGGESTED, **options}
+        given: dict[str, Any] = {
+            "minutes": 60.0,
+            "prompts": PROMPTS,
+            "suggested": SUGGESTED,
+            **options,
+        }
         given.setdefault("thresholds", LIMITED)
         return run_gate(
             self.float, self.model, get_recipe(recipe), recompress=self.recompress, **given
@@ -247,6 +252,7 @@ def test_the_verdict_survives_the_manifest(broken: tuple[Folders, Verdict, list[
         source="tiny", family="sd1", recipe="int8-weights", components={}, quality=quality
     )
     read = Manifest.from_dict(json.loads(manifest.to_json()))
+    assert read.quality is not None
     assert read.quality == quality
     assert read.quality["passed"] is True
     assert read.quality["measured"]["median_psnr"] > 24
@@ -258,6 +264,7 @@ def test_the_verdict_survives_the_manifest(broken: tuple[Folders, Verdict, list[
     [
         ({}, "not judged"),
         ({"passed": "yes"}, "not judged"),
+        ({"passed": [], "measured": []}, "not judged"),
         ({"passed": False, "measured": {"median_psnr": "x"}, "note": 3}, "FAILED"),
         ({"passed": True, "measured": {"median_psnr": 31.23}}, "passed; median PSNR 31.2 dB"),
         ({"passed": None, "note": "why"}, "not judged; why"),
