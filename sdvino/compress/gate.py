@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sdvino.compress.blame import share_to_reach, to_blame
 from sdvino.compress.compare import (
     FIRST_SEED,
     Comparison,
@@ -33,7 +34,7 @@ from sdvino.compress.quiet import quiet
 from sdvino.compress.recipes import Recipe
 from sdvino.compress.sensitivity import Sensitivity, measure_sensitivity
 from sdvino.compress.thresholds import Thresholds, default_thresholds
-from sdvino.compress.verdict import Remedy, Verdict, find_failures, median, severities
+from sdvino.compress.verdict import Remedy, Verdict, find_failures, median
 from sdvino.errors import RequestError, SdvinoError
 from sdvino.generation import DEFAULT_GUIDANCE_SCALE, DEFAULT_STEPS
 from sdvino.model_folder import ModelFolder, Suggested
@@ -252,9 +253,9 @@ class _Gate:
         self, comparison: Comparison, thresholds: Thresholds, failures: tuple[str, ...]
     ) -> bool:
         """Put layers back to float, or take a milder recipe; returns False when nothing is left."""
-        component = _to_blame(comparison, thresholds)
+        component = to_blame(comparison, thresholds)
         if self._left() > comparison.seconds and self._restore(
-            component, _goal(comparison, thresholds, component), failures
+            component, share_to_reach(comparison, thresholds, component), failures
         ):
             return True
         milder = self.recipe.milder()
@@ -395,29 +396,3 @@ def _announce(plan: GatePlan, seconds: float, minutes: float) -> str:
         f"comparing {plan.pictures} {what} of {plan.steps} steps with the uncompressed pipeline:"
         f" about {took} (mending what fails may take more, up to {minutes:g} min together)"
     )
-
-
-def _to_blame(comparison: Comparison, thresholds: Thresholds) -> str:
-    """Return the component to mend: the one furthest over its limit, or that spoils pictures."""
-    shares = severities(comparison, thresholds)
-    worst = next(iter(shares), "unet")
-    if shares and not shares[worst] <= 1.0:
-        return worst
-    decoded, whole = median(comparison.decoder_psnr), median(comparison.psnr)
-    # Squared errors add up: within 3 dB of the whole, the decoder makes half of it or more.
-    if decoded is not None and whole is not None and decoded <= whole + 3.0:
-        return "vae_decoder"
-    drawing = {n: s for n, s in shares.items() if n == "unet" or n.startswith("text_encoder")}
-    return max(drawing, key=lambda name: drawing[name], default="unet")
-
-
-def _goal(comparison: Comparison, thresholds: Thresholds, component: str) -> float:
-    """Return the share of the component's present error that would just pass."""
-    goal = 1.0
-    limit, error = thresholds.components.get(component), comparison.components.get(component)
-    if limit is not None and error is not None and error > limit:
-        goal = min(goal, limit / error)
-    decibels = median(comparison.psnr)
-    if thresholds.psnr is not None and decibels is not None and decibels < thresholds.psnr:
-        goal = min(goal, 10 ** ((decibels - thresholds.psnr) / 20))
-    return goal if goal < 1.0 else 0.7  # SSIM alone
