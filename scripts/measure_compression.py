@@ -146,7 +146,7 @@ def measure(
         recipe=recipe,
         bytes=sum(part.bytes for part in components),
         adherence=wilson(int(right[1].sum()), count),
-        difference=None if recipe == REFERENCE else paired_difference(*right),
+        difference=None if recipe == REFERENCE else paired_difference(right[0], right[1]),
         median_psnr=float(np.median(decibels)) if alike else None,
         tenth_psnr=float(np.quantile(decibels, 0.1)) if alike else None,
         median_ssim=float(np.median([value for _, value in alike])) if alike else None,

@@ -36,7 +36,7 @@ def plot_timesteps(timesteps: Sequence[TimestepError], path: Path) -> None:
     """Draw the relative error of the UNet's prediction over the timestep, both branches."""
     figure, axes = _figure(6.4, 3.4)
     times = [entry.timestep for entry in timesteps]
-    branches = {
+    branches: dict[str, list[float | None]] = {
         "with the prompt": [entry.conditional for entry in timesteps],
         "without it": [entry.unconditional for entry in timesteps],
     }

@@ -87,4 +87,5 @@ def floats(outputs: Arrays) -> dict[str, NDArray[np.float32]]:
 def as_floats(value: NDArray[Any]) -> NDArray[np.float32]:
     """Return a float32 copy; the levels of a picture become 0 to 1."""
     scale = np.float32(255.0 if np.asarray(value).dtype == np.uint8 else 1.0)
-    return np.array(value, np.float32) / scale
+    scaled: NDArray[np.float32] = np.array(value, np.float32) / scale
+    return scaled

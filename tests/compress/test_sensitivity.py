@@ -123,7 +123,7 @@ def test_the_damaged_layer_comes_first(
     paths = [tmp_path / f"{kind}.xml" for kind in ("float", "compressed")]
     ov.save_model(network(), paths[0], compress_to_fp16=True)
     ov.save_model(compressed(network(), {damaged: 1.5}), paths[1], compress_to_fp16=True)
-    found = measure_sensitivity("unet", *paths, samples, seconds=600)
+    found = measure_sensitivity("unet", paths[0], paths[1], samples, seconds=600)
     assert found.layers[0].nodes == (name_of(damaged),)
     assert found.layers[0].error > 5 * found.layers[1].error
     assert found.most_sensitive(0.5) == 1
@@ -134,7 +134,7 @@ def test_no_time_is_said_so(tmp_path: Path, samples: list[dict[str, Array]]) -> 
     ov.save_model(network(), paths[0], compress_to_fp16=True)
     ov.save_model(compressed(network(), {}), paths[1], compress_to_fp16=True)
     with pytest.raises(SdvinoError, match="no time"):
-        measure_sensitivity("unet", *paths, samples, seconds=1e-6)
+        measure_sensitivity("unet", paths[0], paths[1], samples, seconds=1e-6)
     with pytest.raises(SdvinoError, match="No layer"):
         measure_sensitivity("unet", paths[0], paths[0], samples, seconds=60)
 

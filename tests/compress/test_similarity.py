@@ -17,7 +17,7 @@ PICTURES = arrays(np.uint8, (13, 14, 3))
 
 def ramp(shape: tuple[int, ...] = (32, 40)) -> Levels:
     values = np.random.default_rng(0).integers(0, 256, shape)
-    return ndimage.gaussian_filter(values.astype(np.float64), 1.0).astype(np.uint8)
+    return np.asarray(ndimage.gaussian_filter(values.astype(np.float64), 1.0), np.uint8)
 
 
 @given(PICTURES, PICTURES)
