@@ -29,6 +29,9 @@ class Components:
         self.folder = folder
         self.settings = settings
         self._loaded: dict[str, tuple[Hashable, Component]] = {}
+        #: Given each part and its name when it is asked for; what it returns is handed out in its
+        #: place. For measurements.
+        self.observe: Callable[[str, Component], Component] | None = None
 
     def text_encoder(self, name: str, skipped: Sequence[int]) -> Component:
         """Return the text encoder ``name``, giving its states without so many of its last layers.
@@ -82,7 +85,7 @@ class Components:
 
         def prepare(model: ov.Model) -> None:
             encoder_from_pixels(model, self.folder.scaling_factor, self.folder.shift_factor)
-            reshape_static(model, {"pixels": [1, height, width, 3]})
+            reshape_static(model, {"sample": [1, height, width, 3]})
 
         return self._get("vae_encoder", (height, width), prepare)
 
@@ -107,6 +110,10 @@ class Components:
                 entry[1].unload()
 
     def _get(self, name: str, variant: Hashable, prepare: Callable[[Any], None]) -> Component:
+        component = self._prepared(name, variant, prepare)
+        return component if self.observe is None else self.observe(name, component)
+
+    def _prepared(self, name: str, variant: Hashable, prepare: Callable[[Any], None]) -> Component:
         entry = self._loaded.get(name)
         if entry is not None and entry[0] == variant:
             return entry[1]

@@ -55,6 +55,22 @@ import click
     metavar="steps=20,guidance=7.5,scheduler=NAME",
     help="What the folder suggests for a good first picture.",
 )
+@click.option(
+    "--min-psnr",
+    type=float,
+    metavar="DB",
+    help="Least median PSNR of pictures to the uncompressed model's.  [default: by recipe; int8 30,"
+    " int8-weights 40]",
+)
+@click.option(
+    "--gate-minutes",
+    type=float,
+    default=30.0,
+    show_default=True,
+    metavar="MIN",
+    help="What comparing with the uncompressed model, and mending, may take.",
+)
+@click.option("--no-gate", is_flag=True, help="Do not compare with the uncompressed model.")
 @click.option("--name", help="Name of the model in its manifest.  [default: SOURCE's]")
 @click.option("--revision", help="Branch, tag or commit, where SOURCE is on the hub.")
 @click.option(
@@ -100,6 +116,9 @@ def convert_command(
     overrides: Sequence[str],
     prompts_file: Path | None,
     suggest: str | None,
+    min_psnr: float | None,
+    gate_minutes: float,
+    no_gate: bool,
     name: str | None,
     revision: str | None,
     offline: bool,
@@ -121,11 +140,13 @@ def convert_command(
 
     from sdvino.compress.prompts import read_prompts
     from sdvino.convert.api import convert
+    from sdvino.convert.gating import GateSettings
     from sdvino.convert.suggestions import parse_suggestions
 
     prompts = None if prompts_file is None else read_prompts(prompts_file)
     suggested = None if suggest is None else parse_suggestions(suggest)
     components = _pairs(overrides)
+    gate = None if no_gate else GateSettings(min_psnr=min_psnr, minutes=gate_minutes)
     bar = tqdm(
         total=1.0,
         bar_format="{desc:24}{percentage:3.0f}% |{bar}| {elapsed}<{remaining}",
@@ -156,7 +177,9 @@ def convert_command(
             loras=loras,
             vae=vae,
             tiny_vae=tiny_vae,
+            gate=gate,
             progress=show,
+            say=lambda line: tqdm.write(f"sdvino: {line}", file=sys.stderr),
         )
     click.echo(summary(result.path))
 
@@ -173,6 +196,10 @@ def summary(folder: Path) -> str:
         total += files.bytes
         lines.append(f"  {name:16}{precision:14}{files.bytes / 1e6:10.1f} MB")
     lines.append(f"  {'together':30}{total / 1e6:10.1f} MB")
+    if model.manifest is not None and model.manifest.quality is not None:
+        from sdvino.compress.verdict import quality_line
+
+        lines.append(f"  quality: {quality_line(model.manifest.quality)}")
     lines.append(f'Try it: sdvino generate -m {folder} "a prompt"')
     return "\n".join(lines)
 

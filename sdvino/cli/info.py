@@ -44,6 +44,10 @@ def info_command(path: str | None, as_json: bool, verify: bool) -> None:
             for component, entry in value.items():
                 size = f"{entry['bytes'] / 1e6:,.1f} MB"
                 click.echo(f"  {component:14} {size:>12}  {entry['precision']}")
+        elif name == "quality" and value is not None:
+            from sdvino.compress.verdict import quality_line
+
+            click.echo(f"quality: {quality_line(value)}")
         elif value is not None:
             click.echo(f"{name}: {value}")
 

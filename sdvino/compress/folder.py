@@ -25,6 +25,8 @@ from sdvino.errors import SdvinoError
 #: Called with what is being done and the share of it done, 0 to 1.
 Progress = Callable[[str, float], None]
 
+XML = "openvino_model.xml"
+
 
 def calibrate(
     folder: Path, plan: CalibrationPlan, progress: Callable[[float], None] | None = None
@@ -80,26 +82,29 @@ def compress_folder(
     plan: CalibrationPlan,
     target: Target,
     progress: Progress,
+    source: Path | None = None,
 ) -> None:
-    """Replace the float IR of each of ``components`` in ``folder`` by what ``recipe`` asks for.
+    """Write each of ``components`` into ``folder`` as ``recipe`` asks for.
 
-    One component is in memory at a time. The float pipeline of the folder runs first, when
-    anything is to be quantized.
+    ``source`` is the folder that holds the float IR; None: ``folder`` itself, where it is replaced.
+    One component is in memory at a time. The float pipeline runs first, when anything is to be
+    quantized.
     """
+    source = folder if source is None else source
     inputs = CalibrationInputs()
     if any(recipe.component(name).calibrated for name in components):
         progress("calibrate", 0.0)
-        inputs = calibrate(folder, plan, lambda share: progress("calibrate", share))
+        inputs = calibrate(source, plan, lambda share: progress("calibrate", share))
     for name in components:
         entry = recipe.component(name)
-        if entry.mode == "fp16":
+        if entry.mode == "fp16" and source == folder:
             continue
-        xml, what = folder / name / "openvino_model.xml", f"compress {name}"
+        what, model = f"compress {name}", read_ir(source / name / XML)
         progress(what, 0.0)
         model = compress_component(
-            name, read_ir(xml), entry, inputs.of(name), target, _part(progress, what)
+            name, model, entry, inputs.of(name), target, _part(progress, what)
         )
-        save_ir(model, xml)
+        save_ir(model, folder / name / XML)
         del model
         gc.collect()
         progress(what, 1.0)

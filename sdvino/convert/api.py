@@ -6,7 +6,7 @@ import contextlib
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,10 @@ from sdvino.compress.folder import compress_folder
 from sdvino.compress.prompts import GENERAL_PROMPTS, check_prompts, read_prompts
 from sdvino.compress.recipes import DEFAULT_RECIPE, CalibrationRecipe, Recipe, get_recipe
 from sdvino.compress.targets import Target, get_target
+from sdvino.compress.verdict import Verdict
 from sdvino.convert.baking import BakingRequest, bake, baking_request
 from sdvino.convert.export import export_component, require_libraries
+from sdvino.convert.gating import GateSettings, float_copy, judge
 from sdvino.convert.manifest import write_manifest
 from sdvino.convert.open_source import Source, open_source
 from sdvino.convert.scheduler import portable_scheduler
@@ -41,7 +43,9 @@ class _Options:
     name: str | None
     baking: BakingRequest
     overwrite: bool
+    gate: GateSettings | None
     progress: Progress
+    say: Callable[[str], None]
 
 
 def convert(
@@ -62,7 +66,9 @@ def convert(
     loras: Sequence[str | Path | tuple[str | Path, float]] = (),
     vae: Path | str | None = None,
     tiny_vae: Path | str | None = None,
+    gate: GateSettings | None = None,
     progress: Progress = silent,
+    say: Callable[[str], None] = lambda line: None,
 ) -> ModelFolder:
     """Convert ``source`` into the model folder ``folder``.
 
@@ -75,7 +81,9 @@ def convert(
     guidance_scale, scheduler. name: the model's name in the manifest; None takes the source's.
     loras: files to merge into the weights, each a path, ``FILE:WEIGHT`` or (path, weight). vae: an
     AutoencoderKL in the source's place, tiny_vae: an AutoencoderTiny beside it; folders or files.
-    progress: called with what is being done and the share done.
+    gate: how the result is compared with the uncompressed pipeline and mended (the command line's
+    default is `GateSettings()`); None: not at all. progress: called with what is being done and
+    the share done; say: with what the gate costs and what it changes, in a line each.
 
     The folder appears when it is complete; after Ctrl-C or a failure there is nothing. The
     source is never changed, and nothing in it is run: its weights are read from safetensors.
@@ -90,7 +98,9 @@ def convert(
         name=name,
         baking=baking_request(loras, vae, tiny_vae),
         overwrite=overwrite,
+        gate=gate,
         progress=progress,
+        say=say,
     )
     goal = Path(folder).absolute()
     with _work_folder(goal) as work:
@@ -128,24 +138,63 @@ def _convert(source: Source, goal: Path, options: _Options) -> ModelFolder:
     _check_calibration(source, options.recipe)
     hints = suggestions(source, options.suggested)
     plan = _plan(source, options.recipe.calibration, options.prompts, hints["guidance_scale"])
+    recipe, quality = options.recipe, None
     with staged(goal, overwrite=options.overwrite) as staging:
         _check_space(source, staging)
         options.progress("import libraries", 0.0)
         require_libraries()
         sizes = {ours: source.bytes_of(theirs) for ours, theirs in source.components.items()}
-        work = Work(sizes, options.recipe, plan, options.progress)
-        _write_parts(source, staging, options, plan, work)
+        work = Work(sizes, recipe, plan, options.progress, gated=options.gate is not None)
+        _export(source, staging, work)
+        if options.gate is None:
+            _compress(source, staging, recipe, options, plan, work)
+        else:
+            with float_copy(staging) as original:
+                _compress(source, staging, recipe, options, plan, work)
+                verdict = _judge(source, original, staging, options, plan, hints, work)
+            recipe, quality = verdict.recipe, verdict.to_dict()
         write_manifest(
             staging,
             source.components,
             source=source.name if options.name is None else options.name,
             family=source.family.name,
-            recipe=options.recipe,
+            recipe=recipe,
             suggested=hints,
             baked=options.baking.to_manifest(),
+            quality=quality,
         )
         ModelFolder.open(staging)  # what we would refuse to run is not delivered
     return ModelFolder.open(goal)
+
+
+def _judge(
+    source: Source,
+    original: Path,
+    folder: Path,
+    options: _Options,
+    plan: CalibrationPlan,
+    hints: Mapping[str, Any],
+    work: Work,
+) -> Verdict:
+    """Hold ``folder`` against the float model in ``original``, and mend it until it passes."""
+    assert options.gate is not None
+
+    def recompress(recipe: Recipe, parts: Sequence[str]) -> None:
+        _compress(source, folder, recipe, options, plan, work, parts, original=original)
+
+    return judge(
+        original,
+        folder,
+        options.recipe,
+        options.gate,
+        name=source.name if options.name is None else options.name,
+        recompress=recompress,
+        prompts=options.recipe.calibration.prompts or _texts(source, options.prompts),
+        calibrated_on=plan.prompts,
+        suggested=hints,
+        progress=work.update,
+        say=options.say,
+    )
 
 
 def _check_calibration(source: Source, recipe: Recipe) -> None:
@@ -173,33 +222,57 @@ def _plan(
     guidance_scale: float,
 ) -> CalibrationPlan:
     """Return what is calibrated on: the prompts given, the recipe's, the source's, or ours."""
-    own = source.path / PROMPTS_FILE
     if prompts is not None:
         recipe = replace(recipe, prompts=check_prompts(prompts))
-    texts = read_prompts(own) if own.is_file() else GENERAL_PROMPTS
     return make_plan(
         recipe,
-        texts,
+        _texts(source, None),
         unet_bytes=source.bytes_of("unet"),
         guidance_scale=guidance_scale,
         shape=source.latent_shape,
     )
 
 
-def _write_parts(
-    source: Source, folder: Path, options: _Options, plan: CalibrationPlan, work: Work
-) -> None:
-    """Write everything but the manifest into ``folder``."""
+def _texts(source: Source, prompts: Sequence[str] | None) -> tuple[str, ...]:
+    """Return the prompts there are for this model: those given, its own, or ours."""
+    if prompts is not None:
+        return check_prompts(prompts)
+    own = source.path / PROMPTS_FILE
+    return read_prompts(own) if own.is_file() else GENERAL_PROMPTS
+
+
+def _export(source: Source, folder: Path, work: Work) -> None:
+    """Write everything but the manifest into ``folder``, in half precision."""
     _write_configs(source, folder)
     for tokenizer in source.tokenizers:
         convert_tokenizer(source.folder(tokenizer), folder / tokenizer)
-    names = tuple(source.components)
-    for name in names:
+    for name in source.components:
         work.update(f"export {name}", 0.0)
         export_component(source, name, folder / name)
         work.update(f"export {name}", 1.0)
+
+
+def _compress(
+    source: Source,
+    folder: Path,
+    recipe: Recipe,
+    options: _Options,
+    plan: CalibrationPlan,
+    work: Work,
+    components: Sequence[str] | None = None,
+    *,
+    original: Path | None = None,
+) -> None:
+    """Compress all, or some, components of ``folder``, from the float IR in ``original``."""
+    names = tuple(source.components) if components is None else tuple(components)
     compress_folder(
-        folder, names, options.recipe, plan=plan, target=options.target, progress=work.update
+        folder,
+        names,
+        recipe,
+        plan=plan,
+        target=options.target,
+        progress=work.update,
+        source=original,
     )
 
 

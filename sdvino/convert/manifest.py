@@ -23,10 +23,12 @@ def write_manifest(
     recipe: Recipe,
     suggested: Mapping[str, Any],
     baked: Mapping[str, Any] | None = None,
+    quality: Mapping[str, Any] | None = None,
 ) -> None:
     """Write sdvino.json into the finished ``folder``: precision, size and hashes of each component.
 
-    ``source`` is a name, never a path. ``baked`` names the LoRAs and autoencoders that went in.
+    ``source`` is a name, never a path. ``baked`` names the LoRAs and autoencoders that went in;
+    ``quality`` is the gate's verdict.
     """
     manifest = Manifest(
         source=source,
@@ -35,6 +37,7 @@ def write_manifest(
         components={
             name: ManifestComponent.of(folder / name, recipe.treatment(name)) for name in components
         },
+        quality=quality,
         suggested=Suggested(**suggested),
         baked={} if baked is None else baked,
         versions=tool_versions(),

@@ -17,6 +17,8 @@ _WEIGHTS = (1.0, 20.0)
 _EVALUATION = (0.01, 3.0)
 # NNCF goes over the calibration inputs twice, with statistics at every layer.
 _QUANTIZE_PASSES = 3.0
+# UNet evaluations that the gate is about.
+_GATE_PASSES = 300.0
 
 
 def silent(what: str, share: float) -> None:
@@ -32,6 +34,8 @@ class Work:
         recipe: Recipe,
         plan: CalibrationPlan,
         report: Progress,
+        *,
+        gated: bool = False,
     ) -> None:
         """``components`` gives the bytes of each component's weights, in order."""
         self._report = report
@@ -50,6 +54,8 @@ class Work:
                 samples = plan.unet_samples if name == "unet" else len(plan.prompts)
                 seconds = _QUANTIZE_PASSES * samples * _cost(_EVALUATION, size)
                 self._seconds[f"compress {name}"] = 1.0 + seconds
+        if gated:
+            self._seconds["gate"] = _GATE_PASSES * _cost(_EVALUATION, components.get("unet", 0))
         self._total = sum(self._seconds.values())
 
     def update(self, part: str, share: float) -> None:

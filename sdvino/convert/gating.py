@@ -1,0 +1,94 @@
+"""The quality gate inside a conversion: its settings, and the float model it compares with."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sdvino.compress.gate import DEFAULT_MINUTES, Progress, Recompress, run_gate
+from sdvino.compress.gate_prompts import held_back
+from sdvino.compress.recipes import Recipe
+from sdvino.compress.report import write_report
+from sdvino.compress.verdict import Verdict
+from sdvino.errors import RequestError
+from sdvino.manifest import Suggested
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GateSettings:
+    """How a conversion is judged. Raises RequestError for values that cannot be."""
+
+    #: Least median PSNR of the pictures, dB; None takes the recipe's own (see
+    #: `sdvino.compress.thresholds`).
+    min_psnr: float | None = None
+    #: Minutes that comparing and mending may take together.
+    minutes: float = DEFAULT_MINUTES
+
+    def __post_init__(self) -> None:
+        if self.min_psnr is not None and not 0.0 < self.min_psnr <= 99.0:
+            raise RequestError(f"--min-psnr is {self.min_psnr:g}; give dB, above 0 and up to 99.")
+        if not 0.0 < self.minutes <= 100_000.0:
+            raise RequestError(
+                f"--gate-minutes is {self.minutes:g}; give minutes above 0, or --no-gate."
+            )
+
+
+def judge(
+    float_folder: Path,
+    folder: Path,
+    recipe: Recipe,
+    settings: GateSettings,
+    *,
+    name: str,
+    recompress: Recompress,
+    prompts: Sequence[str],
+    calibrated_on: Sequence[str],
+    suggested: Mapping[str, Any],
+    progress: Progress,
+    say: Callable[[str], None],
+) -> Verdict:
+    """Run the gate on ``folder`` and write report.md into it.
+
+    ``prompts`` are all there are for this model; those in ``calibrated_on`` are not used.
+    """
+    verdict = run_gate(
+        float_folder,
+        folder,
+        recipe,
+        recompress=recompress,
+        prompts=held_back(prompts, calibrated_on),
+        min_psnr=settings.min_psnr,
+        minutes=settings.minutes,
+        suggested=Suggested(**suggested),
+        progress=progress,
+        say=say,
+    )
+    if verdict.comparison is not None:
+        write_report(folder, verdict, name=name)
+    return verdict
+
+
+@contextlib.contextmanager
+def float_copy(staging: Path) -> Iterator[Path]:
+    """Give a copy of the folder ``staging`` beside it, as it is now; removed afterwards.
+
+    Files are linked where the file system can: compression replaces them and never writes in them.
+    """
+    copy = staging.with_name(f"{staging.name}.float")
+    try:
+        shutil.copytree(staging, copy, copy_function=_link_or_copy)
+        yield copy
+    finally:
+        shutil.rmtree(copy, ignore_errors=True)
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
