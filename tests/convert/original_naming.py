@@ -41,14 +41,17 @@ def unet_to_ldm(state: State, config: Mapping[str, Any]) -> State:
         if name in table:
             new = table[name]
         elif name.startswith("mid_block."):
-            kind, number, rest = re.fullmatch(r"mid_block\.(\w+)\.(\d)\.(.+)", name).groups()  # type: ignore[union-attr]
+            middle = re.fullmatch(r"mid_block\.(\w+)\.(\d)\.(.+)", name)
+            assert middle is not None, name
+            kind, number, rest = middle.groups()
             if kind == "attentions":
                 new = f"middle_block.1.{rest}"
             else:
                 new = f"middle_block.{2 * int(number)}.{resnet(rest)}"
         else:
             assert match is not None, name
-            new = block(*match.groups(), step, config)
+            way, level, kind, layer, rest = match.groups()
+            new = block(way, level, kind, layer, rest, step, config)
         result[f"model.diffusion_model.{new}"] = tensor
     return result
 

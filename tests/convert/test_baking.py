@@ -73,6 +73,7 @@ def test_what_is_left_out_and_a_hint_are_logged(
     path = lora_files.save(tmp_path / "lcm.safetensors", tensors)
     with caplog.at_level(logging.WARNING, logger="sdvino"):
         baked = bake(opened, baking_request([path]), tmp_path / "work")
+    assert isinstance(baked, DiffusersFolder)
     assert [lora.name for lora in baked.loras] == ["lcm"]
     assert "2 tensors of the LoRA lcm fit nothing" in caplog.text
     assert "--suggest steps=4,guidance=1,scheduler=lcm" in caplog.text

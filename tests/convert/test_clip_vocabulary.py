@@ -25,11 +25,7 @@ def bpe_file(path: Path, merges: int | None = None) -> Path:
 def nothing_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A machine without a hub's cache and without open_clip_torch."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(
-        clip_vocabulary.importlib.util,
-        "find_spec",
-        lambda name: None,
-    )
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     return tmp_path
 
 
