@@ -1,4 +1,4 @@
-"""Compress the components of an exported folder, in place, as a recipe says."""
+"""Calibrate an exported folder, and compress its components as a recipe says."""
 
 from __future__ import annotations
 
@@ -6,59 +6,47 @@ import gc
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import openvino as ov
+
 from sdvino.compress.calibration import CalibrationInputs, CalibrationPlan, collect
 from sdvino.compress.float_pipeline import FloatPipeline
-from sdvino.compress.ir import make_core, read_ir, save_ir
-from sdvino.compress.quantization import quantize
+from sdvino.compress.quantization import Sample, quantize
 from sdvino.compress.quiet import quiet
 from sdvino.compress.recipes import Recipe
 from sdvino.compress.weights import compress_weights
+from sdvino.errors import SdvinoError
 
-#: Called with what is being done and the share of it done, 0 to 1.
-Progress = Callable[[str, float], None]
-
-
-def compress_folder(
-    folder: Path,
-    components: Sequence[str],
-    recipe: Recipe,
-    *,
-    plan: CalibrationPlan,
-    progress: Progress,
-) -> None:
-    """Replace the float IR of each of ``components`` in ``folder`` by what ``recipe`` asks for.
-
-    One component is in memory at a time. The float pipeline of the folder runs first, when
-    anything is to be quantized.
-    """
-    inputs = None
-    if any(recipe.treatment(name) == "int8" for name in components):
-        progress("calibrate", 0.0)
-        with quiet():
-            pipeline = FloatPipeline(folder, make_core())
-        inputs = collect(pipeline, plan, lambda share: progress("calibrate", share))
-        del pipeline
-        gc.collect()
-    for name in components:
-        if recipe.treatment(name) != "fp16":
-            _compress(folder, name, recipe, inputs, progress)
-            gc.collect()
+#: Called with the share done, 0 to 1.
+Progress = Callable[[float], None]
 
 
-def _compress(
-    folder: Path,
+def calibrate(folder: Path, plan: CalibrationPlan, progress: Progress) -> CalibrationInputs:
+    """Run the float pipeline in ``folder`` and return what its components were fed."""
+    with quiet():
+        pipeline = FloatPipeline(folder, ov.Core())
+    inputs = collect(pipeline, plan, progress)
+    del pipeline
+    gc.collect()
+    return inputs
+
+
+def compress_component(
     name: str,
+    model: ov.Model,
     recipe: Recipe,
-    inputs: CalibrationInputs | None,
+    samples: Sequence[Sample] | None,
     progress: Progress,
-) -> None:
-    xml = folder / name / "openvino_model.xml"
-    what = f"compress {name}"
-    progress(what, 0.0)
-    model = read_ir(xml)
-    if recipe.treatment(name) == "int8-weights" or inputs is None:
-        model = compress_weights(model)
-    else:
-        model = quantize(name, model, inputs.of(name), progress=lambda part: progress(what, part))
-    save_ir(model, xml)
-    progress(what, 1.0)
+) -> ov.Model:
+    """Return ``model``, the float IR of component ``name``, as ``recipe`` has it stored.
+
+    ``samples`` are its calibration inputs, for recipes that need them. ``model`` is consumed.
+    Raises SdvinoError when NNCF or OpenVINO fail.
+    """
+    treatment = recipe.treatment(name)
+    try:
+        if treatment == "int8" and samples is not None:
+            return quantize(name, model, samples, progress=progress)
+        return model if treatment == "fp16" else compress_weights(model)
+    except RuntimeError as error:  # NNCF's and OpenVINO's exceptions
+        what = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise SdvinoError(f"The {name} cannot be compressed: {what}") from error

@@ -1,26 +1,24 @@
-"""`convert`: a diffusers folder becomes an OpenVINO model folder, complete or not at all."""
+"""`convert`: a checkpoint becomes an OpenVINO model folder, complete or not at all."""
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from sdvino.compress.calibration import CalibrationPlan
-from sdvino.compress.folder import compress_folder
 from sdvino.compress.prompts import GENERAL_PROMPTS, check_prompts, read_prompts
-from sdvino.compress.recipes import DEFAULT_RECIPE, Recipe, get_recipe
-from sdvino.convert.export import export_component, require_libraries
-from sdvino.convert.manifest import write_manifest
-from sdvino.convert.scheduler import portable_scheduler
+from sdvino.compress.recipes import DEFAULT_RECIPE, Recipe
+from sdvino.convert.conversion import Conversion
+from sdvino.convert.estimate import check_needs
+from sdvino.convert.export import require_libraries
+from sdvino.convert.request import Request, WorkPlan
 from sdvino.convert.source import PROMPTS_FILE, DiffusersFolder
-from sdvino.convert.staging import staged
+from sdvino.convert.staging import check_target
+from sdvino.convert.state import WorkFolder
 from sdvino.convert.suggestions import suggestions
-from sdvino.convert.tokenizer import convert_tokenizer
-from sdvino.convert.work import Progress, Work, silent
-from sdvino.errors import OutputError, RequestError, SdvinoError
+from sdvino.convert.work import Progress, silent
+from sdvino.errors import Cancelled, RequestError, SdvinoError
 from sdvino.model_folder import ModelFolder
 
 # A UNet of Stable Diffusion's size takes seconds for each evaluation on a laptop, a small one
@@ -40,6 +38,7 @@ def convert(
     suggested: Mapping[str, Any] | None = None,
     name: str | None = None,
     overwrite: bool = False,
+    fresh: bool = False,
     progress: Progress = silent,
 ) -> ModelFolder:
     """Convert the diffusers folder ``source`` into the model folder ``folder``.
@@ -48,47 +47,96 @@ def convert(
     component to precision. prompts: what int8 is calibrated on; None takes the source's
     calibration_prompts.txt, or a general list. suggested: num_inference_steps, guidance_scale,
     scheduler. name: the model's name in the manifest; None takes the source folder's.
+    fresh: do not continue what an earlier, interrupted conversion to ``folder`` finished.
     progress: called with what is being done and the share done.
 
-    The folder appears when it is complete; after Ctrl-C or a failure there is nothing. The
-    source is never changed, and nothing in it is run: its weights are read from safetensors.
+    The folder appears when it is complete. After Ctrl-C, a crash or a failure the finished steps
+    stay in `.NAME.sdvino-partial` beside it, and the same call continues from them. The source is
+    never changed, and nothing in it is run: its weights are read from safetensors.
     Raises RequestError (wrong source, recipe, prompts, or missing libraries), OutputError (a
-    folder that cannot be written) and SdvinoError (the libraries failed).
+    folder that cannot be written), SdvinoError (the libraries failed) and Cancelled (Ctrl-C).
     """
-    chosen = get_recipe(recipe).with_overrides({} if components is None else components)
-    checked = DiffusersFolder.open(Path(source))
-    target = Path(folder).absolute()
-    if target.resolve() == checked.path.resolve() or target.resolve() in (
-        checked.path.resolve().parents
-    ):
-        raise RequestError(f"{folder} is, or holds, the source; choose another name.")
-    hints = suggestions(checked, {} if suggested is None else suggested)
-    plan = _plan(checked, prompts, hints["guidance_scale"])
-    with staged(target, overwrite=overwrite) as staging:
-        _check_space(checked, staging)
-        progress("import libraries", 0.0)
+    request = Request(
+        source=str(Path(source).absolute()),
+        recipe=recipe,
+        components={} if components is None else dict(components),
+        prompts=None if prompts is None else check_prompts(prompts),
+        suggested=None if suggested is None else dict(suggested),
+        name=name,
+    )
+    return run(request, Path(folder), overwrite=overwrite, fresh=fresh, progress=progress)
+
+
+def run(
+    request: Request, folder: Path, *, overwrite: bool, fresh: bool, progress: Progress
+) -> ModelFolder:
+    """Do the conversion that ``request`` describes; see `convert`."""
+    recipe = request.resolve_recipe()
+    target = folder.absolute()
+    _check_apart(Path(request.source), target)
+    work = WorkFolder(target)
+    try:
+        conversion = _prepare(request, recipe, work, progress)
+        if conversion.delivered:
+            work.close(remove=True)
+            return ModelFolder.open(target)
+        check_target(target, overwrite=overwrite)
         require_libraries()
-        sizes = {ours: checked.bytes_of(theirs) for ours, theirs in checked.components.items()}
-        _write_parts(checked, staging, chosen, plan, Work(sizes, chosen, plan, progress))
-        write_manifest(
-            staging,
-            checked.components,
-            source=checked.name if name is None else name,
-            family=checked.family.name,
-            recipe=chosen,
-            suggested=hints,
-        )
-        ModelFolder.open(staging)  # what we would refuse to run is not delivered
+        if fresh:
+            work.start_anew()
+        check_needs(conversion.source, conversion.plan, work.path)
+        conversion.run()
+        if not conversion.gated:
+            apply_gate(conversion)
+        conversion.finish(overwrite=overwrite)
+    except BaseException as error:
+        keep = work.has_progress
+        work.close(remove=not keep)
+        if isinstance(error, KeyboardInterrupt) and keep:
+            raise Cancelled(f"Cancelled; {_how_to_go_on(work)}") from error
+        if type(error) is SdvinoError and keep:
+            raise SdvinoError(f"{error} ({_how_to_go_on(work)})") from error
+        raise
     return ModelFolder.open(target)
 
 
-def _plan(
+def _prepare(request: Request, recipe: Recipe, work: WorkFolder, progress: Progress) -> Conversion:
+    """Check the source and decide what is to be done; nothing heavy."""
+    source = open_source(request, work.path)
+    hints = suggestions(source, {} if request.suggested is None else request.suggested)
+    calibration = _calibration(source, request.prompts, hints["guidance_scale"])
+    plan = WorkPlan(
+        request=request,
+        recipe=recipe,
+        calibration=calibration,
+        components=tuple(source.components),
+    )
+    return Conversion(source, plan, hints, work, progress)
+
+
+def open_source(request: Request, work: Path) -> DiffusersFolder:
+    """Open the source, checked; what has to be unpacked goes to ``work``/source."""
+    return DiffusersFolder.open(Path(request.source))
+
+
+def apply_gate(conversion: Conversion) -> None:
+    """Compare the compressed model with the float one, and mend it until it is good enough.
+
+    THE GATE'S HOOK. conversion.work.float and conversion.work.model are two model folders but for
+    their manifests, conversion.plan.recipe says how the second was made, and
+    conversion.recompress(recipe, components) compresses some components of it again. What the gate
+    returns, as what JSON holds, is recorded with conversion.record_quality(value): it goes into
+    sdvino.json, and a conversion killed later does not run the gate again.
+    """
+
+
+def _calibration(
     source: DiffusersFolder, prompts: Sequence[str] | None, guidance_scale: float
 ) -> CalibrationPlan:
     """Choose prompts and how many inputs are kept, by the size of the UNet."""
     own = source.path / PROMPTS_FILE
     if prompts is not None:
-        texts = check_prompts(prompts)
+        texts = tuple(prompts)
     else:
         texts = read_prompts(own) if own.is_file() else GENERAL_PROMPTS
     large = source.bytes_of("unet") >= _LARGE_UNET_BYTES
@@ -104,52 +152,14 @@ def _plan(
     )
 
 
-def _write_parts(
-    source: DiffusersFolder, folder: Path, recipe: Recipe, plan: CalibrationPlan, work: Work
-) -> None:
-    """Write everything but the manifest into ``folder``."""
-    _write_configs(source, folder)
-    convert_tokenizer(source.path / "tokenizer", folder / "tokenizer")
-    for name in source.components:
-        work.update(f"export {name}", 0.0)
-        export_component(source, name, folder / name)
-        work.update(f"export {name}", 1.0)
-    try:
-        compress_folder(folder, tuple(source.components), recipe, plan=plan, progress=work.update)
-    except RuntimeError as error:  # NNCF's and OpenVINO's exceptions
-        what = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise SdvinoError(f"{source.name} cannot be compressed: {what}") from error
+def _check_apart(source: Path, target: Path) -> None:
+    real = source.resolve()
+    if target.resolve() == real or target.resolve() in real.parents:
+        raise RequestError(f"{target} is, or holds, the source; choose another name.")
 
 
-def _write_configs(source: DiffusersFolder, folder: Path) -> None:
-    """Write model_index.json and each component's config, without paths or a safety checker."""
-    index = {key: value for key, value in source.model_index.items() if key != "_name_or_path"}
-    for absent in ("safety_checker", "feature_extractor", "image_encoder"):
-        index[absent] = [None, None]
-    index["requires_safety_checker"] = False
-    scheduler = portable_scheduler(source.configs["scheduler"])
-    index["scheduler"] = ["diffusers", scheduler["_class_name"]]
-    _write_json(folder / "model_index.json", index)
-    _write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
-    for ours, theirs in source.components.items():
-        config = {
-            key: value for key, value in source.configs[theirs].items() if key != "_name_or_path"
-        }
-        _write_json(folder / ours / "config.json", config)
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def _check_space(source: DiffusersFolder, folder: Path) -> None:
-    """Raise OutputError when the disk cannot hold the model while it is made."""
-    largest = max(source.bytes_of(name) for name in source.weights)
-    needed = largest + sum(source.bytes_of(theirs) for theirs in source.components.values())
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise OutputError(
-            f"Converting needs {needed / 1e9:.1f} GB on the disk of the target and"
-            f" {free / 1e9:.1f} GB are free; free some space or choose another folder."
-        )
+def _how_to_go_on(work: WorkFolder) -> str:
+    return (
+        f"the finished steps are kept in {work.path}: run the same command again to continue,"
+        " or delete that folder"
+    )

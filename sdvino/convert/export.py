@@ -7,6 +7,7 @@ in half precision again. Nothing is baked into the IR that a pipeline scales or 
 from __future__ import annotations
 
 import gc
+import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from sdvino.errors import RequestError, SdvinoError
 
 IR_NAME = "openvino_model.xml"
 
+_LIBRARIES = ("torch", "diffusers", "transformers", "optimum", "nncf", "openvino_tokenizers")
 # Our component -> optimum's task and model type.
 _EXPORTERS: Mapping[str, tuple[str, str]] = {
     "text_encoder": ("feature-extraction", "clip-text"),
@@ -35,22 +37,16 @@ _V_PREDICTION_VAE_SCALE = "8.0"
 
 
 def require_libraries() -> None:
-    """Raise RequestError unless the libraries of the ``convert`` extra can be imported."""
-    try:
-        with quiet():
-            import diffusers
-            import nncf
-            import openvino_tokenizers
-            import optimum.exporters.openvino
-            import torch
-            import transformers
-    except ImportError as error:
+    """Raise RequestError unless the libraries of the ``convert`` extra are installed.
+
+    They are looked for, not imported: the worker processes do that, and only what they need.
+    """
+    missing = [name for name in _LIBRARIES if importlib.util.find_spec(name) is None]
+    if missing:
         raise RequestError(
-            f"Converting needs libraries that are not here ({error.name});"
+            f"Converting needs libraries that are not here ({', '.join(missing)});"
             ' install them with: pip install "sdvino[convert]".'
-        ) from error
-    for library in (torch, diffusers, transformers, nncf, openvino_tokenizers, optimum):
-        _ = library
+        )
 
 
 def export_component(source: DiffusersFolder, component: str, output: Path) -> None:

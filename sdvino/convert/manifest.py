@@ -22,10 +22,11 @@ def write_manifest(
     family: str,
     recipe: Recipe,
     suggested: Mapping[str, Any],
+    quality: Mapping[str, Any] | None = None,
 ) -> None:
     """Write sdvino.json into the finished ``folder``: precision, size and hashes of each component.
 
-    ``source`` is a name, never a path.
+    ``source`` is a name, never a path. ``quality`` is the gate's verdict.
     """
     manifest = Manifest(
         source=source,
@@ -34,6 +35,7 @@ def write_manifest(
         components={
             name: ManifestComponent.of(folder / name, recipe.treatment(name)) for name in components
         },
+        quality=quality,
         suggested=Suggested(**suggested),
         versions=tool_versions(),
     )
