@@ -1,19 +1,23 @@
 """Export of one component to OpenVINO IR, by optimum-intel's own export configurations.
 
-Only that component is in memory: half-precision weights are cast to float for tracing and saved
-in half precision again. Nothing is baked into the IR that a pipeline scales or clamps.
+Only that component is in memory, and most of its weights are not: half precision stays half
+precision, mapped from the source's file (see `sdvino.convert.mapped`). Nothing is baked into the
+IR that a pipeline scales or clamps.
 """
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from sdvino.compress.ir import read_ir, save_ir
+import openvino as ov
+
 from sdvino.compress.quiet import quiet
+from sdvino.convert.mapped import Array, detach, map_safetensors, place, weights_in_graph
 from sdvino.convert.source import DiffusersFolder
 from sdvino.convert.timestep_table import restore_frequencies, sinusoid_frequencies
 from sdvino.errors import RequestError, SdvinoError
@@ -62,25 +66,31 @@ def export_component(source: DiffusersFolder, component: str, output: Path) -> N
     output.mkdir(parents=True, exist_ok=True)
     try:
         with quiet():
-            model = _load(source, component)
-            if component == "tiny_vae":
-                _convert_tiny(model, output / IR_NAME)
-            else:
-                _export(source, component, model, output / IR_NAME)
-            if component == "unet":
-                _mend_time_embedding(model, output / IR_NAME)
+            model, weights = _load(source, component)
+            weights = detach(model, weights)
+            frequencies = _frequencies(model) if component == "unet" else None
+            with weights_in_graph(weights, "autoencoder." if component == "tiny_vae" else ""):
+                if component == "tiny_vae":
+                    converted = _convert_tiny(model)
+                else:
+                    converted = _export(source, component, model)
+            del model
+            gc.collect()
+            if frequencies is not None:
+                restore_frequencies(converted, frequencies)
+            ov.save_model(converted, output / IR_NAME, compress_to_fp16=True)
     except (RequestError, MemoryError):
         raise
     except Exception as error:
         what = f"{type(error).__name__}: {error}".splitlines()[0]
         raise SdvinoError(f"The {component} of {source.name} cannot be exported: {what}") from error
-    finally:
-        model = None
-        gc.collect()
 
 
-def _load(source: DiffusersFolder, component: str) -> Any:
-    """Return the torch module, in float32 and eval mode, from safetensors alone."""
+def _load(source: DiffusersFolder, component: str) -> tuple[Any, dict[str, Array]]:
+    """Return the torch module, in float32 and eval mode, from safetensors alone.
+
+    With it come the weights that it only seems to have: they are left in their file.
+    """
     import torch
     from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
     from transformers import CLIPTextModel
@@ -92,46 +102,44 @@ def _load(source: DiffusersFolder, component: str) -> Any:
         "vae": AutoencoderKL,
         "tiny_vae": AutoencoderTiny,
     }
-    if folder == "unet":
-        model = _load_lean(UNet2DConditionModel, source, folder)
-        if model is not None:
-            return model
+    if folder in ("unet", "vae"):
+        lean = _load_lean(classes[folder], source, folder)
+        if lean is not None:
+            return lean
     options: dict[str, Any] = {"use_safetensors": True, "local_files_only": True}
     if any(".fp16." in file.name for file in source.weights[folder]):
         options["variant"] = "fp16"
     model = classes[folder].from_pretrained(source.path / folder, **options)
-    return model.to(torch.float32).eval()
+    return model.to(torch.float32).eval(), {}
 
 
-def _load_lean(cls: Any, source: DiffusersFolder, folder: str) -> Any | None:
-    """Build the module without memory of its own and put the file's tensors into it.
+def _load_lean(
+    cls: Any, source: DiffusersFolder, folder: str
+) -> tuple[Any, dict[str, Array]] | None:
+    """Build the module without memory of its own; its large weights stay in their file.
 
     diffusers would initialise every weight first: for a UNet gigabytes, and a minute. None when
     the file's names are not this version's, so that diffusers' own loader can translate them.
     """
     import torch
-    from safetensors.torch import load_file
 
     with torch.device("meta"):
         model = cls.from_config(dict(source.configs[folder]))
-    expected = set(model.state_dict())
-    state: dict[str, Any] = {}
-    for file in source.weights[folder]:
-        tensors = load_file(file)
-        while tensors:
-            name, tensor = tensors.popitem()
-            state[name] = tensor.to(torch.float32)
-    if set(state) != expected:
+    tensors = map_safetensors(source.weights[folder])
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    found = {name: array.shape for name, array in tensors.items()}
+    if found != expected or any(array.dtype.kind != "f" for array in tensors.values()):
         return None
-    model.load_state_dict(state, assign=True)
+    weights = place(model, tensors)
     if any(buffer.is_meta for buffer in model.buffers()):
         return None
-    return model.eval()
+    return model.eval(), weights
 
 
-def _export(source: DiffusersFolder, component: str, model: Any, xml: Path) -> None:
-    import optimum.exporters.openvino.model_configs  # noqa: F401  registers the configurations
-    from optimum.exporters.openvino.convert import export_pytorch
+def _export(source: DiffusersFolder, component: str, model: Any) -> ov.Model:
+    """Return ``model`` as an OpenVINO model, by optimum-intel's configuration for it."""
+    import optimum.exporters.openvino.convert
+    import optimum.exporters.openvino.model_configs  # registers the configurations
     from optimum.exporters.tasks import TasksManager
     from optimum.intel.openvino import OVConfig
 
@@ -147,15 +155,29 @@ def _export(source: DiffusersFolder, component: str, model: Any, xml: Path) -> N
     config = constructor(model.config, int_dtype="int64", float_dtype="fp32")
     if component.startswith("vae") and source.prediction_type == "v_prediction":
         config.runtime_options = {"ACTIVATIONS_SCALE_FACTOR": _V_PREDICTION_VAE_SCALE}
-    export_pytorch(
-        model,
-        config,
-        xml,
-        input_shapes={"height": _TRACED_LATENTS, "width": _TRACED_LATENTS},
-        ov_config=OVConfig(dtype="fp16"),
-        stateful=False,
-        library_name="diffusers",
-    )
+    with _saved_here(optimum.exporters.openvino.convert) as saved:
+        optimum.exporters.openvino.convert.export_pytorch(
+            model,
+            config,
+            Path(IR_NAME),
+            input_shapes={"height": _TRACED_LATENTS, "width": _TRACED_LATENTS},
+            ov_config=OVConfig(dtype="fp16"),
+            stateful=False,
+            library_name="diffusers",
+        )
+    return saved.pop()
+
+
+@contextlib.contextmanager
+def _saved_here(exporter: Any) -> Iterator[list[ov.Model]]:
+    """Collect the models that optimum-intel would write, so that they are written once, mended."""
+    saved: list[ov.Model] = []
+    original = exporter.save_model
+    exporter.save_model = lambda model, path, compress_to_fp16=True: saved.append(model)
+    try:
+        yield saved
+    finally:
+        exporter.save_model = original
 
 
 def _set_export_options(source: DiffusersFolder, component: str, model: Any) -> None:
@@ -176,19 +198,15 @@ def _set_export_options(source: DiffusersFolder, component: str, model: Any) -> 
         }
 
 
-def _mend_time_embedding(model: Any, xml: Path) -> None:
-    """Write the saved UNet again with the exact frequencies of its time embedding."""
+def _frequencies(model: Any) -> Any | None:
+    """Return the exact frequencies of the UNet's time embedding; None for one that was learnt."""
     time_proj: Any = getattr(model, "time_proj", None)
     if not hasattr(time_proj, "downscale_freq_shift"):
-        return  # an embedding learnt, not sinusoidal
-    converted = read_ir(xml)
-    frequencies = sinusoid_frequencies(time_proj.num_channels, time_proj.downscale_freq_shift)
-    if restore_frequencies(converted, frequencies):
-        save_ir(converted, xml)
+        return None
+    return sinusoid_frequencies(time_proj.num_channels, time_proj.downscale_freq_shift)
 
 
-def _convert_tiny(model: Any, xml: Path) -> None:
-    import openvino as ov
+def _convert_tiny(model: Any) -> ov.Model:
     import torch
 
     class Decoder(torch.nn.Module):  # type: ignore[misc]
@@ -209,4 +227,4 @@ def _convert_tiny(model: Any, xml: Path) -> None:
         )
     converted.input(0).get_tensor().set_names({"latent_sample"})
     converted.output(0).get_tensor().set_names({"sample"})
-    save_ir(converted, xml)
+    return converted
