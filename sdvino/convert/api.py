@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sdvino.compress.calibration import CalibrationPlan
 from sdvino.compress.prompts import GENERAL_PROMPTS, check_prompts, read_prompts
 from sdvino.compress.recipes import DEFAULT_RECIPE, Recipe
-from sdvino.convert.conversion import Conversion
-from sdvino.convert.estimate import check_needs
+from sdvino.convert.conversion import Conversion, origin_of, steps_of
+from sdvino.convert.estimate import Needs, StepNeeds, check_needs, work_out
 from sdvino.convert.export import require_libraries
 from sdvino.convert.request import Request, WorkPlan
 from sdvino.convert.source import PROMPTS_FILE, DiffusersFolder
 from sdvino.convert.staging import check_target
-from sdvino.convert.state import WorkFolder
+from sdvino.convert.state import WorkFolder, recorded_steps
 from sdvino.convert.suggestions import suggestions
 from sdvino.convert.work import Progress, silent
 from sdvino.errors import Cancelled, RequestError, SdvinoError
@@ -56,7 +58,28 @@ def convert(
     Raises RequestError (wrong source, recipe, prompts, or missing libraries), OutputError (a
     folder that cannot be written), SdvinoError (the libraries failed) and Cancelled (Ctrl-C).
     """
-    request = Request(
+    request = make_request(
+        source,
+        recipe=recipe,
+        components=components,
+        prompts=prompts,
+        suggested=suggested,
+        name=name,
+    )
+    return run(request, Path(folder), overwrite=overwrite, fresh=fresh, progress=progress)
+
+
+def make_request(
+    source: Path | str,
+    *,
+    recipe: str = DEFAULT_RECIPE,
+    components: Mapping[str, str] | None = None,
+    prompts: Sequence[str] | None = None,
+    suggested: Mapping[str, Any] | None = None,
+    name: str | None = None,
+) -> Request:
+    """Return the arguments of `convert` as a Request; raises RequestError for absurd ones."""
+    return Request(
         source=str(Path(source).absolute()),
         recipe=recipe,
         components={} if components is None else dict(components),
@@ -64,7 +87,6 @@ def convert(
         suggested=None if suggested is None else dict(suggested),
         name=name,
     )
-    return run(request, Path(folder), overwrite=overwrite, fresh=fresh, progress=progress)
 
 
 def run(
@@ -76,7 +98,9 @@ def run(
     _check_apart(Path(request.source), target)
     work = WorkFolder(target)
     try:
-        conversion = _prepare(request, recipe, work, progress)
+        source = open_source(request, work.path)
+        plan, hints = _decide(request, recipe, source)
+        conversion = Conversion(source, plan, hints, work, progress)
         if conversion.delivered:
             work.close(remove=True)
             return ModelFolder.open(target)
@@ -84,7 +108,7 @@ def run(
         require_libraries()
         if fresh:
             work.start_anew()
-        check_needs(conversion.source, conversion.plan, work.path)
+        check_needs(work_out(conversion.left(), conversion.plan), work.path)
         conversion.run()
         if not conversion.gated:
             apply_gate(conversion)
@@ -100,9 +124,46 @@ def run(
     return ModelFolder.open(target)
 
 
-def _prepare(request: Request, recipe: Recipe, work: WorkFolder, progress: Progress) -> Conversion:
-    """Check the source and decide what is to be done; nothing heavy."""
-    source = open_source(request, work.path)
+@dataclass(frozen=True, slots=True)
+class Outlook:
+    """What a conversion would do, and what it would need."""
+
+    source: DiffusersFolder
+    recipe: Recipe
+    #: What every step takes.
+    steps: tuple[StepNeeds, ...]
+    #: Names of the steps that an interrupted conversion has finished.
+    finished: frozenset[str]
+    #: What the other steps take together.
+    needs: Needs
+
+
+def look_ahead(
+    request: Request, folder: Path, *, overwrite: bool = False, fresh: bool = False
+) -> Outlook:
+    """Tell what `run` would do, without doing it or writing anything.
+
+    Raises what `run` would raise before its first step, but for a disk or memory too small.
+    """
+    recipe = request.resolve_recipe()
+    target = folder.absolute()
+    _check_apart(Path(request.source), target)
+    check_target(target, overwrite=overwrite)
+    with tempfile.TemporaryDirectory(prefix="sdvino-") as scratch:
+        source = open_source(request, Path(scratch))
+        plan, _ = _decide(request, recipe, source)
+        steps = steps_of(source, plan, origin_of(source, plan))
+        known = {} if fresh else recorded_steps(target)
+        everything = work_out([step for step, _ in steps], plan)
+    finished = frozenset(step.name for step, key in steps if known.get(step.name) == key)
+    left = [step for step, _ in steps if step.name not in finished]
+    return Outlook(source, recipe, everything.steps, finished, work_out(left, plan))
+
+
+def _decide(
+    request: Request, recipe: Recipe, source: DiffusersFolder
+) -> tuple[WorkPlan, Mapping[str, Any]]:
+    """Return what the worker processes are to do, and what the folder will suggest."""
     hints = suggestions(source, {} if request.suggested is None else request.suggested)
     calibration = _calibration(source, request.prompts, hints["guidance_scale"])
     plan = WorkPlan(
@@ -111,7 +172,7 @@ def _prepare(request: Request, recipe: Recipe, work: WorkFolder, progress: Progr
         calibration=calibration,
         components=tuple(source.components),
     )
-    return Conversion(source, plan, hints, work, progress)
+    return plan, hints
 
 
 def open_source(request: Request, work: Path) -> DiffusersFolder:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -38,9 +38,7 @@ class Conversion:
         self._suggested = suggested
         self._progress = progress
         self._quality: Mapping[str, Any] | None = None
-        self._origin = key_of(
-            STATE_FORMAT, tool_versions(), describe_files(source.path), plan.request.source
-        )
+        self._origin = origin_of(source, plan)
         recipe = recipe_to_plain(plan.recipe)
         self._asked = key_of(self._origin, recipe, asdict(plan.calibration))
         self._whole = key_of(self._asked, asdict(plan.request), suggested)
@@ -59,20 +57,13 @@ class Conversion:
         """Tell whether an earlier run for the same request had put the model in place."""
         return self.work.was_delivered(self._whole)
 
-    def steps(self) -> Iterator[tuple[Step, str]]:
-        """Give every step with the key of what it is made from, in order."""
-        size = {
-            ours: self.source.bytes_of(theirs) for ours, theirs in self.source.components.items()
-        }
-        yield Step("frame"), self._origin
-        for name in self.plan.components:
-            yield Step("export", name, size[name]), self._origin
-        if self.plan.quantized:
-            yield Step("calibrate", "", size["unet"]), self._calibration_key()
-        for name in self.plan.components:
-            treatment = self.plan.recipe.treatment(name)
-            basis = self._calibration_key() if name in self.plan.quantized else self._origin
-            yield Step("compress", name, size[name]), key_of(basis, treatment)
+    def steps(self) -> list[tuple[Step, str]]:
+        """Return every step with the key of what it is made from, in order."""
+        return steps_of(self.source, self.plan, self._origin)
+
+    def left(self) -> list[Step]:
+        """Return the steps that are not finished."""
+        return [step for step, key in self.steps() if not self.work.finished(step.name, key)]
 
     def run(self) -> None:
         """Do every step that is not finished."""
@@ -96,8 +87,7 @@ class Conversion:
         Calibration runs again only when ``recipe`` quantizes a component that none did before.
         """
         self.plan = replace(self.plan, recipe=recipe)
-        wanted = {f"compress {name}" for name in components}
-        self.work.forget(sorted(wanted))
+        self.work.forget([f"compress {name}" for name in components])
         self._run(
             [(step, key) for step, key in self.steps() if not self.work.finished(step.name, key)]
         )
@@ -139,5 +129,25 @@ class Conversion:
                 self.work.path, steps, progress=work.update, finished=finished, tick=work.tick
             )
 
-    def _calibration_key(self) -> str:
-        return key_of(self._origin, asdict(self.plan.calibration), self.plan.quantized)
+
+def origin_of(source: DiffusersFolder, plan: WorkPlan) -> str:
+    """Return a digest of what every step depends on: the source, and the libraries."""
+    return key_of(STATE_FORMAT, tool_versions(), describe_files(source.path), plan.request.source)
+
+
+def steps_of(source: DiffusersFolder, plan: WorkPlan, origin: str) -> list[tuple[Step, str]]:
+    """Return the steps of a conversion, in order, with the key of what each is made from.
+
+    A step that was finished under the same key need not be done again.
+    """
+    size = {ours: source.bytes_of(theirs) for ours, theirs in source.components.items()}
+    calibration = key_of(origin, asdict(plan.calibration), plan.quantized)
+    steps = [(Step("frame"), origin)]
+    steps += [(Step("export", name, size[name]), origin) for name in plan.components]
+    if plan.quantized:
+        steps.append((Step("calibrate", "", size["unet"]), calibration))
+    for name in plan.components:
+        basis = calibration if name in plan.quantized else origin
+        key = key_of(basis, plan.recipe.treatment(name))
+        steps.append((Step("compress", name, size[name]), key))
+    return steps

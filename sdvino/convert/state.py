@@ -45,6 +45,15 @@ def work_path(target: Path) -> Path:
     return target.parent / f".{target.name}.sdvino-partial"
 
 
+def recorded_steps(target: Path) -> dict[str, str]:
+    """Return the steps that an interrupted conversion to ``target`` finished, with their keys.
+
+    Only read, nothing checked: for telling what a conversion would do.
+    """
+    steps, _, _ = _read_state(work_path(target))
+    return {name: entry["key"] for name, entry in steps.items()}
+
+
 class WorkFolder:
     """The work folder of one target, locked while it is open."""
 
@@ -72,10 +81,7 @@ class WorkFolder:
             )
         if self.old.is_dir() and not target.exists():
             self.old.rename(target)
-        self._steps: dict[str, dict[str, Any]] = {}
-        self._gate: dict[str, Any] | None = None
-        self._delivering: str | None = None
-        self._read()
+        self._steps, self._gate, self._delivering = _read_state(self.path)
 
     @property
     def float(self) -> Path:
@@ -184,15 +190,6 @@ class WorkFolder:
         for name in (*_FOLDERS, "old"):
             shutil.rmtree(self.path / name, ignore_errors=True)
 
-    def _read(self) -> None:
-        try:
-            value = json.loads((self.path / _STATE_FILE).read_text(encoding="utf-8"))
-            if value["format_version"] == STATE_FORMAT:
-                self._steps, self._gate = dict(value["steps"]), value["gate"]
-                self._delivering = value["delivering"]
-        except (OSError, ValueError, KeyError, TypeError):
-            self._steps, self._gate = {}, None
-
     def _write(self) -> None:
         value = {
             "format_version": STATE_FORMAT,
@@ -206,6 +203,17 @@ class WorkFolder:
             file.flush()
             os.fsync(file.fileno())
         fresh.replace(self.path / _STATE_FILE)
+
+
+def _read_state(work: Path) -> tuple[dict[str, Any], dict[str, Any] | None, str | None]:
+    """Return the finished steps, the gate's verdict and the key of what was being delivered."""
+    try:
+        value = json.loads((work / _STATE_FILE).read_text(encoding="utf-8"))
+        if value["format_version"] == STATE_FORMAT:
+            return dict(value["steps"]), value["gate"], value["delivering"]
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    return {}, None, None
 
 
 class FileLock:
