@@ -42,10 +42,9 @@ def run_steps(
     raised here, by Ctrl-C or by ``progress``, ends the worker first.
     """
     log = work / "logs" / f"{steps[0].name.replace(' ', '-')}.txt"
-    command = [sys.executable, "-m", "sdvino.convert.worker", str(work)]
     with log.open("wb") as stderr:
         worker = subprocess.Popen(
-            [*command, *(step.name for step in steps)],
+            command_of(work, steps),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=stderr,
@@ -59,6 +58,12 @@ def run_steps(
             _end(worker)
     if status:
         raise SdvinoError(_how_it_died(steps, status, log))
+
+
+def command_of(work: Path, steps: Sequence[Step]) -> list[str]:
+    """Return the command line of the worker for ``steps``."""
+    names = [step.name for step in steps]
+    return [sys.executable, "-m", "sdvino.convert.worker", str(work), *names]
 
 
 def _listen(
