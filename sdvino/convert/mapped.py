@@ -24,7 +24,7 @@ Array = NDArray[Any]
 _NUMPY_TYPES: Mapping[str, Any] = {"F16": np.float16, "F32": np.float32, "F64": np.float64}
 # Tensors below this many elements are real ones: norms and biases, which save nothing, and whose
 # values tracing may read.
-_SMALL_ELEMENTS = 65_536
+_SMALL_ELEMENTS = 4_096
 _HALF_MAX = float(np.finfo(np.float16).max)
 
 

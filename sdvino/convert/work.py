@@ -18,6 +18,8 @@ _EXPORT = (6.0, 30.0)
 _COPY = (0.1, 1.0)
 _WEIGHTS = (2.0, 20.0)
 _EVALUATION = (0.01, 3.0)
+# An autoencoder works at the picture's size: few weights, and each used far more often.
+_VAE_EVALUATION = (0.01, 80.0)
 # NNCF goes over the calibration inputs twice, with statistics at every layer.
 _QUANTIZE_PASSES = 3.0
 # A step that says nothing is shown to go on, but never as done.
@@ -43,7 +45,8 @@ def expected_seconds(step: Step, plan: WorkPlan) -> float:
         return _cost(_WEIGHTS, step.bytes)
     calibration = plan.calibration
     samples = calibration.unet_samples if step.component == "unet" else len(calibration.prompts)
-    return 3.0 + _QUANTIZE_PASSES * samples * _cost(_EVALUATION, step.bytes)
+    evaluation = _VAE_EVALUATION if "vae" in step.component else _EVALUATION
+    return 3.0 + _QUANTIZE_PASSES * samples * _cost(evaluation, step.bytes)
 
 
 class Work:
