@@ -97,8 +97,9 @@ def run(
     target = folder.absolute()
     _check_apart(Path(request.source), target)
     work = WorkFolder(target)
+    conversion = None
     try:
-        source = open_source(request, work.path)
+        source = request.open_source(work.path)
         plan, hints = _decide(request, recipe, source)
         conversion = Conversion(source, plan, hints, work, progress)
         if conversion.delivered:
@@ -114,12 +115,14 @@ def run(
             apply_gate(conversion)
         conversion.finish(overwrite=overwrite)
     except BaseException as error:
-        keep = work.has_progress
+        keep = work.has_progress and (conversion is None or conversion.worth_keeping(error))
         work.close(remove=not keep)
-        if isinstance(error, KeyboardInterrupt) and keep:
+        if not keep or conversion is None or not conversion.started:
+            raise
+        if isinstance(error, KeyboardInterrupt):
             raise Cancelled(f"Cancelled; {_how_to_go_on(work)}") from error
-        if type(error) is SdvinoError and keep:
-            raise SdvinoError(f"{error} ({_how_to_go_on(work)})") from error
+        if isinstance(error, SdvinoError):
+            raise type(error)(f"{error} ({_how_to_go_on(work)})") from error
         raise
     return ModelFolder.open(target)
 
@@ -150,7 +153,7 @@ def look_ahead(
     _check_apart(Path(request.source), target)
     check_target(target, overwrite=overwrite)
     with tempfile.TemporaryDirectory(prefix="sdvino-") as scratch:
-        source = open_source(request, Path(scratch))
+        source = request.open_source(Path(scratch))
         plan, _ = _decide(request, recipe, source)
         steps = steps_of(source, plan, origin_of(source, plan))
         known = {} if fresh else recorded_steps(target)
@@ -173,11 +176,6 @@ def _decide(
         components=tuple(source.components),
     )
     return plan, hints
-
-
-def open_source(request: Request, work: Path) -> DiffusersFolder:
-    """Open the source, checked; what has to be unpacked goes to ``work``/source."""
-    return DiffusersFolder.open(Path(request.source))
 
 
 def apply_gate(conversion: Conversion) -> None:

@@ -15,6 +15,7 @@ from sdvino.convert.source import DiffusersFolder
 from sdvino.convert.state import STATE_FORMAT, Files, WorkFolder, describe_files, key_of
 from sdvino.convert.steps import Step, group
 from sdvino.convert.work import Progress, Work
+from sdvino.errors import OutputError, RequestError
 from sdvino.model_folder import ModelFolder
 
 _log = logging.getLogger("sdvino")
@@ -38,6 +39,8 @@ class Conversion:
         self._suggested = suggested
         self._progress = progress
         self._quality: Mapping[str, Any] | None = None
+        #: Whether a step was begun in this run.
+        self.started = False
         self._origin = origin_of(source, plan)
         recipe = recipe_to_plain(plan.recipe)
         self._asked = key_of(self._origin, recipe, asdict(plan.calibration))
@@ -81,6 +84,16 @@ class Conversion:
             self.work.start_anew()
         self._run([(step, key) for step, key in steps if step.name not in finished])
 
+    def worth_keeping(self, error: BaseException) -> bool:
+        """Tell whether what is finished helps the next run, after ``error``.
+
+        A source found to be wrong while it is exported is no better next time.
+        """
+        wrong = isinstance(error, RequestError) and not isinstance(error, OutputError)
+        if not (self.started and wrong):
+            return True
+        return not any(step.kind in ("frame", "export") for step in self.left())
+
     def recompress(self, recipe: Recipe, components: Sequence[str]) -> None:
         """Compress ``components`` again, as ``recipe`` has it; the recipe is the model's from here.
 
@@ -115,6 +128,7 @@ class Conversion:
         self.work.deliver(self._whole, overwrite=overwrite)
 
     def _run(self, left: Sequence[tuple[Step, str]]) -> None:
+        self.started = True
         keys = {step.name: key for step, key in left}
         self.work.prepare()
         self.plan.write(self.work.path)

@@ -47,10 +47,12 @@ def map_safetensors(files: Iterable[Path]) -> dict[str, Array]:
 
 
 def _typed(raw: Array, kind: str, shape: list[int]) -> Array:
+    typed: Array
     if kind == "BF16":
-        wide = raw.view("<u2").astype(np.uint32) << 16
-        return wide.view(np.float32).reshape(shape)
-    return raw.view(np.dtype(_NUMPY_TYPES[kind]).newbyteorder("<")).reshape(shape)
+        typed = (raw.view("<u2").astype(np.uint32) << 16).view(np.float32)
+    else:
+        typed = raw.view(np.dtype(_NUMPY_TYPES.get(kind, np.uint8)).newbyteorder("<"))
+    return typed.reshape(shape) if kind in _NUMPY_TYPES or kind == "BF16" else typed
 
 
 def first_not_finite(tensors: Mapping[str, Array]) -> str | None:

@@ -33,6 +33,14 @@ class Request:
     #: The model's name in the manifest; None: the source's.
     name: str | None = None
 
+    def open_source(self, work: Path) -> DiffusersFolder:
+        """Open the source, checked, with whatever is put in the place of its parts.
+
+        What has to be unpacked goes to ``work``/source, once: workers open the source again.
+        Raises RequestError for a source that is none.
+        """
+        return DiffusersFolder.open(Path(self.source))
+
     def resolve_recipe(self) -> Recipe:
         """Return the recipe with its exceptions; raises RequestError for unknown names."""
         return get_recipe(self.recipe).with_overrides(self.components)
@@ -54,8 +62,8 @@ class WorkPlan:
         return tuple(name for name in self.components if self.recipe.treatment(name) == "int8")
 
     def open_source(self, work: Path) -> DiffusersFolder:
-        """Open the source, checked; what has to be unpacked stands in ``work``/source."""
-        return DiffusersFolder.open(Path(self.request.source))
+        """Open the source as the request does."""
+        return self.request.open_source(work)
 
     def write(self, folder: Path) -> None:
         """Write ``folder``/plan.json."""

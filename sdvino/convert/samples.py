@@ -14,7 +14,7 @@ Sample = Mapping[str, NDArray[Any]]
 
 def save_samples(path: Path, samples: Sequence[Sample]) -> None:
     """Write ``samples``, arrays by tensor name, to the file ``path``."""
-    arrays = {
+    arrays: dict[str, Any] = {
         f"{index}/{name}": array
         for index, sample in enumerate(samples)
         for name, array in sample.items()

@@ -100,8 +100,8 @@ class WorkFolder:
 
     @property
     def has_progress(self) -> bool:
-        """Tell whether a step is finished, so that the folder is worth keeping."""
-        return bool(self._steps)
+        """Tell whether a step that takes time is finished, so that the folder is worth keeping."""
+        return any(step != "frame" for step in self._steps)
 
     def start_anew(self) -> None:
         """Forget every finished step and remove its files."""
