@@ -19,6 +19,9 @@ def check_target(target: Path, *, overwrite: bool) -> None:
     """
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         raise OutputError(f"{target} is not a folder; choose another name for the model.")
+    standing = next((parent for parent in target.parents if parent.exists()), None)
+    if standing is None or not standing.is_dir():
+        raise OutputError(f"{target.parent} cannot be made; choose another folder.")
     if target.is_dir() and any(target.iterdir()):
         if not overwrite:
             raise OutputError(
