@@ -1,12 +1,17 @@
-"""`sdvino convert`: a checkpoint in any of its forms in, an OpenVINO model folder out."""
+"""`sdvino convert`: whatever people have in, an OpenVINO model folder out."""
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
+
+if TYPE_CHECKING:
+    from sdvino.convert.api import Outlook
 
 
 @click.command("convert")
@@ -108,6 +113,12 @@ import click
     help="A tiny autoencoder (TAESD) beside it, for previews and speed.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace FOLDER if sdvino convert made it.")
+@click.option(
+    "--fresh", is_flag=True, help="Begin anew, whatever an interrupted conversion has finished."
+)
+@click.option(
+    "--dry-run", is_flag=True, help="Show the steps, memory, disk and time it would take; no more."
+)
 def convert_command(
     source: str,
     folder: Path,
@@ -128,25 +139,61 @@ def convert_command(
     vae: Path | None,
     tiny_vae: Path | None,
     overwrite: bool,
+    fresh: bool,
+    dry_run: bool,
 ) -> None:
     """Convert SOURCE into FOLDER.
 
     SOURCE is a diffusers folder, a .safetensors checkpoint, an OpenVINO folder, or a model on the
     hub (owner/name, or owner/name/FILE.safetensors) of Stable Diffusion 1.x, 2.x or XL, or one made
     from them (turbo, LCM, Lightning, SSD-1B, small and inpainting models). Needs the convert extra:
-    pip install "sdvino[convert]". A safety checker is not converted.
+    pip install "sdvino[convert]". A safety checker is not converted. Interrupted, it continues from
+    the finished steps when it is run again.
     """
     from tqdm import tqdm
 
     from sdvino.compress.prompts import read_prompts
-    from sdvino.convert.api import convert
+    from sdvino.convert.api import look_ahead, make_request, run
     from sdvino.convert.gating import GateSettings
     from sdvino.convert.suggestions import parse_suggestions
 
-    prompts = None if prompts_file is None else read_prompts(prompts_file)
-    suggested = None if suggest is None else parse_suggestions(suggest)
-    components = _pairs(overrides)
-    gate = None if no_gate else GateSettings(min_psnr=min_psnr, minutes=gate_minutes)
+    request = make_request(
+        source,
+        recipe=recipe,
+        target=target,
+        components=_pairs(overrides),
+        prompts=None if prompts_file is None else read_prompts(prompts_file),
+        suggested=None if suggest is None else parse_suggestions(suggest),
+        name=name,
+        revision=revision,
+        offline=offline,
+        tokenizer=tokenizer,
+        prediction_type=prediction_type,
+        loras=loras,
+        vae=vae,
+        tiny_vae=tiny_vae,
+        gate=None if no_gate else GateSettings(min_psnr=min_psnr, minutes=gate_minutes),
+    )
+    if dry_run:
+        click.echo(preview(look_ahead(request, folder, overwrite=overwrite, fresh=fresh), folder))
+        return
+    with _bar() as show:
+        result = run(
+            request,
+            folder,
+            overwrite=overwrite,
+            fresh=fresh,
+            progress=show,
+            say=lambda line: tqdm.write(f"sdvino: {line}", file=sys.stderr),
+        )
+    click.echo(summary(result.path))
+
+
+@contextlib.contextmanager
+def _bar() -> Iterator[Callable[[str, float], None]]:
+    """Show a bar with the step, the share done and the time left, on a terminal."""
+    from tqdm import tqdm
+
     bar = tqdm(
         total=1.0,
         bar_format="{desc:24}{percentage:3.0f}% |{bar}| {elapsed}<{remaining}",
@@ -160,28 +207,43 @@ def convert_command(
         bar.update(max(0.0, share - bar.n))
 
     with bar:
-        result = convert(
-            source,
-            folder,
-            recipe=recipe,
-            target=target,
-            components=components,
-            prompts=prompts,
-            suggested=suggested,
-            name=name,
-            overwrite=overwrite,
-            revision=revision,
-            offline=offline,
-            tokenizer=tokenizer,
-            prediction_type=prediction_type,
-            loras=loras,
-            vae=vae,
-            tiny_vae=tiny_vae,
-            gate=gate,
-            progress=show,
-            say=lambda line: tqdm.write(f"sdvino: {line}", file=sys.stderr),
-        )
-    click.echo(summary(result.path))
+        yield show
+
+
+def preview(outlook: Outlook, folder: Path) -> str:
+    """Return the lines of `--dry-run`: each step with what it takes, and what there is."""
+    import shutil
+
+    from sdvino.runtime.memory import memory_status
+
+    name, family, needs = outlook.source.name, outlook.source.family.name, outlook.needs
+    lines = [
+        f"{name} ({family}) would become {folder}, by the recipe {outlook.recipe.name}:",
+        f"  {'step':24}{'what':24}{'memory':>10}{'disk':>10}{'time':>10}",
+    ]
+    for step in outlook.steps:
+        row = f"  {step.step.name:24}{step.what:24}"
+        if step.step.name in outlook.finished:
+            lines.append(f"{row}{'finished already':>30}")
+        else:
+            size = f"{step.disk / 1e9:.2f} GB"
+            lines.append(
+                f"{row}{f'{step.memory / 1e9:.1f} GB':>10}{size:>10}{_minutes(step.seconds):>10}"
+            )
+    standing = next(parent for parent in folder.absolute().parents if parent.is_dir())
+    total = memory_status().total
+    machine = "" if total is None else f" of {total / 1e9:.1f} GB"
+    lines += [
+        f"memory: {needs.memory / 1e9:.1f} GB at most{machine}, one step at a time",
+        f"disk:   {needs.disk / 1e9:.1f} GB meanwhile, {shutil.disk_usage(standing).free / 1e9:.1f}"
+        " GB free",
+        f"time:   about {_minutes(needs.seconds)} on a small laptop",
+    ]
+    return "\n".join(lines)
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
 
 
 def summary(folder: Path) -> str:

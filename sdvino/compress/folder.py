@@ -1,7 +1,6 @@
 """Calibrate an exported folder, and compress its components as a recipe says.
 
-`calibrate` and `compress_component` stand alone, so that each can run in a process of its own;
-`compress_folder` is all of them in one.
+`calibrate` and `compress_component` stand alone, so that each can run in a process of its own.
 """
 
 from __future__ import annotations
@@ -14,18 +13,12 @@ import openvino as ov
 
 from sdvino.compress.calibration import CalibrationInputs, CalibrationPlan, collect
 from sdvino.compress.float_pipeline import FloatPipeline
-from sdvino.compress.ir import make_core, read_ir, save_ir
 from sdvino.compress.quantization import Sample, quantize
 from sdvino.compress.quiet import quiet
-from sdvino.compress.recipes import ComponentRecipe, Recipe
+from sdvino.compress.recipes import ComponentRecipe
 from sdvino.compress.targets import Target, get_target
 from sdvino.compress.weights import compress_weights
 from sdvino.errors import SdvinoError
-
-#: Called with what is being done and the share of it done, 0 to 1.
-Progress = Callable[[str, float], None]
-
-XML = "openvino_model.xml"
 
 
 def calibrate(
@@ -36,7 +29,7 @@ def calibrate(
     ``progress`` is called with the share done. Raises SdvinoError when its pictures are no numbers.
     """
     with quiet():
-        pipeline = FloatPipeline(folder, make_core())
+        pipeline = FloatPipeline(folder, ov.Core())
     inputs = collect(pipeline, plan, _ignore if progress is None else progress)
     del pipeline
     gc.collect()
@@ -72,46 +65,6 @@ def compress_component(
     except RuntimeError as error:  # NNCF's and OpenVINO's exceptions
         what = f"{type(error).__name__}: {error}".splitlines()[0]
         raise SdvinoError(f"The {name} cannot be compressed: {what}") from error
-
-
-def compress_folder(
-    folder: Path,
-    components: Sequence[str],
-    recipe: Recipe,
-    *,
-    plan: CalibrationPlan,
-    target: Target,
-    progress: Progress,
-    source: Path | None = None,
-) -> None:
-    """Write each of ``components`` into ``folder`` as ``recipe`` asks for.
-
-    ``source`` is the folder that holds the float IR; None: ``folder`` itself, where it is replaced.
-    One component is in memory at a time. The float pipeline runs first, when anything is to be
-    quantized.
-    """
-    source = folder if source is None else source
-    inputs = CalibrationInputs()
-    if any(recipe.component(name).calibrated for name in components):
-        progress("calibrate", 0.0)
-        inputs = calibrate(source, plan, lambda share: progress("calibrate", share))
-    for name in components:
-        entry = recipe.component(name)
-        if entry.mode == "fp16" and source == folder:
-            continue
-        what, model = f"compress {name}", read_ir(source / name / XML)
-        progress(what, 0.0)
-        model = compress_component(
-            name, model, entry, inputs.of(name), target, _part(progress, what)
-        )
-        save_ir(model, folder / name / XML)
-        del model
-        gc.collect()
-        progress(what, 1.0)
-
-
-def _part(progress: Progress, what: str) -> Callable[[float], None]:
-    return lambda share: progress(what, share)
 
 
 def _ignore(share: float) -> None:

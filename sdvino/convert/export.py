@@ -1,19 +1,31 @@
 """Export of one component to OpenVINO IR, by optimum-intel's own export configurations.
 
-Only that component is in memory: half-precision weights are cast to float for tracing and saved
-in half precision again. Nothing is baked into the IR that a pipeline scales or clamps.
+Only that component is in memory, and most of its weights are not: half precision stays half
+precision, mapped from the source's file (see `sdvino.convert.mapped`). Nothing is baked into the
+IR that a pipeline scales or clamps.
 """
 
 from __future__ import annotations
 
+import contextlib
 import gc
-from collections.abc import Mapping
+import importlib.util
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from sdvino.compress.ir import read_ir, save_ir
+import openvino as ov
+
 from sdvino.compress.quiet import quiet
 from sdvino.convert.lora import merge
+from sdvino.convert.mapped import (
+    Array,
+    detach,
+    first_not_finite,
+    map_safetensors,
+    place,
+    weights_in_graph,
+)
 from sdvino.convert.openvino_source import OpenVinoFolder, copy_component
 from sdvino.convert.source import DiffusersFolder
 from sdvino.convert.timestep_table import restore_frequencies, sinusoid_frequencies
@@ -21,6 +33,7 @@ from sdvino.errors import RequestError, SdvinoError
 
 IR_NAME = "openvino_model.xml"
 
+_LIBRARIES = ("torch", "diffusers", "transformers", "optimum", "nncf", "openvino_tokenizers")
 # Our component -> optimum's task and model type.
 _EXPORTERS: Mapping[str, tuple[str, str]] = {
     "text_encoder": ("feature-extraction", "clip-text"),
@@ -39,22 +52,16 @@ _SDXL_VAE_SCALE = "128.0"
 
 
 def require_libraries() -> None:
-    """Raise RequestError unless the libraries of the ``convert`` extra can be imported."""
-    try:
-        with quiet():
-            import diffusers
-            import nncf
-            import openvino_tokenizers
-            import optimum.exporters.openvino
-            import torch
-            import transformers
-    except ImportError as error:
+    """Raise RequestError unless the libraries of the ``convert`` extra are installed.
+
+    They are looked for, not imported: the worker processes do that, and only what they need.
+    """
+    missing = [name for name in _LIBRARIES if importlib.util.find_spec(name) is None]
+    if missing:
         raise RequestError(
-            f"Converting needs libraries that are not here ({error.name});"
+            f"Converting needs libraries that are not here ({', '.join(missing)});"
             ' install them with: pip install "sdvino[convert]".'
-        ) from error
-    for library in (torch, diffusers, transformers, nncf, openvino_tokenizers, optimum):
-        _ = library
+        )
 
 
 def export_component(
@@ -79,27 +86,33 @@ def export_component(
         return
     try:
         with quiet():
-            model = _load(source, component)
-            _check_finite(source, component, model)
-            merge(model, source.components[component], source.loras)
-            if component == "tiny_vae":
-                _convert_tiny(model, output / IR_NAME)
-            else:
-                _export(source, component, model, output / IR_NAME)
-            if component == "unet":
-                _mend_time_embedding(model, output / IR_NAME)
+            model, weights = _load(source, component)
+            _check_finite(source, component, model, weights)
+            merge(model, source.components[component], source.loras, weights)
+            weights = detach(model, weights)
+            frequencies = _frequencies(model) if component == "unet" else None
+            with weights_in_graph(weights, "autoencoder." if component == "tiny_vae" else ""):
+                if component == "tiny_vae":
+                    converted = _convert_tiny(model)
+                else:
+                    converted = _export(source, component, model)
+            del model
+            gc.collect()
+            if frequencies is not None:
+                restore_frequencies(converted, frequencies)
+            ov.save_model(converted, output / IR_NAME, compress_to_fp16=True)
     except (RequestError, MemoryError):
         raise
     except Exception as error:
         what = f"{type(error).__name__}: {error}".splitlines()[0]
         raise SdvinoError(f"The {component} of {source.name} cannot be exported: {what}") from error
-    finally:
-        model = None
-        gc.collect()
 
 
-def _load(source: DiffusersFolder, component: str) -> Any:
-    """Return the torch module, in float32 and eval mode, from safetensors alone."""
+def _load(source: DiffusersFolder, component: str) -> tuple[Any, dict[str, Array]]:
+    """Return the torch module, in float32 and eval mode, from safetensors alone.
+
+    With it come the weights that it only seems to have: they are left in their file.
+    """
     import torch
     from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTextModelWithProjection
@@ -112,10 +125,10 @@ def _load(source: DiffusersFolder, component: str) -> Any:
         "vae": AutoencoderKL,
         "tiny_vae": AutoencoderTiny,
     }
-    if folder == "unet":
-        model = _load_lean(UNet2DConditionModel, source, folder)
-        if model is not None:
-            return model
+    if folder in ("unet", "vae"):
+        lean = _load_lean(classes[folder], source, folder)
+        if lean is not None:
+            return lean
     options: dict[str, Any] = {"use_safetensors": True, "local_files_only": True}
     if any(".fp16." in file.name for file in source.weights[folder]):
         options["variant"] = "fp16"
@@ -128,50 +141,53 @@ def _load(source: DiffusersFolder, component: str) -> Any:
             f"The {component} of {source.name} lacks {len(missing)} of its weights ({missing[0]});"
             " get the model again, complete."
         )
-    return model.to(torch.float32).eval()
+    return model.to(torch.float32).eval(), {}
 
 
-def _load_lean(cls: Any, source: DiffusersFolder, folder: str) -> Any | None:
-    """Build the module without memory of its own and put the file's tensors into it.
+def _load_lean(
+    cls: Any, source: DiffusersFolder, folder: str
+) -> tuple[Any, dict[str, Array]] | None:
+    """Build the module without memory of its own; its large weights stay in their file.
 
     diffusers would initialise every weight first: for a UNet gigabytes, and a minute. None when
     the file's names are not this version's, so that diffusers' own loader can translate them.
     """
     import torch
-    from safetensors.torch import load_file
 
     with torch.device("meta"):
         model = cls.from_config(dict(source.configs[folder]))
-    expected = set(model.state_dict())
-    state: dict[str, Any] = {}
-    for file in source.weights[folder]:
-        tensors = load_file(file)
-        while tensors:
-            name, tensor = tensors.popitem()
-            state[name] = tensor.to(torch.float32)
-    if set(state) != expected:
+    tensors = map_safetensors(source.weights[folder])
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    found = {name: array.shape for name, array in tensors.items()}
+    if found != expected or any(array.dtype.kind != "f" for array in tensors.values()):
         return None
-    model.load_state_dict(state, assign=True)
+    weights = place(model, tensors)
     if any(buffer.is_meta for buffer in model.buffers()):
         return None
-    return model.eval()
+    return model.eval(), weights
 
 
-def _check_finite(source: DiffusersFolder, component: str, model: Any) -> None:
+def _check_finite(
+    source: DiffusersFolder, component: str, model: Any, weights: Mapping[str, Array]
+) -> None:
     """Raise RequestError unless every weight is a number; a sum needs no memory and keeps NaN."""
     import torch
 
-    for name, tensor in model.named_parameters():
-        if not bool(torch.isfinite(tensor.detach().sum(dtype=torch.float64))):
-            raise RequestError(
-                f"The {component} of {source.name} has weights that are not numbers ({name});"
-                " get the file again or choose another version of the model."
-            )
+    name = first_not_finite(weights)
+    for own, tensor in model.named_parameters():
+        if name is None and not bool(torch.isfinite(tensor.detach().sum(dtype=torch.float64))):
+            name = own
+    if name is not None:
+        raise RequestError(
+            f"The {component} of {source.name} has weights that are not numbers ({name});"
+            " get the file again or choose another version of the model."
+        )
 
 
-def _export(source: DiffusersFolder, component: str, model: Any, xml: Path) -> None:
-    import optimum.exporters.openvino.model_configs  # noqa: F401  registers the configurations
-    from optimum.exporters.openvino.convert import export_pytorch
+def _export(source: DiffusersFolder, component: str, model: Any) -> ov.Model:
+    """Return ``model`` as an OpenVINO model, by optimum-intel's configuration for it."""
+    import optimum.exporters.openvino.convert
+    import optimum.exporters.openvino.model_configs  # registers the configurations
     from optimum.exporters.tasks import TasksManager
     from optimum.intel.openvino import OVConfig
 
@@ -188,15 +204,29 @@ def _export(source: DiffusersFolder, component: str, model: Any, xml: Path) -> N
     scale = _activations_scale(source, component)
     if scale is not None:
         config.runtime_options = {"ACTIVATIONS_SCALE_FACTOR": scale}
-    export_pytorch(
-        model,
-        config,
-        xml,
-        input_shapes={"height": _TRACED_LATENTS, "width": _TRACED_LATENTS},
-        ov_config=OVConfig(dtype="fp16"),
-        stateful=False,
-        library_name="diffusers",
-    )
+    with _saved_here(optimum.exporters.openvino.convert) as saved:
+        optimum.exporters.openvino.convert.export_pytorch(
+            model,
+            config,
+            Path(IR_NAME),
+            input_shapes={"height": _TRACED_LATENTS, "width": _TRACED_LATENTS},
+            ov_config=OVConfig(dtype="fp16"),
+            stateful=False,
+            library_name="diffusers",
+        )
+    return saved.pop()
+
+
+@contextlib.contextmanager
+def _saved_here(exporter: Any) -> Iterator[list[ov.Model]]:
+    """Collect the models that optimum-intel would write, so that they are written once, mended."""
+    saved: list[ov.Model] = []
+    original = exporter.save_model
+    exporter.save_model = lambda model, path, compress_to_fp16=True: saved.append(model)
+    try:
+        yield saved
+    finally:
+        exporter.save_model = original
 
 
 def _activations_scale(source: DiffusersFolder, component: str) -> str | None:
@@ -233,19 +263,15 @@ def _set_export_options(source: DiffusersFolder, component: str, model: Any) -> 
         }
 
 
-def _mend_time_embedding(model: Any, xml: Path) -> None:
-    """Write the saved UNet again with the exact frequencies of its time embedding."""
+def _frequencies(model: Any) -> Any | None:
+    """Return the exact frequencies of the UNet's time embedding; None for one that was learnt."""
     time_proj: Any = getattr(model, "time_proj", None)
     if not hasattr(time_proj, "downscale_freq_shift"):
-        return  # an embedding learnt, not sinusoidal
-    converted = read_ir(xml)
-    frequencies = sinusoid_frequencies(time_proj.num_channels, time_proj.downscale_freq_shift)
-    if restore_frequencies(converted, frequencies):
-        save_ir(converted, xml)
+        return None
+    return sinusoid_frequencies(time_proj.num_channels, time_proj.downscale_freq_shift)
 
 
-def _convert_tiny(model: Any, xml: Path) -> None:
-    import openvino as ov
+def _convert_tiny(model: Any) -> ov.Model:
     import torch
 
     class Decoder(torch.nn.Module):  # type: ignore[misc]
@@ -266,4 +292,4 @@ def _convert_tiny(model: Any, xml: Path) -> None:
         )
     converted.input(0).get_tensor().set_names({"latent_sample"})
     converted.output(0).get_tensor().set_names({"sample"})
-    save_ir(converted, xml)
+    return converted

@@ -1,11 +1,8 @@
-"""The quality gate inside a conversion: its settings, and the float model it compares with."""
+"""The quality gate inside a conversion."""
 
 from __future__ import annotations
 
-import contextlib
-import os
-import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,24 +68,3 @@ def judge(
     if verdict.comparison is not None:
         write_report(folder, verdict, name=name)
     return verdict
-
-
-@contextlib.contextmanager
-def float_copy(staging: Path) -> Iterator[Path]:
-    """Give a copy of the folder ``staging`` beside it, as it is now; removed afterwards.
-
-    Files are linked where the file system can: compression replaces them and never writes in them.
-    """
-    copy = staging.with_name(f"{staging.name}.float")
-    try:
-        shutil.copytree(staging, copy, copy_function=_link_or_copy)
-        yield copy
-    finally:
-        shutil.rmtree(copy, ignore_errors=True)
-
-
-def _link_or_copy(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)

@@ -8,9 +8,9 @@ from typing import TypeAlias
 from sdvino.convert.clip_vocabulary import find_vocabulary
 from sdvino.convert.hub_source import download, is_hub_source
 from sdvino.convert.openvino_source import OpenVinoFolder
+from sdvino.convert.progress import Progress, silent
 from sdvino.convert.single_file import SingleFile
 from sdvino.convert.source import DiffusersFolder
-from sdvino.convert.work import Progress, silent
 from sdvino.errors import RequestError
 from sdvino.hub import Report, report_to_stderr
 from sdvino.settings import check_choice

@@ -23,8 +23,8 @@ from sdvino.convert.checkpoint_layout import LayoutError, Shape, Tensor, under
 from sdvino.convert.clip_vocabulary import END, Vocabulary
 from sdvino.convert.families import Family, find_family, read_facts, tokenizer_of
 from sdvino.convert.hints import Hints, read_hints
+from sdvino.convert.progress import Progress, silent
 from sdvino.convert.safetensors_header import FLOATS, Header, read_half, read_header, write_half
-from sdvino.convert.work import Progress, silent
 from sdvino.errors import RequestError
 
 _CONFIGS = Path(__file__).parent / "configs"

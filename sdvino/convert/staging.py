@@ -19,6 +19,9 @@ def check_target(target: Path, *, overwrite: bool) -> None:
     """
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         raise OutputError(f"{target} is not a folder; choose another name for the model.")
+    standing = next((parent for parent in target.parents if parent.exists()), None)
+    if standing is None or not standing.is_dir():
+        raise OutputError(f"{target.parent} cannot be made; choose another folder.")
     if target.is_dir() and any(target.iterdir()):
         if not overwrite:
             raise OutputError(
@@ -39,11 +42,11 @@ def staged(target: Path, *, overwrite: bool) -> Iterator[Path]:
     Raises OutputError when ``target`` may not, or cannot, be written.
     """
     check_target(target, overwrite=overwrite)
-    made = _make_parents(target.parent)
+    made = make_parents(target.parent)
     try:
         staging = _sibling(target)
     except OSError as error:
-        _remove_empty(made)
+        remove_empty(made)
         raise OutputError(
             f"{target.parent} cannot be written ({error.strerror}); choose another folder."
         ) from error
@@ -53,7 +56,7 @@ def staged(target: Path, *, overwrite: bool) -> Iterator[Path]:
         _replace(staging, target)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
-        _remove_empty(made)
+        remove_empty(made)
         raise
 
 
@@ -73,7 +76,7 @@ def _replace(staging: Path, target: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def _make_parents(folder: Path) -> list[Path]:
+def make_parents(folder: Path) -> list[Path]:
     """Create ``folder`` and return what had to be made, deepest first."""
     missing = []
     for parent in (folder, *folder.parents):
@@ -83,14 +86,15 @@ def _make_parents(folder: Path) -> list[Path]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        _remove_empty(missing)
+        remove_empty(missing)
         raise OutputError(
             f"{folder} cannot be made ({error.strerror}); choose another folder."
         ) from error
     return missing
 
 
-def _remove_empty(folders: list[Path]) -> None:
+def remove_empty(folders: list[Path]) -> None:
+    """Remove those of ``folders``, deepest first, that are empty."""
     for folder in folders:
         with contextlib.suppress(OSError):
             folder.rmdir()

@@ -1,69 +1,78 @@
-"""How far a conversion is: the share of the whole that each part of it is expected to take."""
+"""How far a conversion is: the share of the whole that each step of it is expected to take."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Sequence
 
-from sdvino.compress.calibration import CalibrationPlan
-from sdvino.compress.recipes import Recipe
+from sdvino.convert.progress import Progress
+from sdvino.convert.request import WorkPlan
+from sdvino.convert.steps import Step
 
-#: Called with what is being done and the share of the whole conversion done, 0 to 1.
-Progress = Callable[[str, float], None]
-
-# Seconds on a small laptop, per component and per gigabyte of half-precision weights; only their
-# ratios matter.
-_EXPORT = (4.0, 30.0)
-_WEIGHTS = (1.0, 20.0)
+# Seconds on a small laptop, per step and per gigabyte of half-precision weights; what matters most
+# is their ratios.
+_FRAME = 8.0
+_EXPORT = (6.0, 30.0)
+_COPY = (0.1, 1.0)
+_WEIGHTS = (2.0, 20.0)
 _EVALUATION = (0.01, 3.0)
+# An autoencoder works at the picture's size: few weights, and each used far more often.
+_VAE_EVALUATION = (0.01, 80.0)
 # NNCF goes over the calibration inputs twice, with statistics at every layer.
 _QUANTIZE_PASSES = 3.0
-# UNet evaluations that the gate is about.
-_GATE_PASSES = 300.0
+# A step that says nothing is shown to go on, but never as done.
+_LONGEST_GUESS = 0.9
 
 
-def silent(what: str, share: float) -> None:
-    """Show nothing."""
+def expected_seconds(step: Step, plan: WorkPlan) -> float:
+    """Return the seconds that ``step`` is expected to take on a small laptop."""
+    if step.kind == "frame":
+        return _FRAME
+    if step.kind == "export":
+        return _cost(_EXPORT, step.bytes)
+    if step.kind == "calibrate":
+        return plan.calibration.evaluations * _cost(_EVALUATION, step.bytes)
+    treatment = plan.recipe.treatment(step.component)
+    if treatment == "fp16":
+        return _cost(_COPY, step.bytes)
+    if step.component not in plan.quantized:
+        return _cost(_WEIGHTS, step.bytes)
+    calibration = plan.calibration
+    samples = calibration.unet_samples if step.component == "unet" else len(calibration.prompts)
+    evaluation = _VAE_EVALUATION if "vae" in step.component else _EVALUATION
+    return 3.0 + _QUANTIZE_PASSES * samples * _cost(evaluation, step.bytes)
 
 
 class Work:
-    """Turns the progress of a part into the progress of the whole."""
+    """Turns the progress of a step into the progress of the whole."""
 
-    def __init__(
-        self,
-        components: Mapping[str, int],
-        recipe: Recipe,
-        plan: CalibrationPlan,
-        report: Progress,
-        *,
-        gated: bool = False,
-    ) -> None:
-        """``components`` gives the bytes of each component's weights, in order."""
+    def __init__(self, steps: Sequence[Step], plan: WorkPlan, report: Progress) -> None:
+        """``steps`` are those that are left to do, in order."""
         self._report = report
-        self._seconds: dict[str, float] = {}
-        for name, size in components.items():
-            self._seconds[f"export {name}"] = _cost(_EXPORT, size)
-        if any(recipe.component(name).calibrated for name in components):
-            evaluation = _cost(_EVALUATION, components.get("unet", 0))
-            self._seconds["calibrate"] = plan.evaluations * evaluation
-        for name, size in components.items():
-            if recipe.treatment(name) == "fp16":
-                continue
-            if not recipe.component(name).calibrated:
-                self._seconds[f"compress {name}"] = _cost(_WEIGHTS, size)
-            else:
-                samples = plan.unet_samples if name == "unet" else len(plan.prompts)
-                seconds = _QUANTIZE_PASSES * samples * _cost(_EVALUATION, size)
-                self._seconds[f"compress {name}"] = 1.0 + seconds
-        if gated:
-            self._seconds["gate"] = _GATE_PASSES * _cost(_EVALUATION, components.get("unet", 0))
+        self._seconds = {step.name: expected_seconds(step, plan) for step in steps}
         self._total = sum(self._seconds.values())
+        self._step = ""
+        self._said = self._shown = 0.0
+        self._since = time.monotonic()
 
-    def update(self, part: str, share: float) -> None:
-        """Report that ``part`` is done to ``share``, 0 to 1."""
+    def update(self, step: str, share: float) -> None:
+        """Report that ``step`` is done to ``share``, 0 to 1."""
+        self._step, self._said, self._since = step, share, time.monotonic()
+        self._show(share)
+
+    def tick(self) -> None:
+        """Report that time passes: a step that says nothing goes on as fast as expected."""
+        if self._step:
+            passed = (time.monotonic() - self._since) / self._seconds[self._step]
+            self._show(max(self._said, min(_LONGEST_GUESS, self._said + passed)))
+
+    def _show(self, share: float) -> None:
         before = 0.0
         for name, seconds in self._seconds.items():
-            if name == part:
-                self._report(part, (before + share * seconds) / self._total)
+            if name == self._step:
+                whole = (before + share * seconds) / self._total
+                self._shown = max(self._shown, whole)
+                self._report(name, self._shown)
                 return
             before += seconds
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +17,7 @@ import pytest
 
 from sdvino.compress.recipes import RECIPES, get_recipe
 from sdvino.convert.api import convert
+from sdvino.errors import Cancelled, SdvinoError
 from sdvino.model_folder import ModelFolder
 
 pytestmark = [
@@ -236,3 +239,76 @@ def test_the_command_says_what_it_made(
     told = json.loads((target / "sdvino.json").read_text(encoding="utf-8"))["suggested"]
     assert told == {"num_inference_steps": 9, "guidance_scale": 3.0, "scheduler": "euler"}
     assert [path.name for path in target.parent.iterdir()] == ["model"]
+
+
+def without_numbers(xml: Path) -> str:
+    """The text of an IR without the numbers that OpenVINO gives nameless operations."""
+    return re.sub(r"_\d+", "", xml.read_text(encoding="utf-8"))
+
+
+def assert_same_model(one: Path, other: Path) -> None:
+    files = [sorted(p.relative_to(f).as_posix() for p in f.rglob("*")) for f in (one, other)]
+    assert files[0] == files[1]
+    for name in files[0]:
+        if name.endswith("openvino_model.xml"):
+            assert without_numbers(one / name) == without_numbers(other / name)
+        elif (one / name).is_file() and name != "sdvino.json":  # which holds their checksums
+            assert (one / name).read_bytes() == (other / name).read_bytes(), name
+
+
+def test_killed_at_any_moment_it_continues_to_the_same_model(
+    synthetic: Path, converted: dict[str, ModelFolder], tmp_path: Path
+) -> None:
+    target = tmp_path / "model"
+    words = [sys.executable, "-m", "sdvino", "convert", str(synthetic), str(target)]
+    words += ["--recipe", "int8-weights"]
+    rng = random.Random(7)
+    said = []
+    for _ in range(12):
+        running = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        try:
+            _, stderr = running.communicate(timeout=rng.uniform(0.2, 8.0))
+        except subprocess.TimeoutExpired:
+            running.kill()
+            _, stderr = running.communicate()
+        said.append(stderr.decode())
+        if target.exists():
+            ModelFolder.open(target).verify()
+            break
+        assert {path.name for path in tmp_path.iterdir()} <= {".model.sdvino-partial"}
+    if not target.exists():
+        done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+    assert not any("Traceback" in text for text in said), said
+    ModelFolder.open(target).verify()
+    assert_same_model(target, converted["int8-weights"].path)
+
+
+def test_another_request_shares_what_is_the_same_and_ctrl_c_says_how_to_go_on(
+    synthetic: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    target = tmp_path / "model"
+
+    def stop_after_export(what: str, share: float) -> None:
+        if what.startswith("compress"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(Cancelled, match="run the same command again"):
+        convert(synthetic, target, recipe="int8-weights", progress=stop_after_export)
+    assert [path.name for path in tmp_path.iterdir()] == [".model.sdvino-partial"]
+    done: list[str] = []
+    fp16 = convert(synthetic, target, recipe="fp16", progress=lambda what, _: done.append(what))
+    assert "Continuing" in caplog.text
+    assert not any(what.startswith("export") for what in done)
+    assert fp16.manifest is not None
+    assert fp16.manifest.recipe == "fp16"
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_weights_that_cannot_be_exported_leave_nothing(source: Path, tmp_path: Path) -> None:
+    """A folder that passes every check and holds no such model: the worker's error is one."""
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(SdvinoError) as caught:
+        convert(source, tmp_path / "model", recipe="fp16")
+    assert len(str(caught.value).splitlines()) == 1
+    assert sorted(tmp_path.iterdir()) == before

@@ -1,0 +1,122 @@
+"""What a conversion will need: disk, memory and time, worked out and checked before it starts."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from sdvino.convert.request import WorkPlan
+from sdvino.convert.steps import Step
+from sdvino.convert.work import expected_seconds
+from sdvino.errors import OutputError, RequestError
+from sdvino.runtime.memory import MemoryStatus, memory_status
+
+_log = logging.getLogger("sdvino")
+
+# Peaks of the worker processes: libraries alone, and for each byte of half-precision weights.
+# Measured on Stable Diffusion 1.5's UNet (1.7 GB): see docs/conversion.md.
+_EXPORT = (1_100_000_000, 1.1)
+_WEIGHTS = (700_000_000, 2.2)
+_QUANTIZE = (1_000_000_000, 5.0)
+_CALIBRATE = (600_000_000, 4.8)
+_PARENT = 150_000_000
+# Bytes of a component for each byte of its half-precision weights.
+_COMPRESSED_SIZE = 0.55
+_SCRATCH = 50_000_000
+#: More of the machine's memory than this is not there, whatever is swapped out.
+_USABLE_SHARE = 0.95
+
+
+@dataclass(frozen=True, slots=True)
+class StepNeeds:
+    """What one step takes."""
+
+    step: Step
+    #: What is done to the component: export, fp16, int8 ...
+    what: str
+    seconds: float
+    #: Peak memory of the step's process, and this one's.
+    memory: int
+    #: Bytes that stay on the disk until the conversion ends.
+    disk: int
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """What the steps that are left take, one after the other."""
+
+    steps: tuple[StepNeeds, ...]
+
+    @property
+    def memory(self) -> int:
+        """Return the peak memory, in bytes: one step runs at a time."""
+        return max((needs.memory for needs in self.steps), default=0)
+
+    @property
+    def disk(self) -> int:
+        """Return the bytes on the target's disk while the model is made."""
+        return sum(needs.disk for needs in self.steps) + _SCRATCH
+
+    @property
+    def seconds(self) -> float:
+        """Return the expected time on a small laptop."""
+        return sum(needs.seconds for needs in self.steps)
+
+
+def work_out(steps: Sequence[Step], plan: WorkPlan) -> Needs:
+    """Return what ``steps`` will take. Nothing is loaded for it."""
+    return Needs(tuple(_needs_of(step, plan) for step in steps))
+
+
+def check_needs(needs: Needs, folder: Path, status: MemoryStatus | None = None) -> None:
+    """Raise OutputError when the disk of ``folder`` is too small, RequestError when memory is.
+
+    When the memory would be enough with other programs closed, that is said in the log.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < needs.disk:
+        raise OutputError(
+            f"Converting needs {_gigabytes(needs.disk)} on the disk of the target and"
+            f" {_gigabytes(free)} are free; free some space or choose another folder."
+        )
+    status = memory_status() if status is None else status
+    if status.total is not None and needs.memory > status.total * _USABLE_SHARE:
+        raise RequestError(
+            f"This conversion needs about {_gigabytes(needs.memory)} of memory and the machine has"
+            f" {_gigabytes(status.total)}; choose a milder --recipe, such as int8-weights or fp16."
+        )
+    if status.available is not None and needs.memory > status.available:
+        _log.warning(
+            "This needs about %s of memory and %s are free: it may be slow; close other programs.",
+            _gigabytes(needs.memory),
+            _gigabytes(status.available),
+        )
+
+
+def _needs_of(step: Step, plan: WorkPlan) -> StepNeeds:
+    seconds = expected_seconds(step, plan)
+    size = step.bytes
+    if step.kind == "frame":
+        return StepNeeds(step, "tokenizer and configs", seconds, _peak(_EXPORT, 0), 10_000_000)
+    if step.kind == "export":
+        return StepNeeds(step, "half precision", seconds, _peak(_EXPORT, size), size)
+    if step.kind == "calibrate":
+        inputs = plan.calibration.evaluations * 400_000
+        return StepNeeds(step, "record inputs", seconds, _peak(_CALIBRATE, size), inputs)
+    treatment = plan.recipe.treatment(step.component)
+    if treatment == "fp16":
+        return StepNeeds(step, treatment, seconds, _PARENT, size)
+    rates = _QUANTIZE if step.component in plan.quantized else _WEIGHTS
+    disk = int(_COMPRESSED_SIZE * size)
+    return StepNeeds(step, treatment, seconds, _peak(rates, size), disk)
+
+
+def _peak(rates: tuple[int, float], size: int) -> int:
+    return int(_PARENT + rates[0] + rates[1] * size)
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / 1e9:,.1f} GB"

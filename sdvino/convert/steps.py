@@ -1,0 +1,63 @@
+"""The steps of a conversion: what each needs, and how long it is expected to take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+Kind = Literal["frame", "export", "calibrate", "compress"]
+
+# Steps of components smaller than this share a process: importing torch takes as long as their
+# work, and their memory does not matter.
+_SMALL_BYTES = 400_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One piece of work, done by a worker process and finished as a whole."""
+
+    kind: Kind
+    #: Empty for steps that belong to no one component.
+    component: str = ""
+    #: Bytes of the component's weights in the source.
+    bytes: int = 0
+
+    @property
+    def name(self) -> str:
+        """Return what the step is called: on the command line, in state.json and in progress."""
+        return f"{self.kind} {self.component}" if self.component else self.kind
+
+    @classmethod
+    def parse(cls, name: str) -> Step:
+        """Return the step called ``name``, without its size."""
+        kind, _, component = name.partition(" ")
+        for known in ("frame", "export", "calibrate", "compress"):
+            if kind == known:
+                return cls(known, component)
+        raise ValueError(f"unknown step {name!r}")
+
+
+def group(steps: Sequence[Step]) -> Iterator[list[Step]]:
+    """Give the steps in order, those together that one process does.
+
+    Small exports share a process, and so do small compressions; anything large is alone.
+    """
+    batch: list[Step] = []
+    for step in steps:
+        fits = batch and _family(batch[-1]) == _family(step)
+        if batch and not (fits and sum(s.bytes for s in batch) + step.bytes <= _SMALL_BYTES):
+            yield batch
+            batch = []
+        batch.append(step)
+    if batch:
+        yield batch
+
+
+def _family(step: Step) -> str:
+    """Return which libraries a step loads: the frame's are among the export's."""
+    return "export" if step.kind == "frame" else step.kind
+
+
+#: Called with the name of a step and the share of it done, 0 to 1.
+StepProgress = Callable[[str, float], None]

@@ -1,0 +1,240 @@
+"""One or more steps of a conversion in a process of its own, so that their memory ends with them.
+
+    python -m sdvino.convert.worker WORKDIR STEP...
+
+What to do stands in WORKDIR/plan.json. Lines of JSON go to stdout: {"step", "share"} while a step
+runs, {"step", "files"} when it is finished, {"error"} when it failed. The process ends when its
+stdin does: nothing goes on when the conversion was killed. Libraries are imported by the step that
+needs them: compression does without torch's models, export without NNCF.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, TextIO
+
+from sdvino.convert.request import WorkPlan
+from sdvino.convert.state import FileLock, Files, files_under
+from sdvino.convert.steps import Step
+from sdvino.errors import RequestError, SdvinoError
+
+_LOCK_FILE = "worker-lock"
+
+#: Writes the output of a step into the folder given; calls back with the share done.
+StepFunction = Callable[[WorkPlan, Path, str, Path, Callable[[float], None]], None]
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the steps named after the work folder; return the exit status."""
+    work, names = Path(arguments[0]).absolute(), arguments[1:]
+    out = _take_stdout()
+    _end_with_parent()
+
+    def tell(message: Mapping[str, Any]) -> None:
+        out.write(json.dumps(message) + "\n")
+        out.flush()
+
+    # A worker of a conversion that was killed may still be ending: it goes first.
+    lock = FileLock(work / _LOCK_FILE)
+    lock.acquire(wait=True)
+    name = ""
+    try:
+        plan = WorkPlan.read(work)
+        for name in names:
+            tell({"step": name, "share": 0.0})
+            files = run_step(plan, work, name, partial(_tell_share, tell, name))
+            tell({"step": name, "files": files})
+    except BaseException as error:
+        tell({"error": _describe(error, name)})
+        return 1
+    finally:
+        lock.release()
+    return 0
+
+
+def _tell_share(tell: Callable[[Mapping[str, Any]], None], name: str, share: float) -> None:
+    tell({"step": name, "share": share})
+
+
+def run_step(plan: WorkPlan, work: Path, name: str, progress: Callable[[float], None]) -> Files:
+    """Do one step and put its output in place; return the files it consists of."""
+    step = Step.parse(name)
+    run, places = STEPS[step.kind]
+    output = work / "tmp" / name.replace(" ", "-")
+    shutil.rmtree(output, ignore_errors=True)
+    output.mkdir(parents=True)
+    run(plan, work, step.component, output, progress)
+    files: Files = {}
+    for place in places(step.component):
+        files |= _publish(output, work, place, last=place == places(step.component)[-1])
+    return files
+
+
+def _publish(output: Path, work: Path, place: str, *, last: bool) -> Files:
+    """Put the entries of ``output`` into ``work``/``place``; the last place gets them by rename."""
+    files: Files = {}
+    target = work / place
+    if place.endswith("/"):  # entries of the step go beside those of others
+        target.mkdir(parents=True, exist_ok=True)
+        pairs = [(entry, target / entry.name) for entry in sorted(output.iterdir())]
+    else:
+        pairs = [(output, target)]
+    for entry, goal in pairs:
+        _remove(goal)
+        if last:
+            entry.rename(goal)
+        elif entry.is_dir():
+            shutil.copytree(entry, goal)
+        else:
+            shutil.copyfile(entry, goal)
+        files |= files_under(goal, work)
+    return files
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _frame(
+    plan: WorkPlan, work: Path, component: str, output: Path, progress: Callable[[float], None]
+) -> None:
+    from sdvino.convert.frame import write_frame
+
+    write_frame(plan.open_source(work), output)
+
+
+def _export(
+    plan: WorkPlan, work: Path, component: str, output: Path, progress: Callable[[float], None]
+) -> None:
+    from sdvino.convert.export import export_component
+    from sdvino.convert.frame import write_component_config
+
+    source = plan.open_source(work)
+    export_component(source, component, output)
+    write_component_config(source, component, output)
+
+
+def _calibrate(
+    plan: WorkPlan, work: Path, component: str, output: Path, progress: Callable[[float], None]
+) -> None:
+    from sdvino.compress.folder import calibrate
+    from sdvino.compress.samples import save_samples
+
+    inputs = calibrate(work / "float", plan.calibration, progress)
+    for name in plan.quantized:
+        save_samples(output / f"{name}.npz", inputs.of(name))
+
+
+def _compress(
+    plan: WorkPlan, work: Path, component: str, output: Path, progress: Callable[[float], None]
+) -> None:
+    source = work / "float" / component
+    if plan.recipe.treatment(component) == "fp16":
+        for file in source.iterdir():
+            _link(file, output / file.name)
+        return
+    import openvino as ov
+
+    from sdvino.compress.folder import compress_component
+    from sdvino.compress.samples import load_samples
+    from sdvino.compress.targets import get_target
+
+    samples: list[dict[str, Any]] = []
+    if component in plan.quantized:
+        samples = load_samples(work / "calibration" / f"{component}.npz")
+    # Mapped, not read: a weight is in memory while something works on it.
+    model = ov.Core().read_model(source / "openvino_model.xml")
+    recipe, target = plan.recipe.component(component), get_target(plan.request.target)
+    model = compress_component(component, model, recipe, samples, target, progress)
+    ov.save_model(model, output / "openvino_model.xml", compress_to_fp16=True)
+    for file in source.iterdir():
+        if file.suffix not in (".xml", ".bin"):
+            shutil.copyfile(file, output / file.name)
+
+
+def _link(file: Path, copy: Path) -> None:
+    """Give ``file`` a second name; where the disk knows no such thing, copy it."""
+    try:
+        os.link(file, copy)
+    except OSError:
+        shutil.copyfile(file, copy)
+
+
+#: Kind of step -> what does it, and where its output goes: a folder that it replaces, or, with a
+#: slash at the end, a folder that it adds to.
+STEPS: Mapping[str, tuple[StepFunction, Callable[[str], list[str]]]] = {
+    "frame": (_frame, lambda component: ["model/", "float/"]),
+    "export": (_export, lambda component: [f"float/{component}"]),
+    "calibrate": (_calibrate, lambda component: ["calibration/"]),
+    "compress": (_compress, lambda component: [f"model/{component}"]),
+}
+
+
+def _describe(error: BaseException, step: str) -> dict[str, Any]:
+    """Return an exception as JSON that `sdvino.convert.processes` makes one of again."""
+    described: dict[str, Any] = {
+        "type": "SdvinoError",
+        "message": str(error),
+        "traceback": traceback.format_exc(),
+    }
+    if isinstance(error, SdvinoError):
+        described["type"] = type(error).__name__
+    elif isinstance(error, MemoryError):
+        described["message"] = f"There is not enough memory to {step}; close other programs."
+    elif isinstance(error, ImportError):
+        described["type"] = RequestError.__name__
+        described["message"] = (
+            f"Converting needs libraries that cannot be loaded here ({error});"
+            ' install them with: pip install "sdvino[convert]".'
+        )
+    elif isinstance(error, OSError):
+        described["type"] = "OSError"
+        described["arguments"] = [error.errno, error.strerror, error.filename]
+    else:
+        what = f"{type(error).__name__}: {error}".splitlines()[0]
+        described["message"] = f"The step `{step}` failed: {what}"
+    return described
+
+
+def _take_stdout() -> TextIO:
+    """Return a stream to the process's stdout, and send what anything else prints to stderr."""
+    out = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    sys.stdout = sys.stderr
+    return out
+
+
+def _end_with_parent() -> None:
+    """End this process when the one that started it is gone. Ctrl-C is that one's business."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.platform.startswith("linux"):
+        import ctypes
+
+        # At once, even while a library computes without letting Python's threads run.
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+    def wait() -> None:
+        with contextlib.suppress(OSError, ValueError):
+            while os.read(0, 1024):
+                pass
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
