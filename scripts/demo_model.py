@@ -131,12 +131,12 @@ def make_unet() -> UNet2DConditionModel:
         sample_size=scenes.PICTURE_SIZE // 8,
         in_channels=4,
         out_channels=4,
-        block_out_channels=(48, 96, 128),
+        block_out_channels=(64, 96, 96),
         down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
         layers_per_block=1,
         cross_attention_dim=TEXT_WIDTH,
-        attention_head_dim=(2, 3, 4),  # in diffusers' Stable Diffusion 1.x: the number of heads
+        attention_head_dim=(2, 3, 3),  # in diffusers' Stable Diffusion 1.x: the number of heads
         norm_num_groups=16,
     )
 

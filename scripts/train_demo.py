@@ -4,8 +4,9 @@
 
 Stages, in order: the autoencoder; a pool of scenes encoded once; the text encoder by itself; the
 UNet together with it; the autoencoder's decoder once more; the tiny autoencoder for previews. Each
-goes on from its checkpoint in --work when run again, so Ctrl-C is safe. `--init FOLDER` takes the
-autoencoder of an earlier folder as it is. Needs pip install "sdvino[convert]".
+goes on from its checkpoint in --work when run again, so Ctrl-C is safe. `--init FOLDER` goes on
+from the weights of an earlier folder, whose encoder is taken as it is.
+Needs pip install "sdvino[convert]".
 """
 
 from __future__ import annotations
@@ -41,10 +42,10 @@ def train(run: Run, last_stage: str = STAGES[-1]) -> None:
     pool = make_pool(run, vae, tokenizer)
     if last_stage == "pool":
         return
-    text_encoder = train_text(run, tokenizer)
+    text = train_text(run, tokenizer)
     if last_stage == "text":
         return
-    model = train_unet(run, pool, tokenizer, text_encoder)
+    model = train_unet(run, pool, tokenizer, text)
     save(run, "unet", model["unet"])
     save(run, "text_encoder", model["text_encoder"])
     if last_stage == "unet":
@@ -67,7 +68,7 @@ def parse(arguments: list[str] | None = None) -> tuple[Run, str]:
     parser.add_argument("--batch", type=int, default=64, help="pictures in a step of the UNet")
     parser.add_argument("--threads", type=int, help="CPU threads of torch")
     parser.add_argument("--compile", action="store_true", help="compile the UNet (for CUDA)")
-    parser.add_argument("--init", type=Path, help="a folder whose autoencoder is taken as it is")
+    parser.add_argument("--init", type=Path, help="an earlier folder to go on from")
     parser.add_argument("--until", choices=STAGES, default=STAGES[-1], help="the last stage to run")
     options = parser.parse_args(arguments)
     if options.threads is not None:

@@ -3,26 +3,38 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import demo_model
 import numpy as np
 import scenes
 import torch
+from diffusers import UNet2DConditionModel
 from layout_labels import COUNTS, layout_labels
 from torch.nn.functional import cross_entropy, mse_loss
 from train_autoencoder import to_images
 from train_loop import Loop
 from train_run import Run, say
+from transformers import CLIPTextModel
 
 DROPPED_CAPTIONS = 0.1  # so that the model also learns the unconditional score, for guidance
 MIN_SNR_GAMMA = 5.0
-UNIFORM_SHARE = 0.25  # of the timesteps; the others are drawn where shapes are decided
+# Half the timesteps are drawn where shapes are decided (by the Min-SNR weights), half where the
+# layout is: log-normally around this signal-to-noise ratio.
+LAYOUT_SHARE = 0.5
+LAYOUT_LOG_SNR, LAYOUT_SPREAD = -2.5, 1.3
 CAPTION_TOKENS = 28  # no caption of ours is longer
+# Of the layout's loss beside the UNet's: enough that the text encoder keeps what it has learnt.
+LAYOUT_WEIGHT = 0.01
+UNET_RATE = 1e-3
 
 
 def make_pool(run: Run, vae: Any, tokenizer: Any) -> dict[str, torch.Tensor]:
-    """Draw scenes and encode them: unit-variance latents [n, 4, 16, 16], token ids [n, 77]."""
+    """Draw scenes and encode them.
+
+    Returns unit-variance latents [n, 4, 16, 16], token ids [n, 77], layout labels [n, labels].
+    """
     if run.pool.exists():
         pool: dict[str, torch.Tensor] = torch.load(
             run.pool, map_location=run.device, weights_only=True
@@ -30,20 +42,25 @@ def make_pool(run: Run, vae: Any, tokenizer: Any) -> dict[str, torch.Tensor]:
         return pool
     rng = np.random.default_rng(2)
     latents: list[torch.Tensor] = []
-    texts: list[str] = []
+    prompts: list[scenes.Prompt] = []
     began = time.monotonic()
-    while len(texts) < run.scenes_in_pool:
+    while len(prompts) < run.scenes_in_pool:
         drawn = [scenes.sample_scene(rng) for _ in range(min(32, run.scenes_in_pool))]
-        texts += [prompt.text for _, prompt in drawn]
+        prompts += [prompt for _, prompt in drawn]
         images = to_images(np.stack([scenes.draw(scene) for scene, _ in drawn]), run.device)
         with torch.no_grad(), run.autocast():
             mean = vae.encode(images).latent_dist.mean
         latents.append(mean.float().contiguous() * vae.config.scaling_factor)
         if len(latents) % 64 == 0:
             spent = time.monotonic() - began
-            left = spent * (run.scenes_in_pool / len(texts) - 1)
-            say(f"pool: {len(texts)} scenes, {left / 60:.1f} min left")
-    pool = {"latents": torch.cat(latents), "tokens": tokenize(tokenizer, texts).to(run.device)}
+            left = spent * (run.scenes_in_pool / len(prompts) - 1)
+            say(f"pool: {len(prompts)} scenes, {left / 60:.1f} min left")
+    tokens = tokenize(tokenizer, [prompt.text for prompt in prompts])
+    pool = {
+        "latents": torch.cat(latents),
+        "tokens": tokens.to(run.device),
+        "labels": label(prompts).to(run.device),
+    }
     partial = run.pool.with_suffix(".partial")
     torch.save(pool, partial)
     partial.replace(run.pool)
@@ -62,27 +79,63 @@ def tokenize(tokenizer: Any, texts: list[str], length: int = demo_model.MAX_TOKE
     return ids
 
 
+def label(prompts: Sequence[scenes.Prompt]) -> torch.Tensor:
+    """Return the layout labels of prompts, int64 [n, labels]."""
+    return torch.from_numpy(np.stack([layout_labels(prompt) for prompt in prompts]))
+
+
+def layout_loss(
+    head: torch.nn.Module,
+    states: torch.Tensor,
+    tokens: torch.Tensor,
+    labels: torch.Tensor,
+    end: int,
+) -> torch.Tensor:
+    """Return the cross-entropy of the labels as read from the states at the end of the text."""
+    at = (tokens == end).int().argmax(1)
+    logits = head(states[torch.arange(len(at)), at])
+    parts = zip(logits.split(COUNTS, 1), labels.unbind(1), strict=True)
+    return torch.stack([cross_entropy(part, label) for part, label in parts]).sum()
+
+
 def train_text(run: Run, tokenizer: Any) -> Any:
-    """Train the text encoder to tell a caption's layout at the end of the text."""
+    """Train the text encoder to tell a caption's layout at the end of the text.
+
+    Returns a module dict of the text encoder and the head that reads the layout.
+    """
     torch.manual_seed(6)
-    text_encoder = demo_model.make_text_encoder(tokenizer)
-    head = torch.nn.Linear(demo_model.TEXT_WIDTH, sum(COUNTS))
-    model: Any = torch.nn.ModuleDict({"text_encoder": text_encoder, "head": head})
-    model.to(run.device)
+    model: Any = torch.nn.ModuleDict(
+        {
+            "text_encoder": _text_encoder(run, tokenizer),
+            "head": torch.nn.Linear(demo_model.TEXT_WIDTH, sum(COUNTS)),
+        }
+    ).to(run.device)
+    end = tokenizer.eos_token_id
 
     def loss(step: int, rng: np.random.Generator, progress: float) -> torch.Tensor:
         prompts = [scenes.sample_scene(rng)[1] for _ in range(4 * run.batch)]
-        tokens = tokenize(tokenizer, [prompt.text for prompt in prompts], CAPTION_TOKENS)
-        labels = torch.from_numpy(np.stack([layout_labels(prompt) for prompt in prompts]))
-        end = (tokens == tokenizer.eos_token_id).int().argmax(1)
-        tokens, labels = tokens.to(run.device), labels.to(run.device)
+        texts = [prompt.text for prompt in prompts]
+        tokens = tokenize(tokenizer, texts, CAPTION_TOKENS).to(run.device)
         states = model["text_encoder"](tokens).last_hidden_state
-        logits = model["head"](states[torch.arange(len(end)), end])
-        parts = zip(logits.split(COUNTS, 1), labels.unbind(1), strict=True)
-        return torch.stack([cross_entropy(part, label) for part, label in parts]).sum()
+        return layout_loss(model["head"], states, tokens, label(prompts).to(run.device), end)
 
+    # Alone, the head learns to read what is there already.
+    if run.init is not None:
+        model["text_encoder"].requires_grad_(False)
     Loop(run.settings("text", learning_rate=2e-3, seed=6), model, run.work).run(loss)
-    return model["text_encoder"]
+    return model.requires_grad_(True)
+
+
+def _text_encoder(run: Run, tokenizer: Any) -> Any:
+    if run.init is None:
+        return demo_model.make_text_encoder(tokenizer)
+    return CLIPTextModel.from_pretrained(run.init / "text_encoder").float()
+
+
+def _unet(run: Run) -> Any:
+    if run.init is None:
+        return demo_model.make_unet()
+    return UNet2DConditionModel.from_pretrained(run.init / "unet").float()
 
 
 def cumulative_alphas(device: torch.device) -> torch.Tensor:
@@ -96,9 +149,6 @@ def cumulative_alphas(device: torch.device) -> torch.Tensor:
 def min_snr_weights(alphas: torch.Tensor) -> torch.Tensor:
     """Return Min-SNR weights for predicting v (Hang et al. 2023), of mean 1, [1000].
 
-    Timesteps are drawn in their proportion, rather than evenly and then weighted: the expected
-    gradient is the same and less of the work goes into timesteps that hardly count.
-
     Shapes are decided at signal-to-noise ratios around one. Unweighted, most of the loss comes
     from nearly pure noise, where all there is to learn is the layout, and that is learnt soon.
     """
@@ -107,44 +157,56 @@ def min_snr_weights(alphas: torch.Tensor) -> torch.Tensor:
     return weights / weights.mean()
 
 
-def draw_timesteps(weights: torch.Tensor, batch: int, rng: np.random.Generator) -> torch.Tensor:
-    """Return timesteps distributed as `weights`, a share of them evenly, int64 [batch].
+def timestep_density(alphas: torch.Tensor) -> torch.Tensor:
+    """Return the probability of each timestep in training, float64 [1000].
+
+    An object's place and its relation to another are settled in nearly pure noise, its outline
+    near the end; a model that is trained on either alone draws the right shapes in wrong places,
+    or blobs in right ones.
+    """
+    shapes = min_snr_weights(alphas).double()
+    log_snr = (alphas / (1 - alphas)).double().log()
+    layout = torch.exp(-0.5 * ((log_snr - LAYOUT_LOG_SNR) / LAYOUT_SPREAD) ** 2)
+    return (1 - LAYOUT_SHARE) * shapes / shapes.sum() + LAYOUT_SHARE * layout / layout.sum()
+
+
+def draw_timesteps(density: torch.Tensor, batch: int, rng: np.random.Generator) -> torch.Tensor:
+    """Return timesteps distributed as `density`, int64 [batch].
 
     One comes from each of `batch` strata of equal probability: a steadier loss.
     """
-    density = (1 - UNIFORM_SHARE) * weights.double() / weights.double().sum()
-    density += UNIFORM_SHARE / len(weights)
     strata = (torch.arange(batch) + torch.from_numpy(rng.random(batch))) / batch
     found = torch.searchsorted(density.cumsum(0).cpu(), strata)
-    return found.clamp(max=len(weights) - 1)
+    return found.clamp(max=len(density) - 1)
 
 
-def train_unet(run: Run, pool: dict[str, torch.Tensor], tokenizer: Any, text_encoder: Any) -> Any:
-    """Train the UNet and the text encoder together on the pool; return them as a module dict."""
+def train_unet(run: Run, pool: dict[str, torch.Tensor], tokenizer: Any, text: Any) -> Any:
+    """Train the UNet together with the text encoder and its head; return them as a module dict."""
     torch.manual_seed(3)
-    model: Any = torch.nn.ModuleDict({"unet": demo_model.make_unet(), "text_encoder": text_encoder})
+    model: Any = torch.nn.ModuleDict({"unet": _unet(run), **dict(text.items())})
     run.place(model)
     denoiser = torch.compile(model["unet"]) if run.compiled else model["unet"]
     alphas = cumulative_alphas(run.device)
-    weights = min_snr_weights(alphas)
+    density = timestep_density(alphas)
     empty = tokenize(tokenizer, [""]).to(run.device)
-    latents, tokens = pool["latents"], pool["tokens"]
 
     def loss(step: int, rng: np.random.Generator, progress: float) -> torch.Tensor:
-        chosen = torch.from_numpy(rng.integers(len(latents), size=run.batch)).to(run.device)
-        x0 = latents[chosen]
+        chosen = torch.from_numpy(rng.integers(len(pool["latents"]), size=run.batch)).to(run.device)
+        x0, tokens, labels = (pool[name][chosen] for name in ("latents", "tokens", "labels"))
         dropped = torch.from_numpy(rng.random(run.batch) < DROPPED_CAPTIONS).to(run.device)
-        captions = torch.where(dropped[:, None], empty, tokens[chosen])
-        t = draw_timesteps(weights, run.batch, rng).to(run.device)
+        tokens = torch.where(dropped[:, None], empty, tokens)
+        labels = torch.where(dropped[:, None], 0, labels)
+        t = draw_timesteps(density, run.batch, rng).to(run.device)
         noise = torch.randn(x0.shape).to(run.device)
         a = alphas[t][:, None, None, None]
         x_t = (a.sqrt() * x0 + (1 - a).sqrt() * noise).contiguous(memory_format=torch.channels_last)
         v = a.sqrt() * noise - (1 - a).sqrt() * x0
         with run.autocast():
-            context = model["text_encoder"](captions).last_hidden_state
-            v_pred = denoiser(x_t, t, encoder_hidden_states=context, return_dict=False)[0]
-        return mse_loss(v_pred.float(), v)
+            states = model["text_encoder"](tokens).last_hidden_state
+            v_pred = denoiser(x_t, t, encoder_hidden_states=states, return_dict=False)[0]
+        layout = layout_loss(model["head"], states.float(), tokens, labels, tokenizer.eos_token_id)
+        return mse_loss(v_pred.float(), v) + LAYOUT_WEIGHT * layout
 
-    settings = run.settings("unet", learning_rate=1e-3, seed=3, muon=True)
+    settings = run.settings("unet", learning_rate=UNET_RATE, seed=3, muon=True)
     Loop(settings, model, run.work).run(loss)
     return model.eval()

@@ -28,7 +28,7 @@ class Run:
     scenes_in_pool: int
     batch: int
     compiled: bool
-    #: A folder whose autoencoder is taken as it is.
+    #: An earlier folder to go on from; its encoder is taken as it is.
     init: Path | None = None
 
     @property

@@ -72,19 +72,21 @@ def test_weights_favour_the_noise_at_which_shapes_are_decided() -> None:
     assert weights[-1] < 0.05
 
 
-def test_timesteps_follow_the_weights_and_leave_none_out() -> None:
+def test_timesteps_follow_their_density() -> None:
     alphas = train_denoiser.cumulative_alphas(torch.device("cpu"))
-    weights = train_denoiser.min_snr_weights(alphas)
+    density = train_denoiser.timestep_density(alphas)
+    assert float(density.sum()) == pytest.approx(1)
+    snr = alphas / (1 - alphas)
+    assert float(density[snr < 0.3].sum()) > 0.35  # where the layout is settled
+    assert float(density[snr > 1].sum()) > 0.35  # where outlines are
     rng = np.random.default_rng(33)
     drawn = np.concatenate(
-        [train_denoiser.draw_timesteps(weights, 64, rng).numpy() for _ in range(400)]
+        [train_denoiser.draw_timesteps(density, 64, rng).numpy() for _ in range(400)]
     )
     assert drawn.min() >= 0
     assert drawn.max() < len(alphas)
     share = np.bincount(drawn // 100, minlength=10) / len(drawn)
-    even = train_denoiser.UNIFORM_SHARE / 10
-    expected = even + (1 - train_denoiser.UNIFORM_SHARE) * weights.reshape(10, 100).sum(1) / 1000
-    assert share == pytest.approx(expected.numpy(), abs=0.01)
+    assert share == pytest.approx(density.reshape(10, 100).sum(1).numpy(), abs=0.01)
 
 
 def test_labels_of_a_layout_do_not_depend_on_how_it_is_put() -> None:
