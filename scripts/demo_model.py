@@ -177,6 +177,9 @@ def save_component(module: Any, folder: Path) -> None:
     """Save a component in half precision, leaving the module in memory as it is."""
     half = copy.deepcopy(module).half().cpu().to(memory_format=torch.contiguous_format)
     half.save_pretrained(folder, safe_serialization=True)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config.pop("_name_or_path", None)  # where weights were taken from to go on
+    _write_json(folder / "config.json", config)
     for path in folder.iterdir():
         path.chmod(0o644)  # safetensors are written for their owner alone
 

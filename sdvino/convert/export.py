@@ -91,7 +91,7 @@ def export_component(
             merge(model, source.components[component], source.loras, weights)
             weights = detach(model, weights)
             frequencies = _frequencies(model) if component == "unet" else None
-            with weights_in_graph(weights, "autoencoder." if component == "tiny_vae" else ""):
+            with weights_in_graph(weights):
                 if component == "tiny_vae":
                     converted = _convert_tiny(model)
                 else:

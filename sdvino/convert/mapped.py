@@ -19,6 +19,8 @@ import openvino as ov
 from numpy.typing import NDArray
 from openvino import opset13 as ops
 
+from sdvino.errors import SdvinoError
+
 Array = NDArray[Any]
 
 _NUMPY_TYPES: Mapping[str, Any] = {"F16": np.float16, "F32": np.float32, "F64": np.float64}
@@ -103,24 +105,26 @@ def detach(module: Any, besides: Mapping[str, Array]) -> dict[str, Array]:
 
 
 @contextlib.contextmanager
-def weights_in_graph(tensors: Mapping[str, Array], prefix: str = "") -> Iterator[None]:
+def weights_in_graph(tensors: Mapping[str, Array]) -> Iterator[None]:
     """Let OpenVINO's frontend take ``tensors`` for the parameters of these names.
 
-    ``prefix`` is what the traced module puts before the names. Float16 stays float16, behind a
-    conversion to float32; a wider tensor is rounded to it where its values fit.
+    What wraps the module while it is traced may put more before the names. Float16 stays float16,
+    behind a conversion to float32; a wider tensor is rounded to it where its values fit.
+    Raises SdvinoError for a parameter without values that is not in ``tensors``.
     """
     from openvino.frontend.pytorch import ts_decoder
 
-    names = {f"self.{prefix}{name}": array for name, array in tensors.items()}
     decoder = ts_decoder.TorchScriptPythonDecoder
     decode = decoder.try_decode_get_attr
 
     def try_decode_get_attr(self: Any) -> Any:
         value, name = ts_decoder.get_value_from_getattr(self.graph_element, self.pt_module)
-        array = names.get(name)
+        array = _find(tensors, name)
         if array is not None and name not in self.constant_cache:
             dtype = self.get_type_for_value(value)
             self._add_name_to_const_and_cache(_constant(array, name), name, dtype)
+        elif array is None and _is_placeholder(value):
+            raise SdvinoError(f"The weight {name} was lost while the model was traced.")
         return decode(self)
 
     decoder.try_decode_get_attr = try_decode_get_attr
@@ -128,6 +132,21 @@ def weights_in_graph(tensors: Mapping[str, Array], prefix: str = "") -> Iterator
         yield
     finally:
         decoder.try_decode_get_attr = decode
+
+
+def _find(tensors: Mapping[str, Array], name: str) -> Array | None:
+    """Return the tensor whose name is the longest end of ``name``."""
+    parts = name.split(".")
+    ends = (".".join(parts[i:]) for i in range(len(parts)))
+    return next((tensors[end] for end in ends if end in tensors), None)
+
+
+def _is_placeholder(value: Any) -> bool:
+    """Tell whether ``value`` is a tensor that only seems to be one; see `place`."""
+    strides = getattr(value, "stride", None)
+    if strides is None or value.numel() < _SMALL_ELEMENTS:
+        return False
+    return not any(strides())
 
 
 def _constant(array: Array, name: str) -> list[ov.Output]:

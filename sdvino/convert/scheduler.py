@@ -26,14 +26,14 @@ def portable_scheduler(config: Mapping[str, Any]) -> dict[str, Any]:
 
     Another class becomes DDIM over the same betas; its fields stay, as classes ignore those they
     do not know. The two corrections are those that diffusers' Stable Diffusion pipeline makes to
-    outdated files when it loads them: latents are never clipped, and a steps_offset is 1.
+    outdated files when it loads them: latents are never clipped (said of every scheduler, as in
+    Stable Diffusion 1.5's own file: DDIM in another's place would clip), and a steps_offset is 1.
     """
     result = {key: value for key, value in config.items() if key != "_name_or_path"}
     if result.get("_class_name") not in GENAI_SCHEDULERS:
         result["_class_name"] = _FALLBACK
         result.setdefault("set_alpha_to_one", False)
-    if result["_class_name"] == _FALLBACK or "clip_sample" in result:
-        result["clip_sample"] = False
+    result["clip_sample"] = False
     if result.get("steps_offset") is not None:
         result["steps_offset"] = 1
     return result
