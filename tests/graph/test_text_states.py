@@ -108,7 +108,7 @@ def test_compression_does_not_hide_the_layers(how: str) -> None:
         give_states(model, [clip_skip], final_norm=True)
         state = Compiled(model).infer({"input_ids": IDS})[state_name(clip_skip)]
         # Rounding to 8 bits moves the states a little, a wrong layer by more than 1.
-        np.testing.assert_allclose(state, oracle(clip_skip)[0], atol=0.2)
+        np.testing.assert_allclose(state, oracle(clip_skip)[0], atol=0.4)
     with pytest.raises(RequestError, match=f"has {LAYERS} layers"):
         give_states(original.clone(), [LAYERS + 1], final_norm=True)
 
