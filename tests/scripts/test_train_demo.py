@@ -77,8 +77,8 @@ def test_timesteps_follow_their_density() -> None:
     density = train_denoiser.timestep_density(alphas)
     assert float(density.sum()) == pytest.approx(1)
     snr = alphas / (1 - alphas)
-    assert float(density[snr < 0.3].sum()) > 0.35  # where the layout is settled
-    assert float(density[snr > 1].sum()) > 0.35  # where outlines are
+    assert float(density[snr < 0.3].sum()) > 0.3  # where the layout is settled
+    assert float(density[snr > 1].sum()) > 0.3  # where outlines are
     rng = np.random.default_rng(33)
     drawn = np.concatenate(
         [train_denoiser.draw_timesteps(density, 64, rng).numpy() for _ in range(400)]
