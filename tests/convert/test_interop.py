@@ -21,8 +21,9 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore"),
 ]
 PROMPT = "a big red circle on a blue background"
-STEPS, GUIDANCE, SEED = 8, 3.0, 11
-# Long trajectories in 8 bits differ in the last bits of dynamic and static kernels.
+STEPS, GUIDANCE, SEED = 4, 3.0, 11
+# Dynamic and static kernels round 8-bit products otherwise, and guidance carries that further with
+# every step: few steps tell another picture from another rounding.
 SAME_PICTURE = 30.0
 Picture = NDArray[np.float64]
 
