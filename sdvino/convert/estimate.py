@@ -17,7 +17,7 @@ from sdvino.runtime.memory import MemoryStatus, memory_status
 _log = logging.getLogger("sdvino")
 
 # Peaks of the worker processes: libraries alone, and for each byte of half-precision weights.
-# Estimates on the safe side, not measurements; `scripts/bench_convert.py` measures.
+# Guesses, not measurements; `scripts/bench_convert.py` is there to measure them.
 _EXPORT = (1_100_000_000, 1.1)
 _WEIGHTS = (700_000_000, 2.2)
 _QUANTIZE = (1_000_000_000, 5.0)
