@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import demo_model
@@ -17,6 +18,8 @@ from train_run import Run, say
 CROP = 64  # pixels: the autoencoder learns mostly from crops around objects
 # The decoder learns to forgive what the UNet leaves in the latents, up to this share of their size.
 LATENT_NOISE = 0.25
+# What holds the latents where an earlier UNet knows them: enough to let only faults move.
+ANCHOR_WEIGHT = 0.02
 Pictures = NDArray[np.uint8]  # [N, H, W, 3]
 
 
@@ -56,33 +59,45 @@ def reconstruction_loss(output: torch.Tensor, target: torch.Tensor) -> torch.Ten
 
 def train_autoencoder(run: Run) -> Any:
     """Train the autoencoder and set its scaling factor; return it in evaluation mode."""
-    if run.init is not None:
-        return run.place(AutoencoderKL.from_pretrained(run.init / "vae")).float().eval()
     torch.manual_seed(1)
-    vae: Any = run.place(demo_model.make_autoencoder())
+    earlier: Any = None
+    if run.init is not None:
+        earlier = run.place(AutoencoderKL.from_pretrained(run.init / "vae")).float().eval()
+        earlier.requires_grad_(False)
+    vae: Any = demo_model.make_autoencoder() if earlier is None else copy.deepcopy(earlier).train()
+    run.place(vae).requires_grad_(True)
 
     def loss(step: int, rng: np.random.Generator, progress: float) -> torch.Tensor:
         # Whole scenes now and then: group norms see other statistics there than in crops.
-        whole = step % 4 == 3
+        whole = step % 2 == 1
         count = max(run.batch // (32 if whole else 8), 1)
         images = to_images(draw_batch(rng, count, None if whole else CROP), run.device)
         with run.autocast():
             posterior = vae.encode(images).latent_dist
             output = vae.decode(posterior.sample()).sample.float()
         divergence = posterior.kl().mean() / posterior.mean[0].numel()
-        return reconstruction_loss(output, images) + 5e-4 * divergence
+        found = reconstruction_loss(output, images) + 5e-4 * divergence
+        if earlier is None:
+            return found
+        # The UNet knows the latents as they were.
+        with torch.no_grad():
+            known = earlier.encode(images).latent_dist.mean * earlier.config.scaling_factor
+        moved = mse_loss(posterior.mean.float() * earlier.config.scaling_factor, known)
+        return found + ANCHOR_WEIGHT * moved
 
-    settings = run.settings("autoencoder", learning_rate=2e-3, weight_decay=1e-4, seed=1)
+    rate = 2e-3 if earlier is None else 1e-3
+    settings = run.settings("autoencoder", learning_rate=rate, weight_decay=1e-4, seed=1)
     loop = Loop(settings, vae, run.work)
     if run.pool.exists():
         loop.finish()  # the pool was encoded with these weights, whatever the budget is now
     else:
         loop.run(loss)
     vae.eval().requires_grad_(False)
-    images = to_images(draw_batch(np.random.default_rng(98), 64, None), run.device)
-    with torch.no_grad():
-        latents = torch.cat([vae.encode(part).latent_dist.sample() for part in images.split(16)])
-    vae.register_to_config(scaling_factor=round(float(1 / latents.std()), 5))
+    if earlier is None:
+        images = to_images(draw_batch(np.random.default_rng(98), 64, None), run.device)
+        with torch.no_grad():
+            parts = [vae.encode(part).latent_dist.sample() for part in images.split(16)]
+        vae.register_to_config(scaling_factor=round(float(1 / torch.cat(parts).std()), 5))
     say_quality(run, vae)
     return vae
 
@@ -107,7 +122,7 @@ def train_decoder(run: Run, vae: Any) -> Any:
         part.requires_grad_(True)
 
     def loss(step: int, rng: np.random.Generator, progress: float) -> torch.Tensor:
-        whole = step % 4 == 3
+        whole = step % 2 == 1
         count = max(run.batch // (32 if whole else 8), 1)
         images = to_images(draw_batch(rng, count, None if whole else CROP), run.device)
         with run.autocast():

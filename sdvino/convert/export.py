@@ -100,6 +100,8 @@ def export_component(
             gc.collect()
             if frequencies is not None:
                 restore_frequencies(converted, frequencies)
+            # Otherwise a number: of the models this process made before it.
+            converted.set_friendly_name(component)
             ov.save_model(converted, output / IR_NAME, compress_to_fp16=True)
     except (RequestError, MemoryError):
         raise

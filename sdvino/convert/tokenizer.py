@@ -50,6 +50,7 @@ def _add_derived(output: Path) -> None:
         tokenizer.backend_tokenizer.save(str(output / "tokenizer.json"))
     models = openvino_tokenizers.convert_tokenizer(tokenizer, with_detokenizer=True)
     for name, model in zip(("openvino_tokenizer", "openvino_detokenizer"), models, strict=True):
+        model.set_friendly_name(name)
         ov.save_model(model, output / f"{name}.xml")
 
 

@@ -62,7 +62,7 @@ def test_objects_stay_in_the_picture_and_apart() -> None:
             a, b = scene.objects
             assert a.colour != b.colour
             apart = max(abs(a.x - b.x), abs(a.y - b.y))
-            assert apart >= a.radius + b.radius + scenes.GAP - 1e-6
+            assert apart > a.radius + b.radius
 
 
 def test_a_seed_gives_the_same_scene_and_picture() -> None:
