@@ -16,11 +16,12 @@ def run_settings(
     device: str | Mapping[str, str] | None, settings: RunSettings | None
 ) -> RunSettings:
     """Return ``settings`` with the device, or the devices by component, put in."""
-    settings = RunSettings() if settings is None else settings
     if device is None:
-        return settings
+        return RunSettings(any_device=True) if settings is None else settings
+    settings = RunSettings() if settings is None else settings
     if isinstance(device, str):
-        return replace(settings, default=replace(settings.default, device=device))
+        default = replace(settings.default, device=device)
+        return replace(settings, default=default, any_device=False)
     default = replace(settings.default, device=device.get("default", settings.default.device))
     components = {
         name: replace(settings.for_component(name), device=value)

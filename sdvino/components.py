@@ -13,6 +13,7 @@ from sdvino.graph.vae import decoder_to_float, decoder_to_pixels, encoder_from_p
 from sdvino.model_folder import ModelFolder
 from sdvino.pipeline_kinds import TIME_IDS
 from sdvino.runtime.component import Component
+from sdvino.runtime.guard import Guard
 from sdvino.settings import RunSettings
 
 if TYPE_CHECKING:
@@ -25,8 +26,12 @@ class Components:
     Asking for a part in another shape replaces it: two copies of its weights are never held.
     """
 
-    def __init__(self, folder: ModelFolder, settings: RunSettings) -> None:
+    def __init__(
+        self, folder: ModelFolder, settings: RunSettings, guard: Guard | None = None
+    ) -> None:
         self.folder = folder
+        #: Looks for wrong numbers in what every part gives; None trusts them.
+        self.guard = guard
         self.settings = settings
         self._loaded: dict[str, tuple[Hashable, Component]] = {}
         #: Given each part and its name when it is asked for; what it returns is handed out in its
@@ -47,24 +52,24 @@ class Components:
 
         return self._get(name, tuple(skipped), prepare)
 
-    def unet(self, height: int, width: int) -> Component:
+    def unet(self, height: int, width: int, *, batch: int = 1) -> Component:
         """Return the UNet for latents of ``height`` x ``width``, with a float timestep."""
         folder = self.folder
         shapes = {
-            "sample": [1, folder.in_channels, height, width],
+            "sample": [batch, folder.in_channels, height, width],
             "timestep": [1],
-            "encoder_hidden_states": [1, folder.text_length, folder.cross_attention_dim],
+            "encoder_hidden_states": [batch, folder.text_length, folder.cross_attention_dim],
         }
         if folder.pooled_width is not None:
-            shapes |= {"text_embeds": [1, folder.pooled_width], "time_ids": [1, TIME_IDS]}
+            shapes |= {"text_embeds": [batch, folder.pooled_width], "time_ids": [batch, TIME_IDS]}
         if folder.guidance_width is not None:
-            shapes["timestep_cond"] = [1, folder.guidance_width]
+            shapes["timestep_cond"] = [batch, folder.guidance_width]
 
         def prepare(model: ov.Model) -> None:
             float_timestep(model)
             reshape_static(model, shapes)
 
-        return self._get("unet", (height, width), prepare)
+        return self._get("unet", (height, width, batch), prepare)
 
     def vae_decoder(self, height: int, width: int, *, pixels: bool) -> Component:
         """Return the decoder for latents of ``height`` x ``width``.
@@ -123,7 +128,11 @@ class Components:
                 f"The model folder {self.folder.name} has no {name}; convert the model again."
             )
         self.release(name)
-        component = Component(name, files.xml, self.settings.for_component(name), prepare=prepare)
+        settings = self.settings.for_component(name)
+        if self.guard is not None:
+            settings = self.guard.settings(name, settings)
+        component = Component(name, files.xml, settings, prepare=prepare)
+        component.guard = self.guard
         component.load()
         self._loaded[name] = (variant, component)
         return component

@@ -45,6 +45,7 @@ from sdvino.outputs import (
     gather,
 )
 from sdvino.runtime.component import Component
+from sdvino.runtime.guard import Guard
 from sdvino.runtime.memory import check_memory, estimate_memory, memory_status
 from sdvino.settings import (
     NoiseName,
@@ -56,6 +57,7 @@ from sdvino.settings import (
     check_choice,
 )
 from sdvino.text.tokenizer import ClipTokenizer
+from sdvino.tuned_run import tuned_run
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -78,6 +80,7 @@ class StableDiffusionPipeline:
         settings: RunSettings | None = None,
         *,
         vae_tiling: bool | None = None,
+        guard: Guard | None = None,
     ) -> None:
         if folder.refusal is not None:
             raise ModelFolderError(folder.refusal)
@@ -85,7 +88,7 @@ class StableDiffusionPipeline:
         #: Decode in tiles, which bounds the decoder's memory; None: only where pictures are large.
         self.vae_tiling = vae_tiling
         self.settings = RunSettings() if settings is None else settings
-        self.components = Components(folder, self.settings)
+        self.components = Components(folder, self.settings, Guard() if guard is None else guard)
         self.conditioner = Conditioner(self.components)
         self._scheduler_config = SchedulerConfig.from_dict(folder.scheduler_config)
 
@@ -101,19 +104,23 @@ class StableDiffusionPipeline:
         offline: bool = False,
         verify: bool = False,
         vae_tiling: bool | None = None,
+        profile: bool = True,
     ) -> StableDiffusionPipeline:
         """Open a model folder, a hub id of a ready-made OpenVINO model, or the bundled demo model.
 
         ``device`` is one OpenVINO device name, or names by component, with ``default`` for the
         rest; ``settings`` says everything else too. ``cache_dir`` is the hub's download cache.
-        ``verify`` compares every file with the SHA-256 of the manifest. Nothing is compiled before
-        the first call. Raises RequestError (ModelFolderError, DeviceError) for a wrong request.
+        ``verify`` compares every file with the SHA-256 of the manifest. With ``profile``, what
+        `sdvino tune` measured on this machine fills in what is left open. Nothing is compiled
+        before the first call. Raises RequestError (ModelFolderError, DeviceError) for a wrong
+        request.
         """
         path = resolve_model(model, revision=revision, cache_dir=cache_dir, offline=offline)
         folder = ModelFolder.open(path)
         if verify:
             folder.verify()
-        return cls(folder, run_settings(device, settings), vae_tiling=vae_tiling)
+        tuned, guard = tuned_run(folder, run_settings(device, settings), profile=profile)
+        return cls(folder, tuned, vae_tiling=vae_tiling, guard=guard)
 
     def __call__(
         self,

@@ -80,13 +80,13 @@ class DeviceSettings:
 
     #: Any name OpenVINO takes: CPU, GPU, GPU.1, NPU, AUTO, AUTO:GPU,CPU, HETERO:GPU,CPU.
     device: str = "CPU"
-    #: Threads for inference; None: every physical core that the process may use.
+    #: Threads for inference; None: a physical core each, by the topology (`cpu_defaults`).
     num_threads: int | None = None
     #: Parallel requests; None: one (the least latency and memory).
     num_streams: int | None = None
     #: Latency of one picture, or throughput over many.
     performance_hint: PerformanceHint = "latency"
-    #: Which cores of a hybrid chip; None: OpenVINO's own rule for the hint.
+    #: Which cores of a hybrid chip; None: the performance cores, or all where those are few.
     core_type: CoreType | None = None
     #: Keep threads on their cores; None: the device's default.
     pinning: bool | None = None
@@ -123,6 +123,8 @@ class RunSettings:
     default: DeviceSettings = field(default_factory=DeviceSettings)
     #: Component name (see COMPONENTS) to its own settings.
     components: dict[str, DeviceSettings] = field(default_factory=dict)
+    #: Nobody asked for a device, so that the profile of `sdvino tune` may name one.
+    any_device: bool = False
 
     def __post_init__(self) -> None:
         for name in self.components:

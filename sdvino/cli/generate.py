@@ -114,6 +114,9 @@ _REQUEST_OPTIONS = (
     default=None,
     help="Decode in tiles, which takes less memory.  [default: when needed]",
 )
+@click.option(
+    "--no-profile", is_flag=True, help="Do not use what `sdvino tune` and earlier runs found out."
+)
 @click.option("--no-metadata", is_flag=True, help="Do not write the settings into the picture.")
 @click.option("--timings", is_flag=True, help="Say how long each part took.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress.")
@@ -129,6 +132,7 @@ def generate_command(
     overwrite: bool,
     like_picture: Path | None,
     preview: Path | None,
+    no_profile: bool,
     no_metadata: bool,
     timings: bool,
     quiet: bool,
@@ -155,7 +159,12 @@ def generate_command(
     from sdvino.pipeline import StableDiffusionPipeline
 
     pipe = StableDiffusionPipeline.from_pretrained(
-        model, settings=settings, revision=revision, offline=offline, vae_tiling=tiling
+        model,
+        settings=settings,
+        revision=revision,
+        offline=offline,
+        vae_tiling=tiling,
+        profile=not no_profile,
     )
     if like is not None and like.model not in (None, pipe.folder.name):
         click.echo(

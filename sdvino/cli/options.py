@@ -68,7 +68,7 @@ def device_options(command: F) -> F:
                 help="CPU, GPU, NPU, AUTO, HETERO:GPU,CPU ...; repeat with COMPONENT= for one part"
                 f" ({', '.join(COMPONENTS)} or vae).  [default: {DEFAULTS.device}]",
             ),
-            click.option("--threads", type=int, help="Inference threads.  [default: every core]"),
+            click.option("--threads", type=int, help="Inference threads.  [default: by the chip]"),
             click.option("--streams", type=int, help="Parallel requests.  [default: 1]"),
             click.option(
                 "--performance-hint",
@@ -80,7 +80,7 @@ def device_options(command: F) -> F:
             click.option(
                 "--core-type",
                 type=click.Choice(get_args(CoreType)),
-                help="Which cores of a hybrid chip.  [default: OpenVINO's rule for the hint]",
+                help="Which cores of a hybrid chip.  [default: by the chip; see `sdvino devices`]",
             ),
             click.option("--pinning/--no-pinning", default=None, help="Keep threads on cores."),
             click.option(
@@ -140,4 +140,4 @@ def run_settings(
         else:
             named[component] = device
     components = {name: replace(default, device=device) for name, device in named.items()}
-    return RunSettings(default=default, components=components)
+    return RunSettings(default=default, components=components, any_device=not devices)

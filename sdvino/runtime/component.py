@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import openvino as ov
@@ -14,7 +14,13 @@ from numpy.typing import NDArray
 from sdvino.errors import DeviceError, ModelFolderError, SdvinoError
 from sdvino.runtime.cache import CompiledCache, cache_key, default_cache_dir
 from sdvino.runtime.core import device_facts, shared_core, short_reason
-from sdvino.runtime.properties import compile_properties, hardware_of, normalize_device
+from sdvino.runtime.properties import (
+    compile_properties,
+    hardware_of,
+    normalize_device,
+    precision_in,
+)
+from sdvino.runtime.remote import DeviceArray
 from sdvino.settings import DeviceSettings
 
 Array = NDArray[Any]
@@ -23,6 +29,16 @@ Array = NDArray[Any]
 _SMALL_CONSTANT = 64
 #: Milliseconds between looks at the keyboard while a graph runs.
 _WAIT_MS = 100
+
+
+class Checks(Protocol):
+    """Looks at what components give; see `sdvino.runtime.guard.Guard`."""
+
+    def check(
+        self, component: Component, inputs: Mapping[str, Array], outputs: Mapping[str, Array]
+    ) -> Mapping[str, Array]:
+        """Return ``outputs``, or better ones where they are wrong."""
+        ...
 
 
 class Component:
@@ -53,6 +69,10 @@ class Component:
         self._core = core
         self._prepare = prepare
         self._cache_key = cache_key
+        #: Sees every result before the caller does, and may run the graph elsewhere instead.
+        self.guard: Checks | None = None
+        self._hardware: tuple[str, ...] = ()
+        self._precision: str | None = None
         self._lock = threading.Lock()
         self._compiled: ov.CompiledModel | None = None
         self._inputs: dict[str, int] = {}
@@ -71,6 +91,34 @@ class Component:
         self.load()
         assert self._compiled is not None
         return self._compiled
+
+    @property
+    def hardware(self) -> tuple[str, ...]:
+        """The devices that it may run on: CPU, GPU.1 ...; loads the graph when need be."""
+        self.load()
+        return self._hardware
+
+    @property
+    def precision(self) -> str | None:
+        """The arithmetic of its float layers; None where the device chose it, or several did."""
+        self.load()
+        return self._precision
+
+    def change(self, settings: DeviceSettings) -> None:
+        """Run with other settings from the next `infer` on."""
+        self.unload()
+        self.settings = settings
+
+    def twin(self, settings: DeviceSettings) -> Component:
+        """Return the same graph under other settings, not loaded and not guarded."""
+        return Component(
+            self.name,
+            self.xml_path,
+            settings,
+            core=self._core,
+            prepare=self._prepare,
+            cache_key=self._cache_key,
+        )
 
     def load(self) -> None:
         """Read, edit and compile the graph; nothing happens when that was done before.
@@ -120,11 +168,12 @@ class Component:
             _wait_out(request)
             raise
         del held  # the device reads the arrays until here
-        return {
+        outputs = {
             name: request.get_output_tensor(index).data
             for index, names in self._outputs
             for name in names
         }
+        return outputs if self.guard is None else self.guard.check(self, inputs, outputs)
 
     def _request(self) -> ov.InferRequest:
         request = getattr(self._requests, "request", None)
@@ -141,6 +190,10 @@ class Component:
             if index is None:
                 known = ", ".join(key for key, _ in self._input_ports)
                 raise SdvinoError(f"The {self.name} has no input {name!r}; it takes: {known}.")
+            if isinstance(value, DeviceArray) and self._hardware == (value.device,):
+                request.set_tensor(self._input_ports[index][0], value.tensor)
+                seen.add(index)
+                continue
             array = np.ascontiguousarray(value, self._input_ports[index][1])
             if array.ndim != np.ndim(value):  # ascontiguousarray makes a scalar a vector
                 array = array.reshape(np.shape(value))
@@ -191,7 +244,9 @@ class Component:
         available = core.available_devices
         device = normalize_device(self.settings.device, available)
         facts = {name: device_facts(core, name) for name in hardware_of(device, available)}
-        properties = compile_properties(self.settings, device, facts)
+        properties = compile_properties(self.settings, device, facts, self.name)
+        self._hardware = tuple(facts)
+        self._precision = precision_in(properties)
         model = self._read(core)
         weights = self.xml_path.with_suffix(".bin")
 

@@ -37,8 +37,7 @@ def device_facts(core: ov.Core, device: str) -> DeviceFacts:
     cpu = read_cpu()
     # Where the instruction set cannot be read: processors with float16 arithmetic have AMX.
     amx = "amx_bf16" in cpu.flags if cpu.flags else "FP16" in capabilities
-    quota = cpu.quota if cpu.quota is not None and cpu.quota < cpu.usable else None
-    return DeviceFacts(supported=supported, capabilities=capabilities, amx=amx, cpu_quota=quota)
+    return DeviceFacts(supported=supported, capabilities=capabilities, amx=amx, cpu=cpu)
 
 
 def short_reason(error: Exception) -> str:

@@ -12,10 +12,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from sdvino.errors import DeviceError
+from sdvino.runtime.defaults import cpu_defaults, default_precision
+from sdvino.runtime.topology import CpuReport
 from sdvino.settings import DeviceSettings
 
 _VIRTUAL = ("AUTO", "HETERO")
 _CORE_TYPES = {"any": "ANY_CORE", "performance": "PCORE_ONLY", "efficient": "ECORE_ONLY"}
+#: Which cores run the host's part of a GPU's work. Source: the GPU plugin's host_task_priority.
+_HOST_PRIORITIES = {"any": "MEDIUM", "performance": "HIGH", "efficient": "LOW"}
 #: Precision -> what a device lists among its OPTIMIZATION_CAPABILITIES when it has it.
 _CAPABILITIES = {"f32": "FP32", "f16": "FP16", "bf16": "BF16"}
 #: Property -> how the setting is called on the command line.
@@ -40,9 +44,8 @@ class DeviceFacts:
     capabilities: frozenset[str]
     #: Matrix units for bf16 and int8 (CPU only).
     amx: bool = False
-    #: Processors that the process may use all the time, where a container's quota is lower than the
-    #: number of processors it sees (CPU only); None: no such quota.
-    cpu_quota: int | None = None
+    #: The processor (CPU only); None leaves threads and cores to OpenVINO.
+    cpu: CpuReport | None = None
 
 
 def normalize_device(device: str, available: Collection[str]) -> str:
@@ -89,19 +92,23 @@ def hardware_of(device: str, available: Collection[str]) -> list[str]:
 
 
 def compile_properties(
-    settings: DeviceSettings, device: str, facts: Mapping[str, DeviceFacts]
+    settings: DeviceSettings,
+    device: str,
+    facts: Mapping[str, DeviceFacts],
+    component: str | None = None,
 ) -> dict[str, Any]:
-    """Return the properties to compile with on ``device`` (see `normalize_device`).
+    """Return the properties to compile ``component`` with on ``device`` (see `normalize_device`).
 
     ``facts`` holds every hardware device that ``device`` may run on. For AUTO and HETERO their
     properties go into DEVICE_PROPERTIES. Raises DeviceError for what a device does not take.
     """
     base = device.partition(":")[0]
     if base not in _VIRTUAL:
-        return _hardware_properties(settings, device, facts[device])
+        return _hardware_properties(settings, device, facts[device], component)
     properties: dict[str, Any] = {
         "DEVICE_PROPERTIES": {
-            name: _hardware_properties(settings, name, entry) for name, entry in facts.items()
+            name: _hardware_properties(settings, name, entry, component)
+            for name, entry in facts.items()
         }
     }
     if base == "AUTO":
@@ -112,8 +119,15 @@ def compile_properties(
     return properties
 
 
+def precision_in(properties: Mapping[str, Any]) -> str | None:
+    """Return the precision that ``properties`` ask for on every device; None where they do not."""
+    parts = properties.get("DEVICE_PROPERTIES", {"": properties}).values()
+    asked = {part.get("INFERENCE_PRECISION_HINT") for part in parts}
+    return asked.pop() if len(asked) == 1 else None
+
+
 def _hardware_properties(
-    settings: DeviceSettings, device: str, facts: DeviceFacts
+    settings: DeviceSettings, device: str, facts: DeviceFacts, component: str | None
 ) -> dict[str, Any]:
     properties: dict[str, Any] = {"PERFORMANCE_HINT": settings.performance_hint.upper()}
     kind = device.partition(".")[0]
@@ -125,7 +139,8 @@ def _hardware_properties(
             streams = 1
         if streams is not None:
             properties["NUM_STREAMS"] = streams
-    precision = _precision(settings, kind, device, facts)
+    chosen = default_precision(device, component, facts.capabilities, amx=facts.amx)
+    precision = _precision(settings, kind, device, facts, chosen.precision)
     if precision is not None:
         properties["INFERENCE_PRECISION_HINT"] = precision
     for name in properties:
@@ -134,17 +149,26 @@ def _hardware_properties(
                 f"{device} does not take {_OPTIONS[name]} ({name}) with this version of OpenVINO;"
                 " leave it out, or update OpenVINO or the driver."
             )
-    return properties
+    # What nobody asked for is left out silently where it is not known.
+    wished: dict[str, Any] = {}
+    if kind == "GPU" and precision == "f16" and chosen.activations_scale is not None:
+        wished["ACTIVATIONS_SCALE_FACTOR"] = chosen.activations_scale
+    if kind == "GPU":
+        # One request at a time waits for the thread that feeds it: that one runs on a fast core.
+        cores = "performance" if settings.core_type is None else settings.core_type
+        wished["GPU_HOST_TASK_PRIORITY"] = _HOST_PRIORITIES[cores]
+    wished |= _cpu_wishes(settings, facts) if kind == "CPU" else {}
+    return properties | {
+        name: value
+        for name, value in wished.items()
+        if name in facts.supported and name not in properties
+    }
 
 
 def _cpu_properties(settings: DeviceSettings, facts: DeviceFacts) -> dict[str, Any]:
     properties: dict[str, Any] = {}
-    threads = settings.num_threads
-    # OpenVINO counts processors, not a container's share of their time; more threads than that
-    # share are stopped in the middle of every layer.
-    threads = facts.cpu_quota if threads is None else threads
-    if threads is not None:
-        properties["INFERENCE_NUM_THREADS"] = threads
+    if settings.num_threads is not None:
+        properties["INFERENCE_NUM_THREADS"] = settings.num_threads
     if settings.core_type is not None:
         properties["SCHEDULING_CORE_TYPE"] = _CORE_TYPES[settings.core_type]
     if settings.pinning is not None:
@@ -154,17 +178,34 @@ def _cpu_properties(settings: DeviceSettings, facts: DeviceFacts) -> dict[str, A
     return properties
 
 
-def _precision(settings: DeviceSettings, kind: str, device: str, facts: DeviceFacts) -> str | None:
-    """Return the precision to ask for; None leaves it to the device.
+def _cpu_wishes(settings: DeviceSettings, facts: DeviceFacts) -> dict[str, Any]:
+    """Return threads and cores by the topology, where nobody chose them."""
+    if facts.cpu is None:
+        return {}
+    chosen = cpu_defaults(
+        facts.cpu, performance_hint=settings.performance_hint, core_type=settings.core_type
+    )
+    threads, cores = chosen.num_threads, chosen.core_type
+    if settings.hyper_threading and threads is not None:
+        # Two threads to a core, as asked: how many that is, OpenVINO knows; the quota still holds.
+        threads = None if facts.cpu.quota is None else min(facts.cpu.quota, facts.cpu.usable)
+    if settings.num_threads is not None and settings.num_threads > facts.cpu.cores.performance:
+        cores = None  # more threads than there are performance cores mean the others too
+    wished: dict[str, Any] = {}
+    if threads is not None:
+        wished["INFERENCE_NUM_THREADS"] = threads
+    if cores is not None:
+        wished["SCHEDULING_CORE_TYPE"] = _CORE_TYPES[cores]
+    return wished
 
-    OpenVINO runs float layers in bf16 wherever the CPU has the instructions; without AMX that is
-    slower than f32 (and less exact), so f32 is asked for there. GPUs run f16.
-    """
+
+def _precision(
+    settings: DeviceSettings, kind: str, device: str, facts: DeviceFacts, default: str | None
+) -> str | None:
+    """Return the precision to ask for; None leaves it to the device."""
     wanted = settings.precision
     if wanted is None:
-        if kind == "CPU":
-            return None if facts.amx else "f32"
-        return "f16" if kind == "GPU" else None
+        return default
     # Every CPU and GPU computes in f32, listed or not; an NPU does not.
     if _CAPABILITIES[wanted] not in facts.capabilities and (wanted != "f32" or kind == "NPU"):
         known = [name for name, flag in _CAPABILITIES.items() if flag in facts.capabilities]

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 _CPU = "/sys/devices/system/cpu"
 _CGROUP = "/sys/fs/cgroup"
@@ -35,6 +36,14 @@ _ISA = {
 _WINDOWS_FEATURES = {40: "avx2", 41: "avx512f", 19: "asimd", 43: "asimddp"}
 
 
+class Cores(NamedTuple):
+    """Physical cores by type."""
+
+    performance: int
+    efficient: int = 0
+    low_power: int = 0
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CpuReport:
     """A processor as this process sees it."""
@@ -47,10 +56,21 @@ class CpuReport:
     threads: int = 1
     #: Logical processors that the process may run on (its affinity).
     usable: int = 1
+    #: Sockets among those processors.
+    sockets: int = 1
+    #: Physical cores among those processors; None: not known, take all that are online.
+    usable_cores: Cores | None = None
     #: Processors' worth of time that a container grants, rounded up; None: no limit.
     quota: int | None = None
     #: Names as in /proc/cpuinfo; empty where they cannot be read.
     flags: frozenset[str] = frozenset()
+
+    @property
+    def cores(self) -> Cores:
+        """The physical cores that the process may run on, as far as that is known."""
+        if self.usable_cores is not None:
+            return self.usable_cores
+        return Cores(self.performance_cores, self.efficient_cores, self.low_power_cores)
 
     @property
     def isa(self) -> tuple[str, ...]:
@@ -67,7 +87,8 @@ def read_cpu() -> CpuReport:
                 _windows_records(), threads=threads, usable=threads, features=_windows_features()
             )
         if sys.platform.startswith("linux"):
-            return linux_cpu(_linux_files(), usable=len(os.sched_getaffinity(0)))
+            affinity = frozenset(os.sched_getaffinity(0))
+            return linux_cpu(_linux_files(), usable=len(affinity), affinity=affinity)
     except (OSError, ValueError, AttributeError, struct.error):
         pass
     return CpuReport(performance_cores=threads, threads=threads, usable=threads)
@@ -87,35 +108,48 @@ def parse_cpu_list(text: str) -> frozenset[int]:
     return frozenset(numbers)
 
 
-def linux_cpu(files: Mapping[str, str], *, usable: int) -> CpuReport:
+def linux_cpu(
+    files: Mapping[str, str], *, usable: int, affinity: frozenset[int] | None = None
+) -> CpuReport:
     """Describe a processor from the texts of its files in /sys and /proc.
 
     Hybrid chips list their core types in /sys/devices/cpu_core, cpu_atom and cpu_lowpower.
+    ``usable`` counts the processors of the process's ``affinity``, whose numbers may be unknown.
     """
     online = parse_cpu_list(files.get(f"{_CPU}/online", ""))
     if not online:
         online = frozenset(range(max(1, usable)))
-    efficient = parse_cpu_list(files.get("/sys/devices/cpu_atom/cpus", ""))
-    low_power = parse_cpu_list(files.get("/sys/devices/cpu_lowpower/cpus", ""))
-    kinds = {"performance": 0, "efficient": 0, "low_power": 0}
-    seen: set[frozenset[int]] = set()
-    for cpu in sorted(online):
-        siblings = files.get(f"{_CPU}/cpu{cpu}/topology/thread_siblings_list")
-        core = parse_cpu_list(siblings) if siblings else frozenset({cpu})
-        if core in seen:
-            continue
-        seen.add(core)
-        kind = "low_power" if cpu in low_power else "efficient" if cpu in efficient else ""
-        kinds[kind if kind else "performance"] += 1
+    own = online if affinity is None or not affinity & online else affinity & online
+    everything = _count_cores(files, online)
+    packages = {
+        files.get(f"{_CPU}/cpu{cpu}/topology/physical_package_id", "0").strip() for cpu in own
+    }
     return CpuReport(
-        performance_cores=kinds["performance"],
-        efficient_cores=kinds["efficient"],
-        low_power_cores=kinds["low_power"],
+        performance_cores=everything.performance,
+        efficient_cores=everything.efficient,
+        low_power_cores=everything.low_power,
         threads=len(online),
         usable=min(usable, len(online)),
+        sockets=len(packages),
+        usable_cores=_count_cores(files, own),
         quota=cgroup_quota(files),
         flags=_cpuinfo_flags(files.get("/proc/cpuinfo", "")),
     )
+
+
+def _count_cores(files: Mapping[str, str], cpus: frozenset[int]) -> Cores:
+    """Count the physical cores that ``cpus`` belong to."""
+    efficient = parse_cpu_list(files.get("/sys/devices/cpu_atom/cpus", ""))
+    low_power = parse_cpu_list(files.get("/sys/devices/cpu_lowpower/cpus", ""))
+    counts = [0, 0, 0]
+    seen: set[frozenset[int]] = set()
+    for cpu in sorted(cpus):
+        siblings = files.get(f"{_CPU}/cpu{cpu}/topology/thread_siblings_list")
+        core = parse_cpu_list(siblings) if siblings else frozenset({cpu})
+        if core not in seen:
+            seen.add(core)
+            counts[2 if cpu in low_power else 1 if cpu in efficient else 0] += 1
+    return Cores(*counts)
 
 
 def cgroup_quota(files: Mapping[str, str]) -> int | None:
@@ -152,10 +186,11 @@ def _linux_files() -> dict[str, str]:
     ]
     found = {name: text for name in names if (text := read_text(name)) is not None}
     for cpu in parse_cpu_list(found.get(f"{_CPU}/online", "")):
-        name = f"{_CPU}/cpu{cpu}/topology/thread_siblings_list"
-        text = read_text(name)
-        if text is not None:
-            found[name] = text
+        for file in ("thread_siblings_list", "physical_package_id"):
+            name = f"{_CPU}/cpu{cpu}/topology/{file}"
+            text = read_text(name)
+            if text is not None:
+                found[name] = text
     return found
 
 

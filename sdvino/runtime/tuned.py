@@ -1,0 +1,61 @@
+"""Settings with a profile put in: what the user chose always stands."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from sdvino.runtime.profile import TUNED_FIELDS, Profile
+from sdvino.settings import COMPONENTS, DeviceSettings, RunSettings
+
+#: Fields that were measured together: whoever chooses one of them chooses for all.
+_TOGETHER = ("num_threads", "num_streams", "core_type", "pinning", "hyper_threading")
+#: Component -> whose measurements serve it when it was not measured itself.
+_LIKE = {
+    "text_encoder": "unet",
+    "text_encoder_2": "text_encoder",
+    "vae_encoder": "vae_decoder",
+    "tiny_vae": "vae_decoder",
+}
+
+
+def apply_profile(settings: RunSettings, profile: Profile) -> RunSettings:
+    """Return ``settings`` with what ``profile`` found put where nothing was chosen.
+
+    A device is taken from the profile only where nobody asked for one, and measurements of one
+    device are not used on another.
+    """
+    components = {
+        name: found
+        for name in COMPONENTS
+        if (found := _component(settings, profile, name)) is not None
+    }
+    return replace(settings, components={**settings.components, **components})
+
+
+def _component(settings: RunSettings, profile: Profile, name: str) -> DeviceSettings | None:
+    """Return the settings of the component ``name``; None where the profile says nothing."""
+    source = name
+    while source not in profile.components:
+        if source not in _LIKE:
+            return None
+        source = _LIKE[source]
+    tuned = {key: profile.components[source].settings.get(key) for key in TUNED_FIELDS}
+    own = settings.for_component(name)
+    if tuned["device"] is None:
+        tuned["device"] = DeviceSettings().device
+    if settings.any_device:
+        own = replace(own, device=tuned["device"])
+    elif own.device.strip().upper() != tuned["device"]:
+        return None
+    placed = any(getattr(own, key) is not None for key in _TOGETHER)
+    changes = {
+        key: tuned[key]
+        for key in TUNED_FIELDS
+        if key != "device"
+        and tuned[key] is not None
+        and getattr(own, key) is None
+        and not (key in _TOGETHER and (placed or own.performance_hint != "latency"))
+        # An arithmetic is measured for the component itself, where it was found to be right.
+        and (key != "precision" or source == name)
+    }
+    return replace(own, **changes)
