@@ -47,6 +47,7 @@ from sdvino.outputs import (
 from sdvino.runtime.component import Component
 from sdvino.runtime.guard import Guard
 from sdvino.runtime.memory import check_memory, estimate_memory, memory_status
+from sdvino.runtime.remote import keep_on_device
 from sdvino.settings import (
     NoiseName,
     RunSettings,
@@ -386,6 +387,8 @@ class StableDiffusionPipeline:
 
 def _predictor(unet: Component, conditions: Mapping[str, Array], timings: Timings) -> Predict:
     """Return the UNet with its conditions filled in, counting its evaluations."""
+    if isinstance(unet, Component):  # and no observer's
+        conditions = keep_on_device(unet.hardware, conditions)
     timestep = np.empty(1, np.float32)
 
     def predict(x_in: Array, t: float, /) -> Array:

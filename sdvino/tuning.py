@@ -206,14 +206,18 @@ class Workbench:
         return seconds
 
     def close(self) -> None:
-        """Unload what is loaded."""
+        """Unload what is loaded; nothing is measured any more."""
+        self._release()
+        self._pool.shutdown()
+
+    def _release(self) -> None:
         self._open = self._run = None
         if self._components is not None:
             self._components.release()
             self._components = None
 
     def _load(self, name: str, choice: Choice) -> None:
-        self.close()
+        self._release()
         settings = choice.settings
         if choice.guidance_mode == "streams":
             settings = replace(settings, num_streams=2)

@@ -31,3 +31,11 @@ def devices_command(as_json: bool) -> None:
         click.echo(f"       arithmetic: {', '.join(device.precisions)}")
         for name, value in device.facts.items():
             click.echo(f"       {name}: {value}")
+        for name, value in device.defaults.items():
+            click.echo(f"       default {name}: {value}")
+    if machine.profiles:
+        click.echo("\nprofiles of this machine and OpenVINO")
+        for line in machine.profiles:
+            click.echo(f"       {line}")
+    else:
+        click.echo("\nno profile for this machine and OpenVINO yet; make one with `sdvino tune`")

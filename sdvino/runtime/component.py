@@ -35,9 +35,13 @@ class Checks(Protocol):
     """Looks at what components give; see `sdvino.runtime.guard.Guard`."""
 
     def check(
-        self, component: Component, inputs: Mapping[str, Array], outputs: Mapping[str, Array]
+        self,
+        component: Component,
+        inputs: Mapping[str, Array],
+        outputs: Mapping[str, Array],
+        settings: DeviceSettings,
     ) -> Mapping[str, Array]:
-        """Return ``outputs``, or better ones where they are wrong."""
+        """Return ``outputs``, computed under ``settings``, or better ones where they are wrong."""
         ...
 
 
@@ -155,6 +159,13 @@ class Component:
         Ctrl-C stops the run. Raises SdvinoError when an input is missing, unknown or of another
         shape, or the device fails.
         """
+        settings = self.settings
+        outputs = self._evaluate(inputs)
+        if self.guard is None:
+            return outputs
+        return self.guard.check(self, inputs, outputs, settings)
+
+    def _evaluate(self, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
         request = self._request()
         held = self._set_inputs(request, inputs)
         try:
@@ -168,12 +179,11 @@ class Component:
             _wait_out(request)
             raise
         del held  # the device reads the arrays until here
-        outputs = {
+        return {
             name: request.get_output_tensor(index).data
             for index, names in self._outputs
             for name in names
         }
-        return outputs if self.guard is None else self.guard.check(self, inputs, outputs)
 
     def _request(self) -> ov.InferRequest:
         request = getattr(self._requests, "request", None)

@@ -8,8 +8,11 @@ from typing import Any
 
 import openvino as ov
 
-from sdvino.runtime.core import shared_core
+from sdvino.errors import DeviceError
+from sdvino.runtime.core import device_facts, shared_core
+from sdvino.runtime.defaults import cpu_defaults, default_precision
 from sdvino.runtime.memory import MemoryStatus, memory_status
+from sdvino.runtime.profile import Profile, ProfileStore, machine_name
 from sdvino.runtime.topology import CpuReport, read_cpu
 
 #: Property of a GPU or NPU -> how the report calls it, and how the value is written.
@@ -37,6 +40,8 @@ class DeviceReport:
     precisions: tuple[str, ...]
     #: What else it says about itself, in words: name to value.
     facts: dict[str, str] = field(default_factory=dict)
+    #: What is used when nothing is asked for and nothing was measured, and why.
+    defaults: dict[str, str] = field(default_factory=dict)
     #: Why it cannot be used, where it does not answer.
     problem: str | None = None
 
@@ -49,6 +54,8 @@ class MachineReport:
     memory: MemoryStatus
     cpu: CpuReport
     devices: tuple[DeviceReport, ...]
+    #: What `sdvino tune` and earlier runs found out here, a line for each model.
+    profiles: tuple[str, ...] = ()
 
 
 def describe_machine(core: ov.Core | None = None) -> MachineReport:
@@ -59,7 +66,27 @@ def describe_machine(core: ov.Core | None = None) -> MachineReport:
         memory=memory_status(),
         cpu=read_cpu(),
         devices=tuple(describe_devices(core)),
+        profiles=tuple(
+            describe_profile(profile)
+            for profile in ProfileStore().all()
+            if profile.key.machine == machine_name(core)
+            and profile.key.openvino == str(ov.get_version())
+        ),
     )
+
+
+def describe_profile(profile: Profile) -> str:
+    """Return one line of what ``profile`` holds."""
+    parts = []
+    if profile.tuned is not None:
+        parts.append(f"tuned on {profile.tuned} for {profile.width} x {profile.height}")
+    for name, tuned in profile.components.items():
+        gain = tuned.default_seconds / tuned.seconds if tuned.seconds > 0 else 1.0
+        parts.append(f"{name} on {tuned.settings.get('device', 'CPU')} {gain:.2f} x the defaults")
+    for name, fallback in profile.fallbacks.items():
+        parts.append(f"{name} moved to {fallback.device} in {fallback.precision}")
+    parts += [f"{name} checked against the CPU" for name in profile.trusted]
+    return f"{profile.name}: {'; '.join(parts) if parts else 'nothing yet'}"
 
 
 def describe_devices(core: ov.Core | None = None) -> list[DeviceReport]:
@@ -87,7 +114,25 @@ def _describe(core: ov.Core, device: str) -> DeviceReport:
         full_name=full_name,
         precisions=tuple(name for flag, name in _PRECISIONS.items() if flag in capabilities),
         facts=facts,
+        defaults=_defaults(core, device),
     )
+
+
+def _defaults(core: ov.Core, device: str) -> dict[str, str]:
+    """Say what `sdvino.runtime.defaults` chooses for ``device``."""
+    try:
+        facts = device_facts(core, device)
+    except DeviceError:
+        return {}
+    found: dict[str, str] = {}
+    if facts.cpu is not None:
+        cpu = cpu_defaults(facts.cpu)
+        found["threads"] = f"{cpu.num_threads} ({cpu.why})"
+    for title, component in (("arithmetic", None), ("arithmetic of the VAE", "vae_decoder")):
+        chosen = default_precision(device, component, facts.capabilities, amx=facts.amx)
+        if chosen.precision is not None:
+            found[title] = f"{chosen.precision} ({chosen.why})"
+    return found
 
 
 def _facts(core: ov.Core, device: str, supported: set[str]) -> dict[str, str]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -81,8 +81,14 @@ class Guard:
     ``memory`` keeps what was found between runs; None keeps it for this process alone.
     """
 
-    def __init__(self, memory: ProfileMemory | None = None) -> None:
+    def __init__(
+        self,
+        memory: ProfileMemory | None = None,
+        *,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
         self.memory = memory
+        self._clock = clock
         self._lock = threading.RLock()
         self._busy = threading.local()
         #: Components whose flat pictures were not the precision's fault.
@@ -112,22 +118,27 @@ class Guard:
         return _moved(settings, fallback.device, fallback.precision)
 
     def check(
-        self, component: Component, inputs: Mapping[str, Array], outputs: Mapping[str, Array]
+        self,
+        component: Component,
+        inputs: Mapping[str, Array],
+        outputs: Mapping[str, Array],
+        settings: DeviceSettings,
     ) -> Mapping[str, Array]:
         """Return ``outputs``, or those of a second run in a safer place where they are wrong.
 
+        ``settings`` are those of the first run: another thread may have left them since.
         Raises SdvinoError where the safest place gives values that are not numbers either.
         """
         if getattr(self._busy, "now", False):
             return outputs
-        settings = component.settings
         problem = self._problem(component, outputs)
-        if problem is None and not self._unknown(component):
+        stale = component.settings is not settings
+        if problem is None and not stale and not self._unknown(component):
             return outputs
         with self._lock:
             self._busy.now = True
             try:
-                if component.settings is not settings:  # another thread found out meanwhile
+                if component.settings is not settings:
                     outputs = component.infer(inputs)
                     problem = self._problem(component, outputs)
                 if problem is not None and _are_numbers(inputs):
@@ -192,18 +203,17 @@ class Guard:
         """Compare one evaluation with the CPU's, and time both; stay on the better one."""
         name, before = component.name, component.settings
         result = _copies(outputs)
-        seconds = _seconds(component, inputs)  # a second run: the first one allocated
+        seconds = self._seconds(component, inputs)  # a second run: the first one allocated
+        precision = component.precision
         twin = component.twin(_moved(before, "CPU", None))
         try:
-            started = time.perf_counter()
             twin.load()
-            loaded = time.perf_counter()
+            started = self._clock()
             reference = _copies(twin.infer(inputs))
-            cpu_seconds = time.perf_counter() - loaded
-            _log.debug("The CPU's UNet for comparison took %.1f s to load.", loaded - started)
+            cpu_seconds = self._clock() - started
             if seconds < cpu_seconds < seconds * _CLOSE:
-                cpu_seconds = min(cpu_seconds, _seconds(twin, inputs))
-            precision = twin.precision
+                cpu_seconds = min(cpu_seconds, self._seconds(twin, inputs))
+            place = ("CPU", "f32" if twin.precision is None else twin.precision)
         finally:
             twin.unload()
         self._judged.add((name, before.device))
@@ -214,12 +224,14 @@ class Guard:
                 ratio = cpu_seconds / max(seconds, 1e-9)
                 self.memory.trust(name, before.device, f"error {error:.1e}, {ratio:.1f} x the CPU")
             return result
-        place = ("CPU", "f32" if precision is None else precision)
         component.change(_moved(before, "CPU", None))
-        self._fall_back(
-            component, _fallback(before.device, component.precision, place, problem), problem
-        )
+        self._fall_back(component, _fallback(before.device, precision, place, problem), problem)
         return reference
+
+    def _seconds(self, component: Component, inputs: Mapping[str, Array]) -> float:
+        started = self._clock()
+        component.infer(inputs)
+        return self._clock() - started
 
     def _fall_back(self, component: Component, fallback: Fallback, problem: str) -> None:
         name = component.name
@@ -268,12 +280,6 @@ def _moved(settings: DeviceSettings, device: str, precision: Any) -> DeviceSetti
     if _plain(device) == _plain(settings.device):
         return replace(settings, precision=precision)
     return replace(settings, device=device, precision=precision, num_streams=None)
-
-
-def _seconds(component: Component, inputs: Mapping[str, Array]) -> float:
-    started = time.perf_counter()
-    component.infer(inputs)
-    return time.perf_counter() - started
 
 
 def _copies(outputs: Mapping[str, Array]) -> dict[str, Array]:

@@ -11,7 +11,9 @@ from sdvino.runtime.properties import (
     compile_properties,
     hardware_of,
     normalize_device,
+    precision_in,
 )
+from sdvino.runtime.topology import CpuReport
 from sdvino.settings import DeviceSettings
 
 CPU = DeviceFacts(
@@ -48,9 +50,9 @@ def test_a_cpu_without_amx_runs_one_stream_in_f32() -> None:
     }
 
 
-def test_a_cpu_with_amx_chooses_its_precision_itself() -> None:
+def test_a_cpu_with_amx_runs_in_bf16() -> None:
     properties = compile_properties(DeviceSettings(), "CPU", {"CPU": SERVER})
-    assert "INFERENCE_PRECISION_HINT" not in properties
+    assert properties["INFERENCE_PRECISION_HINT"] == "bf16"
     properties = compile_properties(DeviceSettings(precision="f32"), "CPU", {"CPU": SERVER})
     assert properties["INFERENCE_PRECISION_HINT"] == "f32"
 
@@ -82,10 +84,67 @@ def test_throughput_leaves_the_streams_to_the_device() -> None:
 
 
 def test_a_containers_quota_limits_the_threads_unless_told() -> None:
-    limited = {"CPU": replace(CPU, cpu_quota=2)}
+    report = CpuReport(performance_cores=8, threads=16, usable=16, quota=2)
+    limited = {"CPU": replace(CPU, cpu=report)}
     assert compile_properties(DeviceSettings(), "CPU", limited)["INFERENCE_NUM_THREADS"] == 2
     told = DeviceSettings(num_threads=5)
     assert compile_properties(told, "CPU", limited)["INFERENCE_NUM_THREADS"] == 5
+
+
+def test_a_hybrid_chip_runs_on_its_performance_cores() -> None:
+    report = CpuReport(performance_cores=4, efficient_cores=8, threads=16, usable=16)
+    laptop = {"CPU": replace(CPU, cpu=report)}
+    properties = compile_properties(DeviceSettings(), "CPU", laptop)
+    assert properties["SCHEDULING_CORE_TYPE"] == "PCORE_ONLY"
+    assert properties["INFERENCE_NUM_THREADS"] == 4
+    # Twelve threads, as asked, do not fit on four cores.
+    properties = compile_properties(DeviceSettings(num_threads=12), "CPU", laptop)
+    assert properties["INFERENCE_NUM_THREADS"] == 12
+    assert "SCHEDULING_CORE_TYPE" not in properties
+    properties = compile_properties(DeviceSettings(core_type="efficient"), "CPU", laptop)
+    assert properties["SCHEDULING_CORE_TYPE"] == "ECORE_ONLY"
+    assert properties["INFERENCE_NUM_THREADS"] == 8
+    # How many threads two to a core are, the device knows.
+    both = compile_properties(DeviceSettings(hyper_threading=True), "CPU", laptop)
+    assert "INFERENCE_NUM_THREADS" not in both
+    # An older plugin without core types is left to its own rule.
+    old = {"CPU": replace(laptop["CPU"], supported=CPU.supported - {"SCHEDULING_CORE_TYPE"})}
+    assert "SCHEDULING_CORE_TYPE" not in compile_properties(DeviceSettings(), "CPU", old)
+
+
+def test_a_gpu_scales_the_autoencoder_s_activations_and_feeds_it_from_a_fast_core() -> None:
+    more = {"ACTIVATIONS_SCALE_FACTOR", "GPU_HOST_TASK_PRIORITY"}
+    gpu = {"GPU": replace(GPU, supported=GPU.supported | more)}
+    vae = compile_properties(DeviceSettings(device="GPU"), "GPU", gpu, "vae_decoder")
+    assert vae["ACTIVATIONS_SCALE_FACTOR"] == 128.0
+    assert vae["GPU_HOST_TASK_PRIORITY"] == "HIGH"
+    exact = DeviceSettings(device="GPU", precision="f32", core_type="efficient")
+    vae = compile_properties(exact, "GPU", gpu, "vae_decoder")
+    assert "ACTIVATIONS_SCALE_FACTOR" not in vae
+    assert vae["GPU_HOST_TASK_PRIORITY"] == "LOW"
+    unet = compile_properties(DeviceSettings(device="GPU"), "GPU", gpu, "unet")
+    assert "ACTIVATIONS_SCALE_FACTOR" not in unet
+
+
+@pytest.mark.parametrize(
+    ("properties", "precision"),
+    [
+        ({"INFERENCE_PRECISION_HINT": "f16"}, "f16"),
+        ({}, None),
+        ({"DEVICE_PROPERTIES": {"CPU": {"INFERENCE_PRECISION_HINT": "f32"}}}, "f32"),
+        (
+            {
+                "DEVICE_PROPERTIES": {
+                    "CPU": {"INFERENCE_PRECISION_HINT": "f32"},
+                    "GPU": {"INFERENCE_PRECISION_HINT": "f16"},
+                }
+            },
+            None,
+        ),
+    ],
+)
+def test_the_precision_asked_for(properties: dict[str, Any], precision: str | None) -> None:
+    assert precision_in(properties) == precision
 
 
 def test_a_gpu_runs_f16_and_has_no_threads() -> None:

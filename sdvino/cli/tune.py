@@ -1,0 +1,159 @@
+"""`sdvino tune`: measure on this machine how a model runs fastest."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from sdvino.cli.options import model_options
+from sdvino.errors import Cancelled, RequestError, SdvinoError
+
+if TYPE_CHECKING:
+    from sdvino.model_folder import ModelFolder
+    from sdvino.runtime.search import Trial
+    from sdvino.runtime.tuning_axes import Choice
+    from sdvino.tuning import Tuning
+
+MAX_MINUTES = 24 * 60
+
+
+@click.command("tune")
+@model_options
+@click.option(
+    "--minutes", type=float, default=5.0, show_default=True, help="Time to measure, about."
+)
+@click.option(
+    "-W", "--width", type=int, help="Of the pictures to tune for.  [default: the model's]"
+)
+@click.option(
+    "-H", "--height", type=int, help="Of the pictures to tune for.  [default: the model's]"
+)
+@click.option(
+    "--guidance/--no-guidance",
+    default=None,
+    help="Measure how guidance runs too.  [default: if the model is used with it]",
+)
+@click.option(
+    "--device", "devices", multiple=True, help="Measure on this device; repeat.  [default: all]"
+)
+@click.option(
+    "--plot", type=click.Path(path_type=Path), help="Draw what was tried into this picture."
+)
+@click.option("-q", "--quiet", is_flag=True, help="No progress.")
+def tune_command(
+    model: str | None,
+    revision: str | None,
+    offline: bool,
+    minutes: float,
+    width: int | None,
+    height: int | None,
+    guidance: bool | None,
+    devices: tuple[str, ...],
+    plot: Path | None,
+    quiet: bool,
+) -> None:
+    """Measure how a model runs fastest here, and keep it for `sdvino generate`.
+
+    \b
+    sdvino tune -m FOLDER --minutes 10 --plot tried.png
+
+    Ctrl-C ends it with the best found so far.
+    """
+    if not 0.0 < minutes <= MAX_MINUTES:
+        raise RequestError(f"--minutes is {minutes:g}; give a number from above 0 to a day's 1440.")
+    from sdvino.hub import resolve_model
+    from sdvino.image.picture import check_output
+    from sdvino.model_folder import ModelFolder
+    from sdvino.tuning import tune
+
+    if plot is not None:
+        check_output(plot)
+    folder = ModelFolder.open(resolve_model(model, revision=revision, offline=offline))
+    found = tune(
+        folder,
+        seconds=minutes * 60.0,
+        width=width,
+        height=height,
+        devices=devices,
+        guided=_uses_guidance(folder) if guidance is None else guidance,
+        report=_silent if quiet else _show,
+    )
+    if not found.components:
+        if found.interrupted:
+            raise Cancelled("Cancelled before anything was measured; no profile was written.")
+        problems = [trial.problem for tried in found.trials.values() for trial in tried]
+        reason = next((problem for problem in problems if problem is not None), None)
+        raise SdvinoError(
+            "Nothing could be measured in that time; give more --minutes."
+            if reason is None
+            else f"Nothing could be measured: {reason}"
+        )
+    _keep(folder, found, width, height)
+    _print(found)
+    if plot is not None:
+        from sdvino.image.picture import save_picture
+        from sdvino.tuning_chart import draw_trials
+
+        title = f"sdvino tune: {folder.name}, {time.strftime('%Y-%m-%d')}"
+        click.echo(f"plot: {save_picture(draw_trials(found.trials, title), plot)}")
+
+
+def _uses_guidance(folder: ModelFolder) -> bool:
+    suggested = folder.suggested.guidance_scale
+    scale = folder.kind.guidance_scale if suggested is None else suggested
+    return scale > 1.0 and folder.guidance_width is None
+
+
+def _keep(folder: ModelFolder, found: Tuning, width: int | None, height: int | None) -> None:
+    """Write the profile, with what earlier runs learnt and, where this one ended early, found."""
+    from dataclasses import replace
+
+    from sdvino.runtime.profile import ProfileStore, profile_key
+
+    store = ProfileStore()
+    before = store.read(profile_key(folder), folder.name)
+    profile = replace(
+        before,
+        name=folder.name,
+        tuned=time.strftime("%Y-%m-%d"),
+        width=folder.width if width is None else width,
+        height=folder.height if height is None else height,
+        components={**before.components, **found.components},
+        guidance_mode=before.guidance_mode if found.guidance_mode is None else found.guidance_mode,
+    )
+    if not store.write(profile):
+        raise SdvinoError(
+            f"The profile could not be written to {store.folder}; free some space,"
+            " or set SDVINO_CACHE_DIR to a folder that you may write to."
+        )
+
+
+def _show(component: str, trial: Trial[Choice], left: float) -> None:
+    minutes, seconds = divmod(max(0, round(left)), 60)
+    what = trial.problem if trial.problem is not None else f"{trial.best:.3f} s"
+    click.echo(
+        f"{component}: {trial.candidate.label}: {what}  ({minutes}:{seconds:02} left)", err=True
+    )
+
+
+def _silent(component: str, trial: Trial[Choice], left: float) -> None:
+    return
+
+
+def _print(found: Tuning) -> None:
+    if found.interrupted:
+        click.echo("Stopped; what was best so far is kept.", err=True)
+    elif not found.complete:
+        click.echo("The time is up; what was best so far is kept.", err=True)
+    for name, tuned in found.components.items():
+        words = ", ".join(
+            f"{key.removeprefix('num_').replace('_', ' ')} {value}"
+            for key, value in tuned.settings.items()
+        )
+        gain = tuned.default_seconds / tuned.seconds if tuned.seconds > 0 else 1.0
+        click.echo(f"{name}: {tuned.seconds:.3f} s, {gain:.2f} x the defaults' speed: {words}")
+    if found.guidance_mode is not None:
+        click.echo(f"guidance: {found.guidance_mode}")
