@@ -30,6 +30,8 @@ TimestepSpacing = Literal["linspace", "leading", "trailing"]
 PerformanceHint = Literal["latency", "throughput"]
 CoreType = Literal["any", "performance", "efficient"]
 Precision = Literal["f32", "f16", "bf16"]
+#: One prediction after the other, one batch of two, or two streams at once.
+MeasuredGuidance = Literal["sequential", "batch", "streams"]
 
 SAMPLERS: tuple[SamplerName, ...] = get_args(SamplerName)
 SIGMA_SCHEDULES: tuple[SigmaScheduleName, ...] = get_args(SigmaScheduleName)
@@ -125,8 +127,11 @@ class RunSettings:
     components: dict[str, DeviceSettings] = field(default_factory=dict)
     #: Nobody asked for a device, so that the profile of `sdvino tune` may name one.
     any_device: bool = False
+    #: How guidance runs its two predictions, as measured; None: not measured, the default stands.
+    guidance_mode: MeasuredGuidance | None = None
 
     def __post_init__(self) -> None:
+        check_choice("guidance mode", self.guidance_mode, get_args(MeasuredGuidance))
         for name in self.components:
             if name != "vae":
                 check_choice("component", name, COMPONENTS)

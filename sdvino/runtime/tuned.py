@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
-from sdvino.runtime.profile import TUNED_FIELDS, Profile
+from sdvino.runtime.profile import Profile
 from sdvino.settings import COMPONENTS, DeviceSettings, RunSettings
 
 #: Fields that were measured together: whoever chooses one of them chooses for all.
@@ -29,7 +30,13 @@ def apply_profile(settings: RunSettings, profile: Profile) -> RunSettings:
         for name in COMPONENTS
         if (found := _component(settings, profile, name)) is not None
     }
-    return replace(settings, components={**settings.components, **components})
+    mode = settings.guidance_mode
+    return replace(
+        settings,
+        components={**settings.components, **components},
+        # Measured on the device that the UNet then runs on, or not at all.
+        guidance_mode=profile.guidance_mode if mode is None and "unet" in components else mode,
+    )
 
 
 def _component(settings: RunSettings, profile: Profile, name: str) -> DeviceSettings | None:
@@ -39,20 +46,18 @@ def _component(settings: RunSettings, profile: Profile, name: str) -> DeviceSett
         if source not in _LIKE:
             return None
         source = _LIKE[source]
-    tuned = {key: profile.components[source].settings.get(key) for key in TUNED_FIELDS}
+    tuned = profile.components[source].settings
+    device = str(tuned.get("device", DeviceSettings().device))
     own = settings.for_component(name)
-    if tuned["device"] is None:
-        tuned["device"] = DeviceSettings().device
     if settings.any_device:
-        own = replace(own, device=tuned["device"])
-    elif own.device.strip().upper() != tuned["device"]:
+        own = replace(own, device=device)
+    elif own.device.strip().upper() != device:
         return None
     placed = any(getattr(own, key) is not None for key in _TOGETHER)
-    changes = {
-        key: tuned[key]
-        for key in TUNED_FIELDS
+    changes: dict[str, Any] = {
+        key: value
+        for key, value in tuned.items()
         if key != "device"
-        and tuned[key] is not None
         and getattr(own, key) is None
         and not (key in _TOGETHER and (placed or own.performance_hint != "latency"))
         # An arithmetic is measured for the component itself, where it was found to be right.

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import get_args
 
 from sdvino.runtime.defaults import cpu_defaults, default_precision
 from sdvino.runtime.properties import DeviceFacts
 from sdvino.runtime.search import Axis, Candidate
 from sdvino.runtime.topology import CpuReport
-from sdvino.settings import CoreType, DeviceSettings, Precision
+from sdvino.settings import CoreType, DeviceSettings, MeasuredGuidance, Precision
 
 #: How guidance runs its two predictions: one after the other, as a batch of two, side by side.
-GUIDANCE_MODES = ("sequential", "batch", "streams")
-_GUIDANCE_LABELS = {
+GUIDANCE_MODES: tuple[MeasuredGuidance, ...] = get_args(MeasuredGuidance)
+_GUIDANCE_LABELS: dict[MeasuredGuidance, str] = {
     "sequential": "one after the other",
     "batch": "a batch of two",
     "streams": "two streams",
@@ -28,7 +29,7 @@ class Choice:
 
     settings: DeviceSettings
     #: None: one prediction is measured, otherwise the two of a guided step.
-    guidance_mode: str | None = None
+    guidance_mode: MeasuredGuidance | None = None
 
 
 def axes(

@@ -90,6 +90,7 @@ def damaged(**changes: Any) -> str:
         ),
         damaged(fallbacks={"unet": {"device": "CPU"}}),
         damaged(fallbacks=[]),
+        damaged(guidance_mode="both"),
     ],
 )
 def test_a_damaged_profile_costs_the_profile_alone(text: str, tmp_path: Path) -> None:
@@ -142,6 +143,7 @@ def test_a_profile_fills_what_was_left_open() -> None:
     found = apply_profile(OPEN, PROFILE)
     unet = found.for_component("unet")
     assert (unet.num_threads, unet.core_type, unet.precision) == (6, "any", "bf16")
+    assert found.guidance_mode == "sequential"
     assert found.for_component("vae_decoder").num_threads == 4
     # Parts that were not measured run where their neighbours do, in their own precision.
     assert found.for_component("tiny_vae").num_threads == 4
@@ -179,6 +181,7 @@ def test_a_device_that_was_asked_for_stands() -> None:
     assert apply_profile(OPEN, gpu).for_component("unet").device == "GPU"
     asked = RunSettings(default=DeviceSettings(device="CPU"))
     assert apply_profile(asked, gpu).for_component("unet") == DeviceSettings()
+    assert apply_profile(asked, gpu).guidance_mode is None
     mixed = RunSettings(components={"vae": DeviceSettings(device="CPU", num_threads=1)})
     found = apply_profile(mixed, PROFILE)
     assert found.for_component("vae_decoder").num_threads == 1
