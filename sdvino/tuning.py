@@ -165,7 +165,7 @@ def _note_guidance(done: _Progress, found: Found[Choice]) -> None:
     done.trials["unet"] += found.trials
     done.complete = done.complete and found.complete
     done.interrupted = done.interrupted or found.interrupted
-    if found.seconds is not None:
+    if sum(bool(trial.seconds) for trial in found.trials) > 1:  # otherwise nothing was compared
         done.guidance_mode = found.settings.guidance_mode
 
 

@@ -70,7 +70,7 @@ def _draw_trial(
     length = round((_RIGHT - _LEFT) * trial.best / longest) if longest > 0 else 0
     corners = (_LEFT, top + 4, _LEFT + max(1, length), top + 4 + _BAR)
     draw.rectangle(corners, _CHOSEN if trial.chosen else _TRIED)
-    draw.text((corners[2] + 6, top + 4), f"{trial.best:.3g} s", _INK, font)
+    draw.text((corners[2] + 6, top + 4), f"{trial.best:.3f} s", _INK, font)
 
 
 def _fit(draw: ImageDraw.ImageDraw, text: str, font: _Font, width: int) -> str:

@@ -135,7 +135,9 @@ def _show(component: str, trial: Trial[Choice], left: float) -> None:
     minutes, seconds = divmod(max(0, round(left)), 60)
     what = trial.problem if trial.problem is not None else f"{trial.best:.3f} s"
     click.echo(
-        f"{component}: {trial.candidate.label}: {what}  ({minutes}:{seconds:02} left)", err=True
+        f"{component}, {trial.axis}: {trial.candidate.label}: {what}"
+        f"  ({minutes}:{seconds:02} left)",
+        err=True,
     )
 
 

@@ -86,7 +86,7 @@ def _cores(cpu: CpuReport, core_type: CoreType | None) -> tuple[int, CoreType | 
     if not both:
         return low_power, None, "the low-power cores, which are all it may use"
     if not performance or not efficient:
-        return both, None, "every physical core"
+        return both, None, "every physical core that it may use"
     if efficient >= MANY_EFFICIENT * performance:
         few = f"{performance} performance cores alone are too few beside {efficient} efficient ones"
         return both, "any", f"every core, because {few}"

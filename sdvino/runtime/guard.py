@@ -132,12 +132,14 @@ class Guard:
         if getattr(self._busy, "now", False):
             return outputs
         problem = self._problem(component, outputs)
-        stale = component.settings is not settings
+        stale = component.settings is not settings or self._left(component)
         if problem is None and not stale and not self._unknown(component):
             return outputs
         with self._lock:
             self._busy.now = True
             try:
+                if self._left(component):  # on account of another graph of the same part
+                    component.change(self.settings(component.name, component.settings))
                 if component.settings is not settings:
                     outputs = component.infer(inputs)
                     problem = self._problem(component, outputs)
@@ -148,6 +150,11 @@ class Guard:
             finally:
                 self._busy.now = False
         return outputs
+
+    def _left(self, component: Component) -> bool:
+        """Return whether ``component`` is in a place that its part has left meanwhile."""
+        settings = component.settings
+        return self.settings(component.name, settings) is not settings
 
     def _problem(self, component: Component, outputs: Mapping[str, Array]) -> str | None:
         problem = problem_of(component.name, outputs)

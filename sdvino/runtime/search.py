@@ -61,7 +61,8 @@ class Found(Generic[S]):
     """What a search ended with."""
 
     settings: S
-    #: Of the first candidate of the first axis and of the last axis's winner, where measured.
+    #: The fastest run under ``start`` as the first axis has it, and under ``settings``, where they
+    #: were measured: the same seconds where they are the same settings.
     default_seconds: float | None
     seconds: float | None
     trials: tuple[Trial[S], ...]
@@ -87,8 +88,7 @@ def search(
     best = start
     clock = _Clock(time_left)
     trials: list[Trial[S]] = []
-    default: float | None = None
-    seconds: float | None = None
+    default: S | None = None
     stopped = interrupted = False
     for axis in axes:
         candidates = axis.candidates(best)
@@ -101,20 +101,25 @@ def search(
             stopped = interrupted = True
         winner = _winner(entries)
         if winner is not None:
-            best, seconds = winner.candidate.settings, min(winner.seconds)
-            if default is None and entries[0].seconds:
-                default = min(entries[0].seconds)
+            best = winner.candidate.settings
+        if default is None and entries:
+            default = entries[0].candidate.settings
         trials.extend(entry.trial(entry is winner) for entry in entries if entry.tried)
         if stopped:
             break
     return Found(
         settings=best,
-        default_seconds=default,
-        seconds=seconds,
+        default_seconds=_fastest(trials, default),
+        seconds=_fastest(trials, best),
         trials=tuple(trials),
         complete=not stopped,
         interrupted=interrupted,
     )
+
+
+def _fastest(trials: Sequence[Trial[S]], settings: S | None) -> float | None:
+    able = [trial for trial in trials if trial.problem is None and trial.seconds]
+    return min((trial.best for trial in able if trial.candidate.settings == settings), default=None)
 
 
 class _Clock:

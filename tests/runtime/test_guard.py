@@ -287,6 +287,17 @@ def test_two_threads_get_right_numbers_while_a_device_is_found_out(
         np.testing.assert_allclose(result, RIGHT, rtol=1e-3, atol=1e-3)
 
 
+def test_another_graph_of_the_same_part_follows(folder: Path, tmp_path: Path) -> None:
+    guard = guarding(tmp_path)
+    first, second = (liar(folder, lambda out: out * 3.0) for _ in range(2))
+    for unet in (second, first, second):
+        unet.guard = guard
+        out = unet.infer(INPUTS)["out_sample"]
+        np.testing.assert_allclose(out, RIGHT, rtol=1e-3, atol=1e-3)
+        assert unet.settings.device == "CPU"
+    assert first.runs == 2  # found in the wrong place, and moved: no comparison of its own
+
+
 @pytest.mark.gpu
 def test_a_real_gpu_agrees_or_is_left(folder: Path, tmp_path: Path) -> None:
     if not any(name.startswith("GPU") for name in ov.Core().available_devices):

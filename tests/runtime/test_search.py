@@ -73,9 +73,9 @@ def test_the_second_axis_starts_from_the_first_one_s_winner() -> None:
 
 
 def test_a_gain_within_the_noise_changes_nothing() -> None:
-    found = run(Machine({"default": 1.0, "a": 0.99}), axis("cores", "a"))
+    found = run(Machine({"default": 1.0, "a": 0.99}), axis("cores", "a"), axis("more", "a"))
     assert found.settings == ("default",)
-    assert found.seconds == 1.0
+    assert found.seconds == found.default_seconds == 1.0
 
 
 def test_what_cannot_be_run_is_left_out_and_said() -> None:
@@ -133,6 +133,18 @@ def test_without_time_for_one_run_nothing_is_claimed() -> None:
     found = run(Machine({"default": 2.0, "a": 1.0}), axis("cores", "a"), budget=0.0)
     assert found.trials == ()
     assert (found.settings, found.seconds, found.complete) == (("default",), None, False)
+
+
+def test_the_default_s_own_noise_is_no_gain() -> None:
+    times = iter([4.0, 3.0, 3.0, 3.0])
+    axes = [axis("device"), axis("cores", "slower")]
+    found = search(
+        ("default",),
+        axes,
+        lambda settings: 9.0 if settings == ("slower",) else next(times),
+        time_left=lambda: 1.0,
+    )
+    assert found.default_seconds == found.seconds == 3.0
 
 
 @pytest.mark.parametrize(("stop_at", "winner"), [(1, "default"), (2, "default"), (3, "a")])
