@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -94,21 +95,11 @@ def tune(
             def told(trial: Trial[Choice], name: str = name) -> None:
                 report(name, trial, deadline - clock())
 
-            plan = axes(name, facts, names)
-            found = search(
-                Choice(start), plan, bench.measure(name), time_left=time_left, report=told
-            )
+            run = partial(search, measure=bench.measure(name), time_left=time_left, report=told)
+            found = run(Choice(start), axes(name, facts, names))
             _note(done, name, found)
-            if name == "unet" and guided and found.seconds is not None and not done.interrupted:
-                axis = Axis("guidance", guidance_modes)
-                modes = search(
-                    found.settings,
-                    [axis],
-                    bench.measure(name),
-                    time_left=time_left,
-                    report=told,
-                )
-                _note_guidance(done, modes)
+            if name == "unet" and guided and found.seconds is not None and found.complete:
+                _note_guidance(done, run(found.settings, [Axis("guidance", guidance_modes)]))
             if done.interrupted:
                 break
     except KeyboardInterrupt:  # between two measurements
