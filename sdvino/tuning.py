@@ -18,7 +18,7 @@ from sdvino.outputs import Array
 from sdvino.runtime.component import Component
 from sdvino.runtime.core import device_facts, shared_core
 from sdvino.runtime.guard import CANARY_TOLERANCE, problem_of, relative_error
-from sdvino.runtime.profile import TUNED_FIELDS, TunedComponent
+from sdvino.runtime.profile import TUNED_FIELDS, Fallback, TunedComponent
 from sdvino.runtime.properties import normalize_device
 from sdvino.runtime.search import Axis, Found, Trial, search
 from sdvino.runtime.tuning_axes import Choice, axes, guidance_modes
@@ -158,6 +158,27 @@ def _note_guidance(done: _Progress, found: Found[Choice]) -> None:
     done.interrupted = done.interrupted or found.interrupted
     if sum(bool(trial.seconds) for trial in found.trials) > 1:  # otherwise nothing was compared
         done.guidance_mode = found.settings.guidance_mode
+
+
+def still_valid(
+    fallbacks: Mapping[str, Fallback], trials: Mapping[str, Sequence[Trial[Choice]]]
+) -> dict[str, Fallback]:
+    """Return those of ``fallbacks`` that ``trials`` have not asked anew.
+
+    A device that was left for the CPU was wrong or slow in one evaluation, which is what tuning
+    measures. That a precision overflowed shows with pictures alone.
+    """
+    asked = {
+        (name, trial.candidate.settings.settings.device)
+        for name, tried in trials.items()
+        for trial in tried
+        if trial.seconds and trial.problem is None
+    }
+    return {
+        name: fallback
+        for name, fallback in fallbacks.items()
+        if fallback.device == fallback.from_device or (name, fallback.from_device) not in asked
+    }
 
 
 def tuned_fields(settings: DeviceSettings) -> dict[str, Any]:

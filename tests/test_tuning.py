@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -17,11 +18,11 @@ from sdvino.errors import SdvinoError
 from sdvino.model_folder import ModelFolder
 from sdvino.runtime import profile
 from sdvino.runtime.component import Component
-from sdvino.runtime.profile import ProfileStore, profile_key
+from sdvino.runtime.profile import Fallback, ProfileStore, profile_key
 from sdvino.runtime.search import Candidate, Trial
 from sdvino.runtime.tuning_axes import Choice
 from sdvino.settings import DeviceSettings, MeasuredGuidance
-from sdvino.tuning import Workbench, tune
+from sdvino.tuning import Workbench, still_valid, tune
 from sdvino.tuning_chart import draw_trials
 from tests.conftest import SHAPES
 from tests.tiny_folder import make_tiny_folder
@@ -158,6 +159,20 @@ def test_the_chart_s_bars_are_as_long_as_their_seconds() -> None:
     assert chosen > 100
     assert abs(tried - 2 * chosen) <= 2
     assert draw_trials({}, "nothing").size[0] == pixels.shape[1]
+
+
+def test_tuning_asks_a_device_anew_and_a_precision_not() -> None:
+    slow = Fallback(
+        from_device="GPU", from_precision="f16", device="CPU", precision="f32", why="it was slow"
+    )
+    overflowed = replace(slow, device="GPU")
+    gpu = Choice(DeviceSettings(device="GPU"))
+    tried = Trial(axis="device", candidate=Candidate("GPU", gpu), seconds=(1.0,))
+    before = {"unet": slow, "vae_decoder": overflowed, "text_encoder": slow}
+    left = still_valid(before, {"unet": [tried], "vae_decoder": [tried]})
+    assert set(left) == {"vae_decoder", "text_encoder"}
+    wrong = replace(tried, seconds=(), problem="its results are off by 300%")
+    assert still_valid({"unet": slow}, {"unet": [wrong]}) == {"unet": slow}
 
 
 class Overflows(Component):

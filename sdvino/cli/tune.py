@@ -112,6 +112,7 @@ def _keep(folder: ModelFolder, found: Tuning, width: int | None, height: int | N
     from dataclasses import replace
 
     from sdvino.runtime.profile import ProfileStore, profile_key
+    from sdvino.tuning import still_valid
 
     store = ProfileStore()
     before = store.read(profile_key(folder), folder.name)
@@ -122,6 +123,7 @@ def _keep(folder: ModelFolder, found: Tuning, width: int | None, height: int | N
         width=folder.width if width is None else width,
         height=folder.height if height is None else height,
         components={**before.components, **found.components},
+        fallbacks=still_valid(before.fallbacks, found.trials),
         guidance_mode=before.guidance_mode if found.guidance_mode is None else found.guidance_mode,
     )
     if not store.write(profile):

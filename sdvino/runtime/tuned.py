@@ -60,7 +60,8 @@ def _component(settings: RunSettings, profile: Profile, name: str) -> DeviceSett
         if key != "device"
         and getattr(own, key) is None
         and not (key in _TOGETHER and (placed or own.performance_hint != "latency"))
-        # An arithmetic is measured for the component itself, where it was found to be right.
-        and (key != "precision" or source == name)
+        # An arithmetic is measured for the component itself, and stands until a picture shows it to
+        # be wrong.
+        and (key != "precision" or (source == name and name not in profile.fallbacks))
     }
     return replace(own, **changes)

@@ -188,5 +188,11 @@ def test_a_device_that_was_asked_for_stands() -> None:
     assert found.for_component("unet").num_threads == 6
 
 
+def test_an_arithmetic_that_overflowed_since_is_not_used() -> None:
+    since = replace(PROFILE, fallbacks={"unet": FALLBACK})
+    unet = apply_profile(OPEN, since).for_component("unet")
+    assert (unet.num_threads, unet.precision) == (6, None)
+
+
 def test_an_empty_profile_changes_nothing() -> None:
     assert apply_profile(OPEN, Profile(key=KEY, name="x")) == OPEN
