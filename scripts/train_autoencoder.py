@@ -9,7 +9,7 @@ import demo_model
 import numpy as np
 import scenes
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, AutoencoderTiny
 from numpy.typing import NDArray
 from torch.nn.functional import l1_loss, mse_loss
 from train_loop import Loop
@@ -18,6 +18,7 @@ from train_run import Run, say
 CROP = 64  # pixels: the autoencoder learns mostly from crops around objects
 # The decoder learns to forgive what the UNet leaves in the latents, up to this share of their size.
 LATENT_NOISE = 0.25
+KL_WEIGHT = 5e-5
 # What holds the latents where an earlier UNet knows them: enough to let only faults move.
 ANCHOR_WEIGHT = 0.02
 Pictures = NDArray[np.uint8]  # [N, H, W, 3]
@@ -76,7 +77,7 @@ def train_autoencoder(run: Run) -> Any:
             posterior = vae.encode(images).latent_dist
             output = vae.decode(posterior.sample()).sample.float()
         divergence = posterior.kl().mean() / posterior.mean[0].numel()
-        found = reconstruction_loss(output, images) + 5e-4 * divergence
+        found = reconstruction_loss(output, images) + KL_WEIGHT * divergence
         if earlier is None:
             return found
         # The UNet knows the latents as they were.
@@ -85,8 +86,7 @@ def train_autoencoder(run: Run) -> Any:
         moved = mse_loss(posterior.mean.float() * earlier.config.scaling_factor, known)
         return found + ANCHOR_WEIGHT * moved
 
-    rate = 2e-3 if earlier is None else 1e-3
-    settings = run.settings("autoencoder", learning_rate=rate, weight_decay=1e-4, seed=1)
+    settings = run.settings("autoencoder", learning_rate=1e-3, weight_decay=1e-4, seed=1, muon=True)
     loop = Loop(settings, vae, run.work)
     if run.pool.exists():
         loop.finish()  # the pool was encoded with these weights, whatever the budget is now
@@ -133,7 +133,7 @@ def train_decoder(run: Run, vae: Any) -> Any:
             output = vae.decode(latents + noise).sample.float()
         return reconstruction_loss(output, images)
 
-    settings = run.settings("decoder", learning_rate=1e-3, weight_decay=1e-4, seed=5)
+    settings = run.settings("decoder", learning_rate=1e-3, weight_decay=1e-4, seed=5, muon=True)
     Loop(settings, vae, run.work).run(loss)
     vae.eval().requires_grad_(False)
     say_quality(run, vae)
@@ -143,7 +143,12 @@ def train_decoder(run: Run, vae: Any) -> Any:
 def train_tiny(run: Run, vae: Any) -> Any:
     """Train the tiny autoencoder: its decoder on the other's latents, its encoder to make them."""
     torch.manual_seed(4)
-    tiny: Any = run.place(demo_model.make_tiny_autoencoder())
+    earlier = None if run.init is None else run.init / "tiny_vae"
+    if earlier is not None and earlier.is_dir():
+        tiny: Any = AutoencoderTiny.from_pretrained(earlier).float().train()
+    else:
+        tiny = demo_model.make_tiny_autoencoder()
+    run.place(tiny).requires_grad_(True)
 
     def loss(step: int, rng: np.random.Generator, progress: float) -> torch.Tensor:
         images = to_images(draw_batch(rng, max(run.batch // 4, 1), CROP), run.device)
