@@ -20,6 +20,7 @@ from sdvino.convert.gating import GateSettings, judge
 from sdvino.convert.open_source import Source, resolve_source
 from sdvino.convert.progress import Progress, silent
 from sdvino.convert.request import Request, WorkPlan
+from sdvino.convert.scheduler import is_distilled
 from sdvino.convert.source import PROMPTS_FILE
 from sdvino.convert.staging import check_target
 from sdvino.convert.state import WorkFolder, recorded_steps
@@ -233,7 +234,7 @@ def _decide(request: Request, recipe: Recipe, source: Source) -> tuple[WorkPlan,
     plan = WorkPlan(
         request=request,
         recipe=recipe,
-        calibration=_plan(source, recipe.calibration, request.prompts, hints["guidance_scale"]),
+        calibration=_plan(source, recipe.calibration, request.prompts, hints),
         components=tuple(source.components),
     )
     return plan, hints
@@ -266,16 +267,11 @@ def _check_calibration(source: Source, recipe: Recipe) -> None:
     """Raise RequestError where activations were to be quantized and cannot be calibrated."""
     if not any(recipe.component(name).calibrated for name in source.components):
         return
-    family, unet = source.family, source.configs["unet"]
+    family = source.family
     if not family.runs:
         raise RequestError(
             f"{source.name} is for {family.title}, and {recipe.name} is calibrated on pictures made"
             " from text alone; choose --recipe int8-weights or fp16."
-        )
-    if len(family.text_encoders) > 1 or unet.get("time_cond_proj_dim") is not None:
-        raise RequestError(
-            f"{source.name} is {family.title}, for which {recipe.name} cannot be calibrated yet;"
-            " choose --recipe int8-weights, int4-weights or fp16."
         )
 
 
@@ -283,17 +279,23 @@ def _plan(
     source: Source,
     recipe: CalibrationRecipe,
     prompts: Sequence[str] | None,
-    guidance_scale: float,
+    hints: Mapping[str, Any],
 ) -> CalibrationPlan:
-    """Return what is calibrated on: the prompts given, the recipe's, the source's, or ours."""
+    """Return what is calibrated on: the prompts given, the recipe's, the source's, or ours.
+
+    ``hints`` are steps, guidance and sampler, as the folder will suggest them.
+    """
     if prompts is not None:
         recipe = replace(recipe, prompts=tuple(prompts))
+    distilled = source.family.distilled or is_distilled(source.configs["scheduler"])
     return make_plan(
         recipe,
         _texts(source, None),
         unet_bytes=source.bytes_of("unet"),
-        guidance_scale=guidance_scale,
+        guidance_scale=hints["guidance_scale"],
         shape=source.latent_shape,
+        distilled=hints["scheduler"] if distilled else None,
+        embedded_guidance=source.configs["unet"].get("time_cond_proj_dim") is not None,
     )
 
 
