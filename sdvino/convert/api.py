@@ -17,7 +17,7 @@ from sdvino.convert.conversion import Conversion, origin_of, steps_of
 from sdvino.convert.estimate import Needs, StepNeeds, check_needs, work_out
 from sdvino.convert.export import require_libraries
 from sdvino.convert.gating import GateSettings, judge
-from sdvino.convert.open_source import Source, resolve_source
+from sdvino.convert.open_source import Source, is_here, resolve_source
 from sdvino.convert.progress import Progress, silent
 from sdvino.convert.request import Request, WorkPlan
 from sdvino.convert.scheduler import is_distilled
@@ -117,10 +117,11 @@ def make_request(
     vae: Path | str | None = None,
     tiny_vae: Path | str | None = None,
     gate: GateSettings | None = None,
+    download: bool = True,
 ) -> Request:
     """Return the arguments of `convert` as a Request; raises RequestError for absurd ones.
 
-    A source on the hub is downloaded.
+    A source on the hub is downloaded; without ``download`` the request is for `look_ahead` alone.
     """
     request = Request(
         source="",
@@ -136,6 +137,8 @@ def make_request(
         gate=gate,
     )
     request.resolve_recipe()  # before anything is downloaded
+    if not download and not is_here(source):
+        return replace(request, source_name=str(source), revision=revision, offline=offline)
     path = resolve_source(source, revision=revision, offline=offline).absolute()
     here = path == Path(source).expanduser().absolute()
     return replace(request, source=str(path), source_name=None if here else str(source))
@@ -203,6 +206,8 @@ class Outlook:
     finished: frozenset[str]
     #: What the other steps take together.
     needs: Needs
+    #: Bytes that are downloaded from the hub before them.
+    download: int = 0
 
 
 def look_ahead(
@@ -210,21 +215,24 @@ def look_ahead(
 ) -> Outlook:
     """Tell what `run` would do, without doing it or writing anything.
 
+    Of a model on the hub only what is small is downloaded; whether LoRAs fit it is not known then.
     Raises what `run` would raise before its first step, but for a disk or memory too small.
     """
     recipe = request.resolve_recipe()
     target = folder.absolute()
-    _check_apart(Path(request.source), target)
+    if request.source:
+        _check_apart(Path(request.source), target)
     check_target(target, overwrite=overwrite)
     with tempfile.TemporaryDirectory(prefix="sdvino-") as scratch:
-        source = request.open_source(Path(scratch))
+        source, download = request.outline_source(Path(scratch))
         plan, _ = _decide(request, recipe, source)
         steps = steps_of(source, plan, origin_of(plan))
         known = {} if fresh else recorded_steps(target)
         everything = work_out([step for step, _ in steps], plan)
     finished = frozenset(step.name for step, key in steps if known.get(step.name) == key)
     left = [step for step, _ in steps if step.name not in finished]
-    return Outlook(source, recipe, everything.steps, finished, work_out(left, plan))
+    needs = work_out(left, plan)
+    return Outlook(source, recipe, everything.steps, finished, needs, download)
 
 
 def _decide(request: Request, recipe: Recipe, source: Source) -> tuple[WorkPlan, Mapping[str, Any]]:
