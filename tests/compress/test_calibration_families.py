@@ -1,4 +1,4 @@
-"""What calibration feeds to each family's UNet: the runtime's own inputs, on graphs of a few nodes."""
+"""Calibration of every family: what the runtime feeds its UNet, on graphs of a few nodes."""
 
 from __future__ import annotations
 
