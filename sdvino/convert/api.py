@@ -200,6 +200,8 @@ class Outlook:
 
     source: Source
     recipe: Recipe
+    #: What the worker processes would be told.
+    plan: WorkPlan
     #: What every step takes.
     steps: tuple[StepNeeds, ...]
     #: Names of the steps that an interrupted conversion has finished.
@@ -232,7 +234,7 @@ def look_ahead(
     finished = frozenset(step.name for step, key in steps if known.get(step.name) == key)
     left = [step for step, _ in steps if step.name not in finished]
     needs = work_out(left, plan)
-    return Outlook(source, recipe, everything.steps, finished, needs, download)
+    return Outlook(source, recipe, plan, everything.steps, finished, needs, download)
 
 
 def _decide(request: Request, recipe: Recipe, source: Source) -> tuple[WorkPlan, Mapping[str, Any]]:
