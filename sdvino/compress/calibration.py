@@ -265,11 +265,10 @@ class _Recorder:
 
         def predict(x_in: Array, t: float, /) -> Array:
             if self.done in self.chosen:
-                # As the saved IR takes it.
-                timestep = np.array([round(t)], np.int64)
-                self.kept.append({"sample": np.array(x_in), "timestep": timestep, **conditions})
+                whole = np.array([round(t)], np.int64)  # as the saved IR takes it
+                self.kept.append({"sample": np.array(x_in), "timestep": whole, **conditions})
             self.done += 1
-            timestep = np.array([t], np.float32)
+            timestep: Array = np.array([t], np.float32)
             inputs = {"sample": x_in, "timestep": timestep, **conditions}
             prediction = self.pipeline.predict(inputs)
             self.progress(self.done / self.total)
