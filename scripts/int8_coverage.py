@@ -46,15 +46,7 @@ def measure_folder(folder: ModelFolder, size: int | None = None) -> Iterator[Cov
     for name in COMPONENTS:
         if name in folder.components:
             model = ov.Core().read_model(folder.components[name].xml)
-            fix_shapes(
-                name,
-                model,
-                channels=folder.in_channels if name == "unet" else folder.latent_channels,
-                latent=(side // scale, side // scale),
-                scale=scale,
-                text_length=folder.text_length,
-                text_width=folder.cross_attention_dim,
-            )
+            fix_shapes(folder, name, model, side // scale, side // scale)
             yield measure(name, model)
 
 

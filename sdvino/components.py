@@ -20,6 +20,22 @@ if TYPE_CHECKING:
     import openvino as ov
 
 
+def unet_shapes(
+    folder: ModelFolder, height: int, width: int, batch: int = 1
+) -> dict[str, list[int]]:
+    """Return the shapes of the UNet's inputs, by name, for latents of ``height`` x ``width``."""
+    shapes = {
+        "sample": [batch, folder.in_channels, height, width],
+        "timestep": [1],
+        "encoder_hidden_states": [batch, folder.text_length, folder.cross_attention_dim],
+    }
+    if folder.pooled_width is not None:
+        shapes |= {"text_embeds": [batch, folder.pooled_width], "time_ids": [batch, TIME_IDS]}
+    if folder.guidance_width is not None:
+        shapes["timestep_cond"] = [batch, folder.guidance_width]
+    return shapes
+
+
 class Components:
     """Gives each part of a folder as a loaded `Component`, prepared for one shape at a time.
 
@@ -54,16 +70,7 @@ class Components:
 
     def unet(self, height: int, width: int, *, batch: int = 1) -> Component:
         """Return the UNet for latents of ``height`` x ``width``, with a float timestep."""
-        folder = self.folder
-        shapes = {
-            "sample": [batch, folder.in_channels, height, width],
-            "timestep": [1],
-            "encoder_hidden_states": [batch, folder.text_length, folder.cross_attention_dim],
-        }
-        if folder.pooled_width is not None:
-            shapes |= {"text_embeds": [batch, folder.pooled_width], "time_ids": [batch, TIME_IDS]}
-        if folder.guidance_width is not None:
-            shapes["timestep_cond"] = [batch, folder.guidance_width]
+        shapes = unet_shapes(self.folder, height, width, batch)
 
         def prepare(model: ov.Model) -> None:
             float_timestep(model)

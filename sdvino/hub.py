@@ -10,14 +10,17 @@ import errno
 import glob
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sdvino.errors import ModelFolderError, RequestError, SdvinoError
 from sdvino.settings import COMPONENTS
 
 if TYPE_CHECKING:
+    from huggingface_hub import HfApi
     from huggingface_hub.hf_api import ModelInfo
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
@@ -33,6 +36,17 @@ Report = Callable[[str], None]
 #: Takes the names of the files in a repository and returns those to have; raises ModelFolderError
 #: when what is needed is not among them.
 Choose = Callable[[Sequence[str]], Sequence[str]]
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """What a repository on the hub holds."""
+
+    model: str
+    #: The commit that the revision stands for.
+    commit: str
+    #: File -> bytes.
+    sizes: Mapping[str, int]
 
 
 def report_to_stderr(message: str) -> None:
@@ -101,8 +115,7 @@ def fetch(
 
     The rest is as in `resolve_model`.
     """
-    if revision is not None and (_REVISION.fullmatch(revision) is None or ".." in revision):
-        raise RequestError(f"{revision[:80]!r} is no revision; give a branch, a tag or a commit.")
+    _check_revision(revision)
     cache = None if cache_dir is None else Path(cache_dir)
     return _from_hub(model, choose, revision, cache, offline, progress)
 
@@ -118,6 +131,69 @@ def bundled_model() -> Path:
     )
 
 
+def list_files(model: str, *, revision: str | None = None, offline: bool = False) -> Listing | None:
+    """Return what the repository ``model`` holds; None when offline, or the hub is out of reach.
+
+    Raises ModelFolderError when there is no such model, RequestError for no revision.
+    """
+    from huggingface_hub import constants
+
+    _check_revision(revision)
+    if offline or constants.HF_HUB_OFFLINE:
+        return None
+    try:
+        with _answers(model, revision) as hub:
+            info = hub.model_info(model, revision=revision, files_metadata=True)
+    except _network_errors():
+        return None
+    found = [] if info.siblings is None else info.siblings
+    sizes = {file.rfilename: 0 if file.size is None else file.size for file in found}
+    return Listing(model, str(info.sha), sizes)
+
+
+def is_cached(listing: Listing, name: str) -> bool:
+    """Tell whether the file ``name`` was downloaded before, to the hub's own cache."""
+    from huggingface_hub import try_to_load_from_cache
+
+    return isinstance(try_to_load_from_cache(listing.model, name, revision=listing.commit), str)
+
+
+def read_remote_header(listing: Listing, name: str) -> Mapping[str, Any]:
+    """Return the header of a safetensors file on the hub, as its JSON has it; no weight is read.
+
+    Raises ModelFolderError for a file that is none, SdvinoError when the hub cannot be reached.
+    """
+    from huggingface_hub.errors import SafetensorsParsingError
+
+    try:
+        with _answers(listing.model, listing.commit) as hub:
+            found = hub.parse_safetensors_file_metadata(
+                listing.model, name, revision=listing.commit
+            )
+    except SafetensorsParsingError as error:
+        raise ModelFolderError(
+            f"{listing.model}/{name} is damaged or not a safetensors file; choose another."
+        ) from error
+    except _network_errors() as error:
+        raise SdvinoError(
+            f"The hub cannot be reached ({type(error).__name__}); try again with a connection."
+        ) from error
+    tensors = {
+        tensor: {
+            "dtype": info.dtype,
+            "shape": list(info.shape),
+            "data_offsets": list(info.data_offsets),
+        }
+        for tensor, info in found.tensors.items()
+    }
+    return {"__metadata__": dict(found.metadata), **tensors}
+
+
+def _check_revision(revision: str | None) -> None:
+    if revision is not None and (_REVISION.fullmatch(revision) is None or ".." in revision):
+        raise RequestError(f"{revision[:80]!r} is no revision; give a branch, a tag or a commit.")
+
+
 def _from_hub(
     model: str,
     choose: Choose,
@@ -126,12 +202,7 @@ def _from_hub(
     offline: bool,
     progress: Report,
 ) -> Path:
-    from huggingface_hub import HfApi, constants
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+    from huggingface_hub import constants
 
     if offline or constants.HF_HUB_OFFLINE:
         return _from_cache(
@@ -142,22 +213,9 @@ def _from_hub(
             f"{model} was not downloaded before, and sdvino is offline",
         )
     try:
-        info = HfApi().model_info(model, revision=revision, files_metadata=True)
-        return _download(info, model, choose, revision, cache_dir, progress)
-    except RevisionNotFoundError as error:
-        raise ModelFolderError(
-            f"{model} has no revision {revision!r} on the hub; leave --revision out or correct it."
-        ) from error
-    except GatedRepoError as error:
-        raise ModelFolderError(
-            f"{model} asks for its terms to be accepted on its page at the hub; do that, run"
-            " `hf auth login`, and try again."
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise ModelFolderError(
-            f"There is no folder {model!r} here and no model of that name on the hub (a private one"
-            " needs `hf auth login`); check the spelling."
-        ) from error
+        with _answers(model, revision) as hub:
+            info = hub.model_info(model, revision=revision, files_metadata=True)
+            return _download(info, model, choose, revision, cache_dir, progress)
     except _network_errors() as error:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EACCES, errno.EROFS):
             raise
@@ -172,6 +230,34 @@ def _from_hub(
         )
         progress("The hub cannot be reached; using the copy that was downloaded before.")
         return folder
+
+
+@contextmanager
+def _answers(model: str, revision: str | None) -> Iterator[HfApi]:
+    """Turn the hub's answers that there is no such model into ModelFolderErrors."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    try:
+        yield HfApi()
+    except RevisionNotFoundError as error:
+        raise ModelFolderError(
+            f"{model} has no revision {revision!r} on the hub; leave --revision out or correct it."
+        ) from error
+    except GatedRepoError as error:
+        raise ModelFolderError(
+            f"{model} asks for its terms to be accepted on its page at the hub; do that, run"
+            " `hf auth login`, and try again."
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise ModelFolderError(
+            f"There is no folder {model!r} here and no model of that name on the hub (a private one"
+            " needs `hf auth login`); check the spelling."
+        ) from error
 
 
 def _network_errors() -> tuple[type[Exception], ...]:

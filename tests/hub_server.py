@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -24,6 +25,8 @@ class Hub(ThreadingHTTPServer):
         self.folder = folder
         #: Method, path and Range header of every request.
         self.seen: list[tuple[str, str, str | None]] = []
+        #: Bytes of each file that were sent.
+        self.sent: Counter[str] = Counter()
         #: Files whose first download is cut off in the middle.
         self.cut_once: set[str] = set()
 
@@ -90,13 +93,16 @@ class _Handler(BaseHTTPRequestHandler):
             "ETag": f'"{hashlib.sha256(content).hexdigest()}"',
             "Accept-Ranges": "bytes",
         }
-        status, start = 200, 0
+        status, start, end = 200, 0, len(content)
         wanted = self.headers.get("Range")
         if wanted is not None:
-            start = int(wanted.removeprefix("bytes=").partition("-")[0])
-            headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
+            first, _, last = wanted.removeprefix("bytes=").partition("-")
+            start = int(first)
+            end = min(end, int(last) + 1) if last else end
+            headers["Content-Range"] = f"bytes {start}-{end - 1}/{len(content)}"
             status = 206
-        part = content[start:]
+        part = content[start:end]
+        self.server.sent[name] += len(part) if body else 0
         cut = body and name in self.server.cut_once
         self._send(status, part, headers, send=len(part) // 2 if cut else None, body=body)
         if cut:

@@ -94,6 +94,41 @@ def xl_unet(channels: int = 4, times: int = 6) -> ov.Model:
     return finish(ops.add(convolution(sample, channels, 4), shift), "out_sample", inputs)
 
 
+def passing(sample: Any, channels: int = 4) -> Any:
+    """Three convolutions, ``blocks.0`` and on, that pass their input on, as good as unchanged."""
+    value = sample
+    for index in range(3):
+        weights = 0.01 * np.random.default_rng(index).standard_normal((channels, channels, 3, 3))
+        weights[range(channels), range(channels), 1, 1] += 0.99
+        constant = ops.constant(weights.astype(np.float32))
+        value = ops.convolution(value, constant, [1, 1], [1, 1], [1, 1], [1, 1])
+        value.set_friendly_name(f"__module.blocks.{index}/aten::_convolution/Convolution")
+    return value
+
+
+def trained_unet(conditions: Mapping[str, int]) -> ov.Model:
+    """A UNet that nearly gives the noise back that it is given, with whatever else it is told.
+
+    ``conditions``: name of an input of rank 2 -> its width; a little of each one's mean is added.
+    """
+    sample = parameter([-1, 4, -1, -1], ov.Type.f32, "sample")
+    timestep = parameter([-1], ov.Type.i64, "timestep")
+    xl = "text_embeds" in conditions
+    width, weight = (sum(WIDTHS), 0.01) if xl else (WIDTH, 0.3)
+    states = parameter([-1, TOKENS, width], ov.Type.f32, "encoder_hidden_states")
+    inputs = [sample, timestep, states]
+    shift = ops.divide(ops.convert(timestep, "f32"), np.float32(20_000))
+    mean = ops.reduce_mean(states, np.array([1, 2], np.int64))
+    shift = ops.add(shift, ops.multiply(mean, np.float32(weight)))
+    for name, size in conditions.items():
+        told = parameter([-1, size], ov.Type.f32, name)
+        mean = ops.reduce_mean(told, np.array([1], np.int64))
+        shift = ops.add(shift, ops.multiply(mean, np.float32(1e-4)))
+        inputs.append(told)
+    shift = ops.unsqueeze(shift, np.array([1, 2, 3], np.int64))
+    return finish(ops.add(passing(sample), shift), "out_sample", inputs)
+
+
 def xl_text_encoder(width: int, pooled: int | None) -> ov.Model:
     """Every layer's states (number n adds n), in optimum-intel's names; perhaps a pooled one."""
     ids = parameter([-1, -1], ov.Type.i64, "input_ids")
@@ -146,6 +181,19 @@ def make_tiny_xl_folder(folder: Path) -> Path:
         save(xl_text_encoder(width, pooled), folder / name, config)
     write_json(folder / "tokenizer_2" / "tokenizer.json", {})
     write_json(folder / "model_index.json", {"_class_name": "StableDiffusionXLPipeline"})
+    return folder
+
+
+def make_tiny_lcm_folder(folder: Path, width: int = 16) -> Path:
+    """Write a folder of an LCM, without a tokenizer, and return it."""
+    make_tiny_folder(folder)
+    (folder / "sdvino.json").unlink()
+    config = json.loads((folder / "unet" / "config.json").read_text(encoding="utf-8"))
+    config["time_cond_proj_dim"] = width
+    save(trained_unet({"timestep_cond": width}), folder / "unet", config)
+    scheduler = {"_class_name": "LCMScheduler", "prediction_type": "epsilon"}
+    write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
+    write_json(folder / "model_index.json", {"_class_name": "LatentConsistencyModelPipeline"})
     return folder
 
 

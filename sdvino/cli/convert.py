@@ -117,7 +117,9 @@ if TYPE_CHECKING:
     "--fresh", is_flag=True, help="Begin anew, whatever an interrupted conversion has finished."
 )
 @click.option(
-    "--dry-run", is_flag=True, help="Show the steps, memory, disk and time it would take; no more."
+    "--dry-run",
+    is_flag=True,
+    help="Show the steps, memory, disk, download and time it would take; no more.",
 )
 def convert_command(
     source: str,
@@ -173,6 +175,7 @@ def convert_command(
         vae=vae,
         tiny_vae=tiny_vae,
         gate=None if no_gate else GateSettings(min_psnr=min_psnr, minutes=gate_minutes),
+        download=not dry_run,
     )
     if dry_run:
         click.echo(preview(look_ahead(request, folder, overwrite=overwrite, fresh=fresh), folder))
@@ -233,6 +236,8 @@ def preview(outlook: Outlook, folder: Path) -> str:
     standing = next(parent for parent in folder.absolute().parents if parent.is_dir())
     total = memory_status().total
     machine = "" if total is None else f" of {total / 1e9:.1f} GB"
+    if outlook.download:
+        lines.append(f"download: {_size(outlook.download)} from the hub, first")
     lines += [
         f"memory: {needs.memory / 1e9:.1f} GB at most{machine}, one step at a time",
         f"disk:   {needs.disk / 1e9:.1f} GB meanwhile, {shutil.disk_usage(standing).free / 1e9:.1f}"
@@ -240,6 +245,10 @@ def preview(outlook: Outlook, folder: Path) -> str:
         f"time:   about {_minutes(needs.seconds)} on a small laptop",
     ]
     return "\n".join(lines)
+
+
+def _size(size: int) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 
 def _minutes(seconds: float) -> str:

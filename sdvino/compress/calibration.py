@@ -4,10 +4,15 @@ Quantized diffusion models fail when their ranges were measured on a few timeste
 (PTQ4DM, arXiv:2211.15736; Q-Diffusion, arXiv:2302.04304). So each prompt is denoised from pure
 noise with guidance, on a grid of timesteps of its own: together the grids cover every stratum of
 the training timesteps, and what is kept is spread over prompts, timesteps and both branches.
+Models distilled to a few steps know only the timesteps that their own sampler asks at: they are
+calibrated on its grids, of several lengths.
+
+Conditioning, guidance, denoiser and samplers are the runtime's.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,8 +23,16 @@ from numpy.typing import NDArray
 
 from sdvino.compress.recipes import CalibrationRecipe
 from sdvino.compress.samples import load_samples, save_samples
-from sdvino.diffusion.guidance import combine
+from sdvino.diffusion.denoiser import Denoiser, Predict
+from sdvino.diffusion.grids import sigmas_of, train_alphas_cumprod
+from sdvino.diffusion.guidance import Guidance
+from sdvino.diffusion.layout import DISTILLED
+from sdvino.diffusion.noise import make_noise
+from sdvino.diffusion.samplers import get_sampler
+from sdvino.diffusion.schedule import Schedule, final_latents, initial_latents, make_schedule
+from sdvino.diffusion.scheduler_config import SchedulerConfig
 from sdvino.errors import SdvinoError
+from sdvino.settings import SamplerName
 
 Array = NDArray[np.float32]
 #: What the UNet is told beside latents and timestep, by tensor name.
@@ -30,24 +43,34 @@ Conditions = Mapping[str, Array]
 _LARGE_UNET_BYTES = 200_000_000
 _LARGE = {"trajectories": 12, "strata": 6, "unet_samples": 64}
 _SMALL = {"trajectories": 48, "strata": 8, "unet_samples": 256}
+#: Lengths of the grids of distilled models, by turns: what people run them with.
+FEW_STEPS: tuple[int, ...] = (4, 1, 8, 2, 6, 3)
+#: Samplers that ask the UNet once for each step.
+_ONCE_A_STEP: tuple[SamplerName, ...] = ("euler", "euler_ancestral", "lcm", "tcd", "ddim")
+#: Seeds of the noise begin here: those that people, and the gate, draw with are small.
+_FIRST_SEED = 3_000_000_000
 
 
 class FloatPipeline(Protocol):
     """The float components that calibration runs."""
 
-    #: Cumulated products of 1 - beta for each training timestep, float [T].
-    alphas_cumprod: NDArray[np.floating[Any]]
-    #: epsilon, v_prediction or sample.
-    prediction_type: str
+    #: The folder's scheduler_config.json.
+    scheduler: SchedulerConfig
 
-    def encode(self, prompt: str) -> Conditions:
-        """Return what the UNet is told of ``prompt``: ``encoder_hidden_states`` [1, 77, D] ..."""
+    def conditions(self, prompt: str, negative: str | None) -> tuple[Conditions, Conditions | None]:
+        """Return what the UNet is told of the prompt, and of the negative one where it is asked.
 
-    def predict(self, sample: Array, timestep: int, conditions: Conditions) -> Array:
-        """Return the UNet's output for latents [1, C, h, w] at an integer timestep."""
+        ``negative`` None is one that was not given.
+        """
 
-    def decode(self, latents: Array) -> tuple[Array, Array]:
-        """Return the decoder's input for scaled ``latents``, and its picture, NCHW."""
+    def predict(self, inputs: Mapping[str, Array]) -> Array:
+        """Return the UNet's output for ``sample`` [1, C, h, w], ``timestep`` [1], conditions."""
+
+    def decode(self, latents: Array, index: int) -> tuple[Array, Array]:
+        """Return the decoder's input for scaled ``latents``, and its picture, NCHW in [-1, 1].
+
+        Of large latents that may be a part, another for each ``index``.
+        """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,10 +81,16 @@ class CalibrationPlan:
     prompts: tuple[str, ...]
     #: Strata of timesteps: a trajectory takes one step in each, after one at the last timestep.
     strata: int = 8
-    #: UNet inputs kept of the 2 x (strata + 1) of each trajectory.
+    #: Steps of the trajectories, by turns, on the sampler's own grids; none: the strata.
+    few_steps: tuple[int, ...] = ()
+    #: Whose grids those are.
+    sampler: SamplerName = "euler"
+    #: UNet inputs kept of all.
     unet_samples: int = 256
     #: Classifier-free guidance of the trajectories; 1 or less runs no unconditional branch.
     guidance_scale: float = 7.5
+    #: Whether the guidance is an input of the UNet (LCM), which then runs once a step.
+    embedded_guidance: bool = False
     #: Latents: (C, h, w).
     shape: tuple[int, int, int]
     seed: int = 0
@@ -69,12 +98,18 @@ class CalibrationPlan:
     @property
     def branches(self) -> int:
         """Return how many predictions a step takes: conditional, and unconditional if guided."""
-        return 2 if self.guidance_scale > 1 else 1
+        return 2 if self.guidance_scale > 1 and not self.embedded_guidance else 1
 
     @property
     def evaluations(self) -> int:
         """Return how often the UNet runs."""
-        return len(self.prompts) * (self.strata + 1) * self.branches
+        return self.branches * sum(map(self.steps, range(len(self.prompts))))
+
+    def steps(self, trajectory: int) -> int:
+        """Return how many steps a trajectory takes."""
+        if not self.few_steps:
+            return self.strata + 1
+        return self.few_steps[trajectory % len(self.few_steps)]
 
 
 def make_plan(
@@ -84,11 +119,14 @@ def make_plan(
     unet_bytes: int,
     guidance_scale: float,
     shape: tuple[int, int, int],
+    distilled: SamplerName | None = None,
+    embedded_guidance: bool = False,
 ) -> CalibrationPlan:
     """Return the plan of ``recipe`` for a UNet with so many bytes of weights.
 
     ``prompts`` are the texts for a recipe that names none. Those denoised are taken evenly from
-    the whole list, which may be sorted. ``shape`` is that of the latents, (C, h, w).
+    the whole list, which may be sorted. ``shape`` is that of the latents, (C, h, w). ``distilled``
+    is the sampler of a model made for a few steps; a recipe that gives strata has them instead.
     """
     texts = tuple(prompts) if recipe.prompts is None else recipe.prompts
     by_size = _LARGE if unet_bytes >= _LARGE_UNET_BYTES else _SMALL
@@ -99,9 +137,13 @@ def make_plan(
     }
     chosen = by_size | {key: value for key, value in asked.items() if value is not None}
     count = min(chosen.pop("trajectories"), len(texts))
+    few = distilled is not None and recipe.strata is None
     return CalibrationPlan(
         prompts=tuple(texts[i * len(texts) // count] for i in range(count)),
+        few_steps=FEW_STEPS if few else (),
+        sampler=distilled if distilled in _ONCE_A_STEP else "euler",
         guidance_scale=guidance_scale,
+        embedded_guidance=embedded_guidance,
         shape=shape,
         seed=recipe.seed,
         **chosen,
@@ -148,20 +190,30 @@ def timestep_grid(plan: CalibrationPlan, trajectory: int, num_train_timesteps: i
     return sorted({T - 1, *inner}, reverse=True)
 
 
-def split_prediction(
-    prediction_type: str, prediction: Array, x: Array, alpha: np.float32, sigma: np.float32
-) -> tuple[Array, Array]:
-    """Return (x_0, epsilon) from the UNet's output, where x = alpha x_0 + sigma epsilon.
+def make_grid(plan: CalibrationPlan, trajectory: int, config: SchedulerConfig) -> Schedule:
+    """Return the schedule that one trajectory follows.
 
-    Source: arXiv:2202.00512, section 4 and appendix D.
+    On the strata Euler's steps are those of DDIM (arXiv:2010.02502, eta 0).
     """
-    if prediction_type == "v_prediction":
-        return alpha * x - sigma * prediction, alpha * prediction + sigma * x
-    if prediction_type == "sample":
-        return prediction, (x - alpha * prediction) / sigma
-    if prediction_type == "epsilon":
-        return (x - sigma * prediction) / max(alpha, np.float32(1e-4)), prediction
-    raise SdvinoError(f"Calibration does not know the prediction type {prediction_type!r}.")
+    if plan.few_steps:
+        steps = plan.steps(trajectory)
+        if plan.sampler in DISTILLED:
+            steps = min(steps, config.for_sampler(plan.sampler).original_inference_steps)
+        return make_schedule(plan.sampler, config, steps)
+    settings = config.for_sampler("euler")
+    alphas = train_alphas_cumprod(settings, keep_zero=False)
+    timesteps = timestep_grid(plan, trajectory, len(alphas))
+    sigmas = np.append(sigmas_of(alphas)[timesteps], np.float32(0.0))
+    return Schedule(
+        sampler="euler",
+        sigmas=sigmas,
+        timesteps=np.array(timesteps, np.float32),
+        alphas_cumprod=alphas,
+        final_alpha_cumprod=1.0,
+        init_scale=math.sqrt(float(sigmas[0]) ** 2 + 1.0),
+        evaluations=len(timesteps),
+        config=settings,
+    )
 
 
 def collect(
@@ -170,22 +222,27 @@ def collect(
     """Denoise every prompt of the plan in float and return what the components were fed.
 
     The same plan and pipeline give the same inputs. ``progress`` is called with the share done.
+    All texts are encoded before the first UNet evaluation, and all pictures decoded after the last:
+    the components need not be in memory together.
     """
-    rng = np.random.default_rng(plan.seed)
-    chosen = rng.permutation(plan.evaluations)[: plan.unet_samples]
-    recorder = _Recorder(pipeline, frozenset(int(i) for i in chosen), plan.evaluations, progress)
-    unconditional = pipeline.encode("") if plan.branches == 2 else None
+    order = np.random.default_rng(plan.seed).permutation(plan.evaluations)
+    chosen = frozenset(int(i) for i in order[: plan.unet_samples])
+    recorder = _Recorder(pipeline, chosen, plan.evaluations, progress)
+    # A prompt without a negative one is guided away from zeros by some models, and with an empty
+    # one away from an empty text: both, by turns.
+    told = [
+        pipeline.conditions(prompt, "" if index % 2 else None)
+        for index, prompt in enumerate(plan.prompts)
+    ]
     inputs = CalibrationInputs(unet=recorder.kept)
-    for index, prompt in enumerate(plan.prompts):
-        noise = rng.standard_normal((1, *plan.shape), dtype=np.float32)
-        timesteps = timestep_grid(plan, index, len(pipeline.alphas_cumprod))
-        latents = _denoise(recorder, plan, timesteps, noise, pipeline.encode(prompt), unconditional)
-        if not np.isfinite(latents).all():
-            raise SdvinoError(
-                "The source model's pictures are not finite numbers; convert a checkpoint that"
-                " generates, or use --recipe int8-weights, which needs no pictures."
-            )
-        fed, picture = pipeline.decode(latents)
+    finished = [
+        _denoise(recorder, plan, index, conditional, unconditional)
+        for index, (conditional, unconditional) in enumerate(told)
+    ]
+    for index, latents in enumerate(finished):
+        fed, picture = pipeline.decode(latents, index)
+        if not np.isfinite(picture).all():
+            raise _no_numbers()
         inputs.vae_decoder.append({"latent_sample": fed})
         inputs.vae_encoder.append({"sample": np.clip(picture, -1, 1)})
         inputs.tiny_vae.append({"latent_sample": latents})
@@ -203,45 +260,50 @@ class _Recorder:
     done: int = 0
     kept: list[dict[str, NDArray[Any]]] = field(default_factory=list)
 
-    def predict(self, x: Array, timestep: int, conditions: Conditions) -> Array:
-        if self.done in self.chosen:
-            self.kept.append(
-                {
-                    "sample": x,
-                    "timestep": np.array([timestep], dtype=np.int64),
-                    **conditions,
-                }
-            )
-        self.done += 1
-        prediction = self.pipeline.predict(x, timestep, conditions)
-        self.progress(self.done / self.total)
-        return prediction
+    def predictor(self, conditions: Conditions) -> Predict:
+        """Return the UNet with its conditions filled in."""
+
+        def predict(x_in: Array, t: float, /) -> Array:
+            if self.done in self.chosen:
+                whole = np.array([round(t)], np.int64)  # as the saved IR takes it
+                self.kept.append({"sample": np.array(x_in), "timestep": whole, **conditions})
+            self.done += 1
+            timestep: Array = np.array([t], np.float32)
+            inputs = {"sample": x_in, "timestep": timestep, **conditions}
+            prediction = self.pipeline.predict(inputs)
+            self.progress(self.done / self.total)
+            return prediction
+
+        return predict
 
 
 def _denoise(
     recorder: _Recorder,
     plan: CalibrationPlan,
-    timesteps: Sequence[int],
-    noise: Array,
+    index: int,
     conditional: Conditions,
     unconditional: Conditions | None,
 ) -> Array:
-    """Follow DDIM (arXiv:2010.02502, eta 0) along ``timesteps`` and return the last x_0."""
-    pipeline = recorder.pipeline
-    x = x_0 = noise
-    for t, t_next in zip(timesteps, [*timesteps[1:], None], strict=True):
-        prediction = recorder.predict(x, t, conditional)
-        if unconditional is not None:
-            base = recorder.predict(x, t, unconditional)
-            prediction = combine(prediction, base, plan.guidance_scale)
-        alpha, sigma = _alpha_sigma(pipeline, t)
-        x_0, epsilon = split_prediction(pipeline.prediction_type, prediction, x, alpha, sigma)
-        if t_next is not None:
-            alpha, sigma = _alpha_sigma(pipeline, t_next)
-            x = alpha * x_0 + sigma * epsilon
-    return x_0
+    """Follow one trajectory and return its finished latents, float32 [1, C, h, w]."""
+    schedule = make_grid(plan, index, recorder.pipeline.scheduler)
+    noise = make_noise("torch", (_FIRST_SEED + plan.seed + index) % 2**32)
+    guidance = Guidance(
+        recorder.predictor(conditional),
+        None if unconditional is None else recorder.predictor(unconditional),
+        guidance_scale=1.0 if unconditional is None else plan.guidance_scale,
+    )
+    x = initial_latents(noise.randn((1, *plan.shape)), schedule)
+    denoise = Denoiser(guidance, schedule.prediction_type)
+    for step in get_sampler(schedule.sampler)(denoise, x, schedule, noise):
+        x = step.x
+    try:
+        return final_latents(x, schedule)
+    except SdvinoError as error:
+        raise _no_numbers() from error
 
 
-def _alpha_sigma(pipeline: FloatPipeline, timestep: int) -> tuple[np.float32, np.float32]:
-    product = float(pipeline.alphas_cumprod[timestep])
-    return np.float32(product**0.5), np.float32((1 - product) ** 0.5)
+def _no_numbers() -> SdvinoError:
+    return SdvinoError(
+        "The source model's pictures are not finite numbers; convert a checkpoint that generates,"
+        " or use --recipe int8-weights, which needs no pictures."
+    )

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 import openvino as ov
 
+from sdvino.components import unet_shapes
 from sdvino.compress.fragile import fragile_nodes
 from sdvino.compress.layers import (
     CONVOLUTIONS,
@@ -22,6 +23,7 @@ from sdvino.compress.layers import (
     residual_sources,
 )
 from sdvino.graph.shapes import reshape_static
+from sdvino.model_folder import ModelFolder
 from sdvino.runtime.core import device_facts, shared_core
 from sdvino.runtime.properties import compile_properties
 from sdvino.settings import DeviceSettings
@@ -208,39 +210,20 @@ def _kernel_multiply_adds(op: ov.Node) -> int:
 
 
 def fix_shapes(
-    component: str,
-    model: ov.Model,
-    *,
-    channels: int,
-    latent: tuple[int, int],
-    scale: int,
-    text_length: int,
-    text_width: int,
+    folder: ModelFolder, component: str, model: ov.Model, height: int, width: int
 ) -> None:
     """Give the inputs of a component static shapes, in place, for one picture.
 
-    ``latent`` is the picture's height and width in latents of so many ``channels``, ``scale`` the
-    pixels of one; ``text_length`` and ``text_width`` are those of the text states. What the graph
-    itself fixes stays.
+    ``model`` is the IR of ``component`` in ``folder``, a UNet or a part of an autoencoder;
+    ``height`` and ``width`` are those of the picture's latents.
     """
-    height, width = latent
-    picture = [1, 3, height * scale, width * scale]
-    by_rank: dict[int, list[int]] = {
-        0: [],
-        1: [1],
-        2: [1, text_length],
-        3: [1, text_length, text_width],
-        4: picture if component == "vae_encoder" else [1, channels, height, width],
-    }
-    shapes = {}
-    for port in model.inputs:
-        declared = port.get_partial_shape()
-        shapes[port.get_any_name()] = [
-            size if axis == 0 or dim.is_dynamic else dim.get_length()
-            for axis, (size, dim) in enumerate(
-                zip(by_rank[declared.rank.get_length()], declared, strict=True)
-            )
-        ]
+    if component == "unet":
+        shapes = unet_shapes(folder, height, width)
+    elif component == "vae_encoder":
+        scale = folder.vae_scale_factor
+        shapes = {"sample": [1, 3, height * scale, width * scale]}
+    else:
+        shapes = {"latent_sample": [1, folder.latent_channels, height, width]}
     reshape_static(model, shapes)
 
 

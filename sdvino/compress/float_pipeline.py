@@ -1,71 +1,88 @@
-"""The float pipeline of an exported folder, as calibration runs it."""
+"""The float pipeline of an exported folder, as calibration runs it: the runtime's own parts."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import openvino as ov
 from numpy.typing import NDArray
 
-from sdvino.diffusion.grids import train_alphas_cumprod
+from sdvino.components import Components
+from sdvino.compress.calibration import CalibrationPlan
+from sdvino.conditioning import Conditioner
 from sdvino.diffusion.scheduler_config import SchedulerConfig
-from sdvino.text.tokenizer import ClipTokenizer
+from sdvino.generation import GenerationRequest
+from sdvino.image.tiling import tile_shape
+from sdvino.model_folder import ModelFolder
+from sdvino.runtime.component import Component
+from sdvino.settings import DeviceSettings, RunSettings
 
 Array = NDArray[np.float32]
 
-
-# diffusers' default of AutoencoderKL, for configs from before the field existed.
-_SCALING_FACTOR = 0.18215
+_SETTINGS = RunSettings(default=DeviceSettings(precision="f32", cache=False))
 
 
 class FloatPipeline:
-    """Text encoder, UNet and VAE decoder of the folder ``path``, compiled on the CPU in f32."""
+    """The components of the folder ``path`` on the CPU in f32, one kind in memory at a time.
 
-    def __init__(self, path: Path, core: ov.Core) -> None:
-        scheduler = SchedulerConfig.from_dict(_read(path / "scheduler" / "scheduler_config.json"))
-        process = scheduler.for_sampler("ddim")
-        self.prediction_type: str = process.prediction_type
-        self.alphas_cumprod = train_alphas_cumprod(process, keep_zero=True)
-        vae = _read(path / "vae_decoder" / "config.json")
-        self._scaling_factor = float(vae.get("scaling_factor", _SCALING_FACTOR))
-        length = int(_read(path / "text_encoder" / "config.json")["max_position_embeddings"])
-        self._tokenizer = ClipTokenizer.from_folder(path / "tokenizer", length)
-        self._models = {
-            name: core.compile_model(
-                path / name / "openvino_model.xml", "CPU", {"INFERENCE_PRECISION_HINT": "f32"}
-            )
-            for name in ("text_encoder", "unet", "vae_decoder")
-        }
+    Pictures have the size that ``plan`` gives their latents.
+    """
 
-    def encode(self, prompt: str) -> dict[str, Array]:
-        """Return what the UNet is told of ``prompt``: the text encoder's hidden states."""
-        ids = self._tokenizer.encode(prompt).ids
-        return {"encoder_hidden_states": self._run("text_encoder", {"input_ids": ids})}
+    def __init__(self, path: Path, plan: CalibrationPlan) -> None:
+        folder = ModelFolder.open(path)
+        self.scheduler = SchedulerConfig.from_dict(folder.scheduler_config)
+        self._folder = folder
+        self._components = Components(folder, _SETTINGS)
+        self._conditioner = Conditioner(self._components)
+        self._size = plan.shape[1:]
+        self._guidance_scale = plan.guidance_scale
+        self._unet: Component | None = None
 
-    def predict(self, sample: Array, timestep: int, conditions: Mapping[str, Array]) -> Array:
-        """Return the UNet's output for latents [1, C, h, w] at an integer timestep."""
-        return self._run(
-            "unet",
-            {
-                "sample": sample,
-                "timestep": np.array([timestep], dtype=np.int64),
-                **conditions,
-            },
-        )
+    def conditions(
+        self, prompt: str, negative: str | None
+    ) -> tuple[dict[str, Array], dict[str, Array] | None]:
+        """Return the UNet's inputs but for latents and timestep; see `Conditioner.unet_inputs`."""
+        height, width = (side * self._folder.vae_scale_factor for side in self._size)
+        request = GenerationRequest(
+            prompts=(prompt,),
+            negative_prompts=(negative,),
+            height=height,
+            width=width,
+            guidance_scale=self._guidance_scale,
+            seed=0,
+        ).resolve(self._folder)
+        return self._conditioner.unet_inputs(request, request.jobs[0])
 
-    def decode(self, latents: Array) -> tuple[Array, Array]:
-        """Return the decoder's input for scaled ``latents``, and its picture, NCHW in [-1, 1]."""
-        fed = latents / np.float32(self._scaling_factor)
-        return fed, self._run("vae_decoder", {"latent_sample": fed})
+    def predict(self, inputs: Mapping[str, Array]) -> Array:
+        """Return the UNet's output for latents [1, C, h, w], a timestep [1] and conditions."""
+        if self._unet is None:
+            self._components.release()
+            self._unet = self._components.unet(*self._size)
+        return np.array(self._unet.infer(inputs)["out_sample"], np.float32)
 
-    def _run(self, name: str, inputs: dict[str, NDArray[Any]]) -> Array:
-        return np.array(self._models[name](inputs)[0], dtype=np.float32)
+    def decode(self, latents: Array, index: int) -> tuple[Array, Array]:
+        """Return the decoder's input for scaled ``latents``, and its picture, NCHW in [-1, 1].
+
+        Of latents larger than a tile it is a tile, where the runtime may decode in tiles too: the
+        decoder's statistics take memory by the picture's area.
+        """
+        if self._unet is not None:
+            self._components.release()
+            self._unet = None
+        part = _part(latents, index)
+        component = self._components.vae_decoder(*part.shape[2:], pixels=False)
+        pixels = np.array(component.infer({"latent_sample": part})["pixels"], np.float32)
+        picture = np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)) * np.float32(2) - np.float32(1)
+        shift = self._folder.shift_factor
+        fed = part / np.float32(self._folder.scaling_factor)
+        return fed if shift is None else fed + np.float32(shift), picture
 
 
-def _read(path: Path) -> dict[str, Any]:
-    data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return data
+def _part(latents: Array, index: int) -> Array:
+    """Return a tile of ``latents`` float32 [1, C, h, w]: by turns its corners and its middle."""
+    height, width = latents.shape[2:]
+    high, wide = tile_shape(height, width)
+    down, across = ((0, 0), (2, 2), (0, 2), (2, 0), (1, 1))[index % 5]
+    y, x = (height - high) * down // 2, (width - wide) * across // 2
+    return np.ascontiguousarray(latents[:, :, y : y + high, x : x + wide])

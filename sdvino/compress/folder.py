@@ -26,10 +26,12 @@ def calibrate(
 ) -> CalibrationInputs:
     """Run the float pipeline in ``folder`` as ``plan`` says; return what its parts were fed.
 
-    ``progress`` is called with the share done. Raises SdvinoError when its pictures are no numbers.
+    ``folder`` is a whole model folder (its manifest may be missing) of a family that the runtime
+    runs. ``progress`` is called with the share done. Raises SdvinoError when its pictures are no
+    numbers.
     """
     with quiet():
-        pipeline = FloatPipeline(folder, ov.Core())
+        pipeline = FloatPipeline(folder, plan)
     inputs = collect(pipeline, plan, _ignore if progress is None else progress)
     del pipeline
     gc.collect()

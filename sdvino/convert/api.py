@@ -17,9 +17,10 @@ from sdvino.convert.conversion import Conversion, origin_of, steps_of
 from sdvino.convert.estimate import Needs, StepNeeds, check_needs, work_out
 from sdvino.convert.export import require_libraries
 from sdvino.convert.gating import GateSettings, judge
-from sdvino.convert.open_source import Source, resolve_source
+from sdvino.convert.open_source import Source, is_here, resolve_source
 from sdvino.convert.progress import Progress, silent
 from sdvino.convert.request import Request, WorkPlan
+from sdvino.convert.scheduler import is_distilled
 from sdvino.convert.source import PROMPTS_FILE
 from sdvino.convert.staging import check_target
 from sdvino.convert.state import WorkFolder, recorded_steps
@@ -116,10 +117,11 @@ def make_request(
     vae: Path | str | None = None,
     tiny_vae: Path | str | None = None,
     gate: GateSettings | None = None,
+    download: bool = True,
 ) -> Request:
     """Return the arguments of `convert` as a Request; raises RequestError for absurd ones.
 
-    A source on the hub is downloaded.
+    A source on the hub is downloaded; without ``download`` the request is for `look_ahead` alone.
     """
     request = Request(
         source="",
@@ -135,6 +137,8 @@ def make_request(
         gate=gate,
     )
     request.resolve_recipe()  # before anything is downloaded
+    if not download and not is_here(source):
+        return replace(request, source_name=str(source), revision=revision, offline=offline)
     path = resolve_source(source, revision=revision, offline=offline).absolute()
     here = path == Path(source).expanduser().absolute()
     return replace(request, source=str(path), source_name=None if here else str(source))
@@ -196,12 +200,16 @@ class Outlook:
 
     source: Source
     recipe: Recipe
+    #: What the worker processes would be told.
+    plan: WorkPlan
     #: What every step takes.
     steps: tuple[StepNeeds, ...]
     #: Names of the steps that an interrupted conversion has finished.
     finished: frozenset[str]
     #: What the other steps take together.
     needs: Needs
+    #: Bytes that are downloaded from the hub before them.
+    download: int = 0
 
 
 def look_ahead(
@@ -209,21 +217,24 @@ def look_ahead(
 ) -> Outlook:
     """Tell what `run` would do, without doing it or writing anything.
 
+    Of a model on the hub only what is small is downloaded; whether LoRAs fit it is not known then.
     Raises what `run` would raise before its first step, but for a disk or memory too small.
     """
     recipe = request.resolve_recipe()
     target = folder.absolute()
-    _check_apart(Path(request.source), target)
+    if request.source:
+        _check_apart(Path(request.source), target)
     check_target(target, overwrite=overwrite)
     with tempfile.TemporaryDirectory(prefix="sdvino-") as scratch:
-        source = request.open_source(Path(scratch))
+        source, download = request.outline_source(Path(scratch))
         plan, _ = _decide(request, recipe, source)
         steps = steps_of(source, plan, origin_of(plan))
         known = {} if fresh else recorded_steps(target)
         everything = work_out([step for step, _ in steps], plan)
     finished = frozenset(step.name for step, key in steps if known.get(step.name) == key)
     left = [step for step, _ in steps if step.name not in finished]
-    return Outlook(source, recipe, everything.steps, finished, work_out(left, plan))
+    needs = work_out(left, plan)
+    return Outlook(source, recipe, plan, everything.steps, finished, needs, download)
 
 
 def _decide(request: Request, recipe: Recipe, source: Source) -> tuple[WorkPlan, Mapping[str, Any]]:
@@ -233,7 +244,7 @@ def _decide(request: Request, recipe: Recipe, source: Source) -> tuple[WorkPlan,
     plan = WorkPlan(
         request=request,
         recipe=recipe,
-        calibration=_plan(source, recipe.calibration, request.prompts, hints["guidance_scale"]),
+        calibration=_plan(source, recipe.calibration, request.prompts, hints),
         components=tuple(source.components),
     )
     return plan, hints
@@ -266,16 +277,11 @@ def _check_calibration(source: Source, recipe: Recipe) -> None:
     """Raise RequestError where activations were to be quantized and cannot be calibrated."""
     if not any(recipe.component(name).calibrated for name in source.components):
         return
-    family, unet = source.family, source.configs["unet"]
+    family = source.family
     if not family.runs:
         raise RequestError(
             f"{source.name} is for {family.title}, and {recipe.name} is calibrated on pictures made"
             " from text alone; choose --recipe int8-weights or fp16."
-        )
-    if len(family.text_encoders) > 1 or unet.get("time_cond_proj_dim") is not None:
-        raise RequestError(
-            f"{source.name} is {family.title}, for which {recipe.name} cannot be calibrated yet;"
-            " choose --recipe int8-weights, int4-weights or fp16."
         )
 
 
@@ -283,17 +289,23 @@ def _plan(
     source: Source,
     recipe: CalibrationRecipe,
     prompts: Sequence[str] | None,
-    guidance_scale: float,
+    hints: Mapping[str, Any],
 ) -> CalibrationPlan:
-    """Return what is calibrated on: the prompts given, the recipe's, the source's, or ours."""
+    """Return what is calibrated on: the prompts given, the recipe's, the source's, or ours.
+
+    ``hints`` are steps, guidance and sampler, as the folder will suggest them.
+    """
     if prompts is not None:
         recipe = replace(recipe, prompts=tuple(prompts))
+    distilled = source.family.distilled or is_distilled(source.configs["scheduler"])
     return make_plan(
         recipe,
         _texts(source, None),
         unet_bytes=source.bytes_of("unet"),
-        guidance_scale=guidance_scale,
+        guidance_scale=hints["guidance_scale"],
         shape=source.latent_shape,
+        distilled=hints["scheduler"] if distilled else None,
+        embedded_guidance=source.configs["unet"].get("time_cond_proj_dim") is not None,
     )
 
 

@@ -8,7 +8,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sdvino.convert.lora import check_loras, hints, layer_shapes, open_lora, parse_lora
+from sdvino.convert.lora import (
+    check_loras,
+    hints,
+    layer_shapes,
+    open_lora,
+    parse_lora,
+    weights_of,
+)
 from sdvino.convert.lora_file import check_weight
 from sdvino.convert.open_source import Source
 from sdvino.convert.openvino_source import OpenVinoFolder
@@ -67,8 +74,10 @@ def bake(source: Source, request: BakingRequest, work: Path, *, say: bool = True
             )
         return source
     loras = tuple(open_lora(*parse_lora(text)) for text in request.loras)
-    if loras:
-        told = (*check_loras(loras, layer_shapes(source.weights)), *hints(loras))
+    layers = layer_shapes(source.weights) if loras else {}
+    layers |= {part: weights_of(shapes) for part, shapes in source.shapes.items()}
+    if loras and layers:  # of weights on the hub nothing is known yet
+        told = (*check_loras(loras, layers), *hints(loras))
         for sentence in told if say else ():
             _log.warning(sentence)
     if request.vae is not None:

@@ -7,11 +7,21 @@ tokenizers. Pickles, code and weights for other libraries stay there.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from sdvino.errors import ModelFolderError
-from sdvino.hub import Report, fetch, is_hub_id, report_to_stderr
+from sdvino.hub import (
+    Report,
+    fetch,
+    is_cached,
+    is_hub_id,
+    list_files,
+    read_remote_header,
+    report_to_stderr,
+)
 
 _COMPONENTS = (
     "text_encoder",
@@ -32,6 +42,8 @@ _WEIGHTS = re.compile(
     rf"|({_PARTS})/(?:diffusion_pytorch_model|model)\.safetensors\.index(?:\.fp16)?\.json"
 )
 _IR = re.compile(rf"(?:{_PARTS})/openvino_model\.(?:xml|bin)")
+#: How the names of weights end.
+_HEAVY = (".safetensors", ".bin")
 _FILE_ID = re.compile(r"([^/]+/[^/]+)/(.+\.safetensors)")
 
 
@@ -73,6 +85,58 @@ def download(
     if len(chosen) == 1 and chosen[0].endswith(".safetensors"):
         return folder / chosen[0]
     return folder
+
+
+@dataclass(frozen=True, slots=True)
+class Outline:
+    """A model on the hub whose weights were not downloaded."""
+
+    #: The folder of what is small: configurations, tokenizers, graphs.
+    folder: Path
+    #: The files of weights that converting reads -> bytes.
+    weights: Mapping[str, int]
+    #: Those of them that no earlier download left here.
+    missing: frozenset[str]
+    #: The header of a single file, as its JSON has it.
+    header: Mapping[str, Any] | None = None
+
+    @property
+    def download(self) -> int:
+        """Return the bytes that converting would download."""
+        return sum(self.weights[name] for name in self.missing)
+
+    def bytes_of(self, folder: str) -> int:
+        """Return the bytes of the weights in a sub-folder."""
+        return sum(size for name, size in self.weights.items() if name.startswith(f"{folder}/"))
+
+
+def look_up(
+    source: str,
+    *,
+    revision: str | None = None,
+    offline: bool = False,
+    report: Report = report_to_stderr,
+) -> Path | Outline:
+    """Return what `download` would, without downloading weights; what is all here is a path.
+
+    Of the model come its configurations and tokenizers, to the hub's cache; of a single file its
+    header. Raises as `download` does.
+    """
+    model, file = split_file(source)
+    listing = list_files(model, revision=revision, offline=offline)
+    if listing is None:  # only what is here can be looked at
+        return download(source, revision=revision, offline=offline, report=report)
+    chosen = choose_files(model, file, list(listing.sizes))
+    heavy = {name: listing.sizes[name] for name in chosen if name.endswith(_HEAVY)}
+    missing = frozenset(name for name in heavy if not is_cached(listing, name))
+    if not missing:
+        return download(source, revision=revision, offline=offline, report=report)
+    small = [name for name in chosen if name not in heavy]
+    if not small:
+        header = read_remote_header(listing, chosen[0])
+        return Outline(Path(model), heavy, missing, header)
+    folder = fetch(model, lambda names: small, revision=revision, progress=report)
+    return Outline(folder, heavy, missing)
 
 
 def choose_files(model: str, file: str | None, names: Sequence[str]) -> list[str]:

@@ -151,11 +151,12 @@ def layer_shapes(files: Mapping[str, Iterable[Path]]) -> dict[str, dict[str, Sha
         for path in files.get(component, ()):
             tensors = TensorFile.open(path, "the model").tensors
             layers = {name: info.shape for name, info in tensors.items()}
-            found.setdefault(component, {}).update(_weights(layers))
+            found.setdefault(component, {}).update(weights_of(layers))
     return found
 
 
-def _weights(shapes: Mapping[str, Shape]) -> dict[str, Shape]:
+def weights_of(shapes: Mapping[str, Shape]) -> dict[str, Shape]:
+    """Return layer -> shape of its weight, of tensors by name: those that a LoRA can change."""
     return {
         name.removesuffix(".weight"): shape
         for name, shape in shapes.items()
@@ -184,7 +185,7 @@ def merge(
         return MergeReport()
     mapped = {} if mapped is None else mapped
     parameters = dict(module.named_parameters())
-    shapes = _weights({name: tuple(value.shape) for name, value in parameters.items()})
+    shapes = weights_of({name: tuple(value.shape) for name, value in parameters.items()})
     found, unmatched = _assign(component, shapes, loras)
     with contextlib.ExitStack() as stack, torch.no_grad():
         files = {

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 from sdvino.convert.clip_vocabulary import find_vocabulary
-from sdvino.convert.hub_source import download, is_hub_source
+from sdvino.convert.hub_source import Outline, download, is_hub_source, look_up
 from sdvino.convert.openvino_source import OpenVinoFolder
 from sdvino.convert.progress import Progress, silent
+from sdvino.convert.safetensors_header import check_header
 from sdvino.convert.single_file import SingleFile
 from sdvino.convert.source import DiffusersFolder
 from sdvino.errors import RequestError
@@ -16,6 +19,7 @@ from sdvino.hub import Report, report_to_stderr
 from sdvino.settings import check_choice
 
 Source: TypeAlias = DiffusersFolder | OpenVinoFolder
+_Found = TypeVar("_Found")
 
 #: What a single file's UNet may be said to predict.
 PREDICTION_TYPES: tuple[str, ...] = ("epsilon", "v_prediction")
@@ -54,15 +58,78 @@ def open_source(
         name = str(source)
     if path.is_file():
         return _unpacked(path, name, work, tokenizer, prediction_type, progress)
+    _check_options(source, tokenizer, prediction_type)
+    return _open_folder(path, name)
+
+
+def outline_source(
+    source: Path | str,
+    work: Path,
+    *,
+    revision: str | None = None,
+    offline: bool = False,
+    tokenizer: Path | None = None,
+    prediction_type: str | None = None,
+    name: str | None = None,
+    report: Report = report_to_stderr,
+) -> tuple[Source, int]:
+    """Return the source that `open_source` would, and the bytes that it would download first.
+
+    No weight is downloaded, unpacked or read: the source tells what a conversion would take, and
+    can be no more. The rest is as in `open_source`.
+    """
+    check_choice("prediction type", prediction_type, PREDICTION_TYPES)
+    found: Path | Outline = Path(source).expanduser()
+    if not is_here(source):
+        name = str(source) if name is None else name
+        found = _on_hub(source, look_up, revision=revision, offline=offline, report=report)
+    elif revision is not None:
+        raise _revision_of_folder(found)
+    if isinstance(found, Outline):
+        return _outlined_hub(source, found, name, work, tokenizer, prediction_type), found.download
+    if found.is_file():
+        file = SingleFile.open(found, prediction_type=prediction_type)
+        return _outlined(file, name, work, tokenizer), 0
+    _check_options(source, tokenizer, prediction_type)
+    return _open_folder(found, name), 0
+
+
+def _outlined_hub(
+    source: Path | str,
+    found: Outline,
+    name: str | None,
+    work: Path,
+    tokenizer: Path | None,
+    prediction_type: str | None,
+) -> Source:
+    if found.header is not None:
+        where = found.folder / next(iter(found.weights))
+        header = check_header(where, found.header, 0, None)
+        file = SingleFile.of(header, prediction_type=prediction_type)
+        return _outlined(file, name, work, tokenizer)
+    _check_options(source, tokenizer, prediction_type)
+    parts = sorted({file.partition("/")[0] for file in found.weights})
+    sizes = {part: found.bytes_of(part) for part in parts}
+    if (found.folder / "unet" / "openvino_model.xml").is_file():
+        return OpenVinoFolder.outline(
+            found.folder, name=str(source) if name is None else name, elsewhere=sizes
+        )
+    return DiffusersFolder.open(found.folder, name=name, elsewhere=sizes)
+
+
+def _open_folder(path: Path, name: str | None) -> Source:
+    if (path / "unet" / "openvino_model.xml").is_file():
+        return OpenVinoFolder.open(path, name=name)
+    return DiffusersFolder.open(path, name=name)
+
+
+def _check_options(source: Path | str, tokenizer: Path | None, prediction_type: str | None) -> None:
     for value, option in ((tokenizer, "--tokenizer"), (prediction_type, "--prediction-type")):
         if value is not None:
             raise RequestError(
                 f"{option} is for single files, and {source} is a folder, which says that itself;"
                 " leave the option out."
             )
-    if (path / "unet" / "openvino_model.xml").is_file():
-        return OpenVinoFolder.open(path, name=name)
-    return DiffusersFolder.open(path, name=name)
 
 
 def resolve_source(
@@ -79,17 +146,31 @@ def resolve_source(
     path = Path(source).expanduser()
     if _exists(path):
         if revision is not None:
-            raise RequestError(
-                f"--revision is for models on the hub, and {path} is here; leave the option out."
-            )
+            raise _revision_of_folder(path)
         return path
+    return _on_hub(source, download, revision=revision, offline=offline, report=report)
+
+
+def is_here(source: Path | str) -> bool:
+    """Tell whether ``source`` is a folder or a file, rather than on the hub or nowhere."""
+    return _exists(Path(source).expanduser())
+
+
+def _revision_of_folder(path: object) -> RequestError:
+    return RequestError(
+        f"--revision is for models on the hub, and {path} is here; leave the option out."
+    )
+
+
+def _on_hub(source: Path | str, get: Callable[..., _Found], **options: Any) -> _Found:
+    """Return what ``get`` finds on the hub; raises RequestError for what is no hub id."""
     text = str(source)
     if isinstance(source, Path) or not is_hub_source(text):
         raise RequestError(
             f"{text[:200]} does not exist, and it is no hub id (owner/name) either; give a"
             " diffusers or OpenVINO folder, a .safetensors checkpoint, or a hub id."
         )
-    return download(text, revision=revision, offline=offline, report=report)
+    return get(text, **options)
 
 
 def _exists(path: Path) -> bool:
@@ -110,5 +191,18 @@ def _unpacked(
     file = SingleFile.open(path, prediction_type=prediction_type)
     vocabulary = find_vocabulary(tokenizer, tokens=file.tokens)
     folder = file.unpack(work / UNPACKED, vocabulary, progress)
-    own = file.name if name is None else name.removesuffix(".safetensors")
-    return DiffusersFolder.open(folder, name=own)
+    return DiffusersFolder.open(folder, name=_own_name(file, name))
+
+
+def _outlined(
+    file: SingleFile, name: str | None, work: Path, tokenizer: Path | None
+) -> DiffusersFolder:
+    vocabulary = find_vocabulary(tokenizer, tokens=file.tokens)
+    folder = file.outline(work / UNPACKED, vocabulary)
+    sizes = file.bytes_unpacked
+    source = DiffusersFolder.open(folder, name=_own_name(file, name), elsewhere=sizes)
+    return replace(source, shapes=file.shapes)
+
+
+def _own_name(file: SingleFile, name: str | None) -> str:
+    return file.name if name is None else name.removesuffix(".safetensors")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from sdvino.compress.ir import read_ir, save_ir
 from sdvino.convert.families import Family, find_family, read_facts, tokenizer_of
 from sdvino.diffusion.scheduler_config import SchedulerConfig
 from sdvino.errors import RequestError
+from sdvino.files import read_json
 from sdvino.model_folder import ModelFolder
 
 _QUANTIZED = re.compile(rb'<layer\b[^>]*\btype\s*=\s*["\']FakeQuantize["\']')
@@ -43,39 +44,90 @@ class OpenVinoFolder:
     weights: Mapping[str, tuple[Path, ...]]
     prediction_type: str
     has_tiny_vae: bool
+    #: Component -> bytes of its .bin, where it is elsewhere yet (see DiffusersFolder.elsewhere).
+    elsewhere: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
     def open(cls, path: Path, *, name: str | None = None) -> OpenVinoFolder:
         """Read and check ``path``; raises RequestError, in one sentence, for anything else."""
         folder = ModelFolder.open(path)
-        configs = {part: dict(files.config) for part, files in folder.components.items()}
-        scheduler = dict(folder.scheduler_config)
-        own_name = folder.name if name is None else name
-        names = f"{own_name} {folder.model_index.get('_name_or_path')}"
-        for part, files in folder.components.items():
-            if _QUANTIZED.search(files.xml.read_bytes()) is not None:
+        return cls._of(
+            path,
+            folder.name if name is None else name,
+            folder.model_index,
+            {part: dict(files.config) for part, files in folder.components.items()},
+            folder.scheduler_config,
+            weights={part: (files.bin,) for part, files in folder.components.items()},
+        )
+
+    @classmethod
+    def outline(cls, path: Path, *, name: str, elsewhere: Mapping[str, int]) -> OpenVinoFolder:
+        """Return the source that ``path`` will be, with the .bin files that are not there yet.
+
+        ``elsewhere``: component -> bytes of its .bin. Raises RequestError.
+        """
+
+        def here(file: str) -> Path:
+            if not (path / file).is_file():
+                raise RequestError(f"{name} has no {file}; choose another model.")
+            return path / file
+
+        def read(file: str) -> dict[str, Any]:
+            return read_json(here(file), file)
+
+        for part in elsewhere:
+            here(f"{part}/openvino_model.xml")
+        return cls._of(
+            path,
+            name,
+            read("model_index.json"),
+            {part: read(f"{part}/config.json") for part in elsewhere},
+            read("scheduler/scheduler_config.json"),
+            weights={},
+            elsewhere=elsewhere,
+        )
+
+    @classmethod
+    def _of(
+        cls,
+        path: Path,
+        name: str,
+        model_index: Mapping[str, Any],
+        configs: Mapping[str, Mapping[str, Any]],
+        scheduler: Mapping[str, Any],
+        *,
+        weights: Mapping[str, tuple[Path, ...]],
+        elsewhere: Mapping[str, int] | None = None,
+    ) -> OpenVinoFolder:
+        for part in ("text_encoder", "unet", "vae_decoder"):
+            if part not in configs:
+                raise RequestError(f"{name} has no {part}; choose another model.")
+        for part in configs:
+            if _QUANTIZED.search((path / part / "openvino_model.xml").read_bytes()) is not None:
                 raise RequestError(
                     f"The {part} of {path} has quantized activations already, which cannot be"
                     " undone; give the float folder, or the checkpoint, that it was made from."
                 )
+        names = f"{name} {model_index.get('_name_or_path')}"
         facts = read_facts(configs["unet"], configs["text_encoder"], scheduler, names)
         return cls(
             path=path,
-            name=own_name,
+            name=name,
             family=find_family(facts),
-            model_index=folder.model_index,
-            configs={**configs, "vae": configs["vae_decoder"], "scheduler": scheduler},
-            weights={part: (files.bin,) for part, files in folder.components.items()},
+            model_index=model_index,
+            configs={**configs, "vae": configs["vae_decoder"], "scheduler": dict(scheduler)},
+            weights=weights,
             prediction_type=SchedulerConfig.from_dict(scheduler)
             .for_sampler("ddim")
             .prediction_type,
-            has_tiny_vae="tiny_vae" in folder.components,
+            has_tiny_vae="tiny_vae" in configs,
+            elsewhere={} if elsewhere is None else elsewhere,
         )
 
     @property
     def components(self) -> dict[str, str]:
         """Return our components and the sub-folders that hold them: the same, here."""
-        return {name: name for name in self.weights}
+        return {name: name for name in (*self.weights, *self.elsewhere)}
 
     @property
     def tokenizers(self) -> tuple[str, ...]:
@@ -95,6 +147,8 @@ class OpenVinoFolder:
 
     def bytes_of(self, folder: str) -> int:
         """Return the size of a component's weights."""
+        if folder in self.elsewhere:
+            return self.elsewhere[folder]
         return sum(file.stat().st_size for file in self.weights[folder])
 
 

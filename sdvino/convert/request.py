@@ -13,7 +13,7 @@ from sdvino.compress.recipe_file import from_toml, to_toml
 from sdvino.compress.recipes import Recipe, get_recipe
 from sdvino.convert.baking import BakingRequest, bake
 from sdvino.convert.gating import GateSettings
-from sdvino.convert.open_source import Source, open_source
+from sdvino.convert.open_source import Source, open_source, outline_source
 from sdvino.convert.progress import Progress, silent
 from sdvino.errors import SdvinoError
 
@@ -24,7 +24,7 @@ PLAN_FILE = "plan.json"
 class Request:
     """The options of one conversion. Every field is something that JSON holds."""
 
-    #: Absolute path of the source.
+    #: Absolute path of the source; empty where it is on the hub and only looked at.
     source: str
     #: Name of the recipe or absolute path of its TOML file, and exceptions from it: component ->
     #: precision.
@@ -48,6 +48,9 @@ class Request:
     baking: BakingRequest = field(default_factory=BakingRequest)
     #: How the gate judges the result; None: there is none.
     gate: GateSettings | None = None
+    #: Of the hub, where the source is only looked at.
+    revision: str | None = None
+    offline: bool = False
 
     def open_source(self, work: Path, *, progress: Progress = silent, say: bool = False) -> Source:
         """Open the source, checked, with whatever is put in the place of its parts.
@@ -65,11 +68,28 @@ class Request:
         )
         return bake(source, self.baking, work, say=say)
 
+    def outline_source(self, work: Path) -> tuple[Source, int]:
+        """Return the source as `open_source` would, and the bytes to be downloaded before.
+
+        It tells what a conversion would take; no weight is read, unpacked or downloaded.
+        """
+        source, download = outline_source(
+            Path(self.source) if self.source else str(self.source_name),
+            work,
+            revision=self.revision,
+            offline=self.offline,
+            tokenizer=None if self.tokenizer is None else Path(self.tokenizer),
+            prediction_type=self.prediction_type,
+            name=self.source_name,
+        )
+        return bake(source, self.baking, work, say=False), download
+
     @property
     def files(self) -> tuple[Path, ...]:
         """Return every file and folder that the model is made from."""
         vocabulary = () if self.tokenizer is None else (Path(self.tokenizer),)
-        return (Path(self.source), *vocabulary, *self.baking.files)
+        source = (Path(self.source),) if self.source else ()
+        return (*source, *vocabulary, *self.baking.files)
 
     def resolve_recipe(self) -> Recipe:
         """Return the recipe with its exceptions; raises RequestError for unknown names."""

@@ -83,13 +83,26 @@ def read_header(path: Path) -> Header:
         entries = json.loads(raw.decode("utf-8"), object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
         raise _damaged(path, "its header is not what safetensors writes") from error
+    return check_header(path, entries, 8 + length, size)
+
+
+def check_header(path: Path, entries: object, data: int, size: int | None) -> Header:
+    """Return the header of ``path``, of which ``entries`` is the JSON, checked.
+
+    ``data`` is where the weights begin, in bytes; ``size`` is the file's, None where it is not
+    here. Raises RequestError.
+    """
     if not isinstance(entries, dict):
         raise _damaged(path, "its header is not what safetensors writes")
-    metadata = entries.pop("__metadata__", {})
+    metadata = entries.get("__metadata__", {})
     if not isinstance(metadata, dict):
         metadata = {}
-    tensors = {name: _tensor(path, name, entry, 8 + length) for name, entry in entries.items()}
-    _check_places(path, tensors, 8 + length, size)
+    tensors = {
+        name: _tensor(path, name, entry, data)
+        for name, entry in entries.items()
+        if name != "__metadata__"
+    }
+    _check_places(path, tensors, data, size)
     return Header(
         path=path,
         tensors=tensors,
@@ -147,13 +160,16 @@ def _is_counts(value: Any) -> TypeGuard[list[int]]:
     )
 
 
-def _check_places(path: Path, tensors: Mapping[str, TensorInfo], data: int, size: int) -> None:
+def _check_places(
+    path: Path, tensors: Mapping[str, TensorInfo], data: int, size: int | None
+) -> None:
     """Check that the tensors lie one after the other and end where the file does."""
     end = data
     for start, stop in sorted((info.start, info.end) for info in tensors.values()):
         if start != end:
             raise _damaged(path, "its header lies about where the weights are")
         end = stop
+    size = end if size is None else size
     if end > size:
         raise _damaged(path, f"it is cut off: {size:,} of {end:,} bytes are there")
     if end < size:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -61,7 +62,12 @@ class SingleFile:
         Raises RequestError, in one sentence, for a file that is no Stable Diffusion checkpoint.
         """
         check_suffix(path)
-        header = read_header(path)
+        return cls.of(read_header(path), prediction_type=prediction_type)
+
+    @classmethod
+    def of(cls, header: Header, *, prediction_type: str | None = None) -> SingleFile:
+        """Tell what the file with ``header`` is, which need not be here; otherwise as `open`."""
+        path = header.path
         shapes = {name: info.shape for name, info in header.tensors.items()}
         _check_kind(path, shapes)
         hints = read_hints(header, prediction_type)
@@ -86,10 +92,20 @@ class SingleFile:
         )
 
     @property
-    def bytes_unpacked(self) -> int:
-        """Return the bytes of the weights in the folder that `unpack` writes."""
-        sizes = (t.shape for component in self.tensors.values() for t in component.values())
-        return sum(2 * int(np.prod(shape)) for shape in sizes)
+    def bytes_unpacked(self) -> dict[str, int]:
+        """Return the bytes of each component's weights in the folder that `unpack` writes."""
+        return {
+            component: sum(2 * math.prod(tensor.shape) for tensor in tensors.values())
+            for component, tensors in self.tensors.items()
+        }
+
+    @property
+    def shapes(self) -> dict[str, dict[str, Shape]]:
+        """Return the shapes of each component's weights, under diffusers' names."""
+        return {
+            component: {name: tensor.shape for name, tensor in tensors.items()}
+            for component, tensors in self.tensors.items()
+        }
 
     @property
     def tokens(self) -> int:
@@ -109,11 +125,16 @@ class SingleFile:
             stem = _WEIGHTS.get(component, "model")
             target = folder / component / f"{stem}.safetensors"
             target.parent.mkdir(parents=True, exist_ok=True)
-            _write_json(target.parent / "config.json", self.configs[component])
             if not target.is_file():
                 progress(f"unpack {component}", 0.0)
-                shapes = {name: tensor.shape for name, tensor in tensors.items()}
-                write_half(target, shapes, self._values(tensors))
+                write_half(target, self.shapes[component], self._values(tensors))
+        return self.outline(folder, vocabulary)
+
+    def outline(self, folder: Path, vocabulary: Vocabulary) -> Path:
+        """Write what `unpack` does, but for the weights, and return ``folder``."""
+        for component, config in self.configs.items():
+            if component in self.tensors:
+                _write_json(folder / component / "config.json", config)
         for component in self.family.text_encoders:
             open_clip = self.configs[component]["hidden_act"] == "gelu"
             pad = _OPEN_CLIP_PAD if open_clip else END

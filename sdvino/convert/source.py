@@ -62,12 +62,24 @@ class DiffusersFolder:
     folders: Mapping[str, Path] = field(default_factory=dict)
     #: What is merged into the weights when a component is loaded.
     loras: tuple[Lora, ...] = ()
+    #: Sub-folder -> bytes of its weights, where they are elsewhere yet: such a source is an
+    #: outline, good for telling what a conversion would take.
+    elsewhere: Mapping[str, int] = field(default_factory=dict)
+    #: Sub-folder -> tensor -> shape, of weights that are elsewhere, as far as it is known.
+    shapes: Mapping[str, Mapping[str, tuple[int, ...]]] = field(default_factory=dict)
 
     @classmethod
-    def open(cls, path: Path, *, name: str | None = None) -> DiffusersFolder:
+    def open(
+        cls,
+        path: Path,
+        *,
+        name: str | None = None,
+        elsewhere: Mapping[str, int] | None = None,
+    ) -> DiffusersFolder:
         """Read and check ``path``; raises RequestError, in one sentence, for anything else.
 
         ``name`` is the model's, where the folder's says nothing (a hub's cache, a work folder).
+        With ``elsewhere`` the folder holds no weights: sub-folder to their bytes.
         """
         index = _read_index(path)
         text_encoders = _check_classes(path, index)
@@ -75,6 +87,13 @@ class DiffusersFolder:
         has_tiny_vae = (path / "tiny_vae").is_dir()
         if has_tiny_vae:
             folders.append("tiny_vae")
+        away = {} if elsewhere is None else elsewhere
+        for folder in folders:
+            if elsewhere is not None and not elsewhere.get(folder):
+                raise RequestError(
+                    f"{path if name is None else name} has no .safetensors weights for {folder};"
+                    " choose another model."
+                )
         configs = {name: _read_config(path, name, "config.json") for name in folders}
         _check_configs(path, configs, text_encoders)
         configs["scheduler"] = _read_config(path, "scheduler", "scheduler_config.json")
@@ -94,9 +113,10 @@ class DiffusersFolder:
             family=find_family(facts),
             model_index=index,
             configs=configs,
-            weights={name: _find_weights(path / name) for name in folders},
+            weights={name: _find_weights(path / name) for name in folders if name not in away},
             prediction_type=scheduler.for_sampler("ddim").prediction_type,
             has_tiny_vae=has_tiny_vae,
+            elsewhere={part: away[part] for part in folders if part in away},
         )
 
     @property
@@ -127,6 +147,7 @@ class DiffusersFolder:
             weights={**self.weights, name: _find_weights(folder)},
             has_tiny_vae=self.has_tiny_vae or name == "tiny_vae",
             folders={**self.folders, name: folder},
+            elsewhere={part: size for part, size in self.elsewhere.items() if part != name},
         )
 
     @property
@@ -137,6 +158,8 @@ class DiffusersFolder:
 
     def bytes_of(self, folder: str) -> int:
         """Return the size of a sub-folder's weights."""
+        if folder in self.elsewhere:
+            return self.elsewhere[folder]
         return sum(file.stat().st_size for file in self.weights[folder])
 
 

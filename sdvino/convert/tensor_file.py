@@ -1,4 +1,4 @@
-"""safetensors files by their headers: checked, searched for NaN and renamed without torch."""
+"""safetensors files beyond their headers: searched for NaN and renamed without torch."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ import os
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 
+from sdvino.convert.safetensors_header import Header, TensorInfo, read_header
 from sdvino.errors import RequestError
 
 #: File names of weights that run code when they are opened.
@@ -30,29 +31,15 @@ _WHOLE: Mapping[str, str] = {"I64": "<i8", "I32": "<i4"}
 
 
 @dataclass(frozen=True, slots=True)
-class TensorInfo:
-    """One tensor: its type as safetensors names it, shape, and first and last byte in the file."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    end: int
-
-
-@dataclass(frozen=True, slots=True)
-class TensorFile:
-    """The header of a checked safetensors file."""
-
-    path: Path
-    tensors: Mapping[str, TensorInfo]
-    metadata: Mapping[str, str]
+class TensorFile(Header):
+    """A checked safetensors file, whose numbers are looked at."""
 
     @classmethod
     def open(cls, path: Path, what: str) -> TensorFile:
         """Read and check the header; ``what`` is what the file should be, such as "a LoRA".
 
         Raises RequestError when it is missing, a pickle, damaged (the header must account for
-        every byte of the file), or holds other than float tensors.
+        every byte of the file), or empty.
         """
         if path.suffix.lower() in PICKLES:
             raise RequestError(
@@ -61,21 +48,13 @@ class TensorFile:
             )
         if not path.is_file():
             raise RequestError(f"{path} does not exist; give {what} as a .safetensors file.")
-        header = _read_header(path, what)
-        metadata = header.pop("__metadata__", {})
-        if len(header) > _MAX_TENSORS:
-            raise RequestError(f"{path} holds {len(header)} tensors, which {what} never does.")
-        base = _header_bytes(path)
-        tensors = {
-            name: TensorInfo(
-                dtype=entry["dtype"],
-                shape=tuple(entry["shape"]),
-                start=base + entry["data_offsets"][0],
-                end=base + entry["data_offsets"][1],
-            )
-            for name, entry in header.items()
-        }
-        return cls(path=path, tensors=tensors, metadata=metadata)
+        header = read_header(path)
+        if not header.tensors:
+            raise RequestError(f"{path} is empty; download {what} again.")
+        if len(header.tensors) > _MAX_TENSORS:
+            count = len(header.tensors)
+            raise RequestError(f"{path} holds {count} tensors, which {what} never does.")
+        return cls(path=path, tensors=header.tensors, metadata=header.metadata)
 
     def check_finite(self, names: Container[str] | None = None) -> None:
         """Raise RequestError when one of the tensors ``names`` (all) holds NaN or infinity."""
@@ -165,30 +144,6 @@ def _begins(path: Path, text: bytes, size: int) -> bool:
         return False
     with path.open("rb") as file:
         return file.read(len(text)) == text
-
-
-def _read_header(path: Path, what: str) -> dict[str, Any]:
-    """Return the header after safetensors itself has checked it against the file's size."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="numpy"):
-            pass
-        with path.open("rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(size))
-    except (SafetensorError, OSError, ValueError, RecursionError) as error:
-        raise RequestError(
-            f"{path} is damaged or not a safetensors file; download {what} again."
-        ) from error
-    if not isinstance(header, dict) or not header:
-        raise RequestError(f"{path} is empty; download {what} again.")
-    return header
-
-
-def _header_bytes(path: Path) -> int:
-    with path.open("rb") as file:
-        return 8 + int.from_bytes(file.read(8), "little")
 
 
 def _is_finite(file: BinaryIO, info: TensorInfo) -> bool:

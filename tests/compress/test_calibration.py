@@ -16,16 +16,26 @@ from sdvino.compress.calibration import (
     CalibrationInputs,
     CalibrationPlan,
     collect,
+    make_grid,
     make_plan,
-    split_prediction,
     timestep_grid,
 )
 from sdvino.compress.recipes import CalibrationRecipe
 from sdvino.compress.samples import load_samples
+from sdvino.diffusion.grids import train_alphas_cumprod
+from sdvino.diffusion.schedule import make_schedule
+from sdvino.diffusion.scheduler_config import SchedulerConfig
 from sdvino.errors import SdvinoError
+from sdvino.settings import SamplerName
 
 Array = NDArray[np.float32]
 T = 1000
+
+
+SCHEDULER = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+
+
+PICTURE = np.random.default_rng(5).standard_normal((1, 4, 8, 8)).astype(np.float32)
 
 
 def plan(**changes: Any) -> CalibrationPlan:
@@ -36,29 +46,47 @@ def plan(**changes: Any) -> CalibrationPlan:
 class PerfectModel:
     """Predicts exactly, for one picture of its own: every trajectory must end at it."""
 
-    def __init__(self, prediction_type: str) -> None:
-        betas = np.linspace(0.00085**0.5, 0.012**0.5, T) ** 2
-        self.alphas_cumprod = np.cumprod(1 - betas)
-        self.prediction_type = prediction_type
-        self.picture = np.random.default_rng(5).standard_normal((1, 4, 8, 8)).astype(np.float32)
-        self.timesteps: list[int] = []
+    def __init__(
+        self, prediction_type: str, *, added: bool = False, embedded: bool = False
+    ) -> None:
+        config = {**SCHEDULER, "prediction_type": prediction_type}
+        self.scheduler = SchedulerConfig.from_dict(config)
+        self.alphas = train_alphas_cumprod(self.scheduler.for_sampler("euler"), keep_zero=False)
+        self.picture = PICTURE.copy()
+        self.added, self.embedded = added, embedded
+        self.calls: list[str] = []
 
-    def encode(self, prompt: str) -> dict[str, Array]:
-        return {"encoder_hidden_states": np.full((1, 77, 2), len(prompt), dtype=np.float32)}
+    def conditions(self, prompt: str, negative: str | None) -> Any:
+        self.calls.append("conditions")
+        told = self._told(float(len(prompt)))
+        if self.embedded:
+            return {**told, "timestep_cond": np.full((1, 4), 0.5, np.float32)}, None
+        return told, self._told(-1.0 if negative is None else float(len(negative)))
 
-    def predict(self, sample: Array, timestep: int, conditions: Mapping[str, Array]) -> Array:
-        self.timesteps.append(timestep)
-        alpha = np.float32(self.alphas_cumprod[timestep] ** 0.5)
-        sigma = np.float32((1 - self.alphas_cumprod[timestep]) ** 0.5)
+    def _told(self, value: float) -> dict[str, Array]:
+        hidden = {"encoder_hidden_states": np.full((1, 77, 2), value, np.float32)}
+        more = {
+            "text_embeds": np.full((1, 3), value, np.float32),
+            "time_ids": np.ones((1, 6), "f4"),
+        }
+        return hidden | more if self.added else hidden
+
+    def predict(self, inputs: Mapping[str, Array]) -> Array:
+        self.calls.append("predict")
+        sample, timestep = inputs["sample"], inputs["timestep"]
+        assert timestep.dtype == np.float32
+        product = np.interp(timestep[0], np.arange(T), self.alphas)
+        alpha, sigma = np.float32(product**0.5), np.float32((1 - product) ** 0.5)
         epsilon = (sample - alpha * self.picture) / sigma
         predictions: dict[str, Array] = {
             "epsilon": epsilon,
             "v_prediction": alpha * epsilon - sigma * self.picture,
             "sample": self.picture,
         }
-        return predictions[self.prediction_type]
+        return predictions[self.scheduler.given["prediction_type"]]
 
-    def decode(self, latents: Array) -> tuple[Array, Array]:
+    def decode(self, latents: Array, index: int) -> tuple[Array, Array]:
+        self.calls.append("decode")
         return latents / np.float32(0.5), 3 * latents[:, :3]
 
 
@@ -79,7 +107,9 @@ def test_both_branches_of_guidance_and_every_stratum_are_kept() -> None:
     inputs = collect(PerfectModel("v_prediction"), plan(), lambda share: None)
     assert len(inputs.unet) == plan().evaluations
     texts = [float(sample["encoder_hidden_states"][0, 0, 0]) for sample in inputs.unet]
-    assert texts.count(0.0) == texts.count(1.0) == len(texts) // 2
+    assert texts.count(1.0) == len(texts) // 2
+    # Without the prompt: an empty one, and none, by turns.
+    assert texts.count(0.0) == texts.count(-1.0) == len(texts) // 4
     strata = {int(sample["timestep"][0]) * plan().strata // T for sample in inputs.unet}
     assert strata == set(range(plan().strata))
     assert all(sample["timestep"].dtype == np.int64 for sample in inputs.unet)
@@ -88,6 +118,36 @@ def test_both_branches_of_guidance_and_every_stratum_are_kept() -> None:
 def test_without_guidance_nothing_runs_unconditionally() -> None:
     inputs = collect(PerfectModel("epsilon"), plan(guidance_scale=1.0), lambda share: None)
     assert {float(s["encoder_hidden_states"][0, 0, 0]) for s in inputs.unet} == {1.0}
+
+
+def test_what_else_the_unet_is_told_is_kept() -> None:
+    names = frozenset({"sample", "timestep", "encoder_hidden_states"})
+    added = collect(PerfectModel("epsilon", added=True), plan(), lambda share: None)
+    assert {frozenset(kept) for kept in added.unet} == {names | {"text_embeds", "time_ids"}}
+    few = plan(few_steps=(2, 1), sampler="lcm", embedded_guidance=True)
+    lcm = collect(PerfectModel("epsilon", embedded=True), few, lambda share: None)
+    assert {frozenset(kept) for kept in lcm.unet} == {names | {"timestep_cond"}}
+    assert len(lcm.unet) == few.evaluations == 2 + 1 + 2 + 1
+
+
+def test_text_encoders_unet_and_decoder_run_one_after_the_other() -> None:
+    model = PerfectModel("epsilon")
+    collect(model, plan(), lambda share: None)
+    phases = [name for name, _ in itertools.groupby(model.calls)]
+    assert phases == ["conditions", "predict", "decode"]
+
+
+@pytest.mark.parametrize("sampler", ["lcm", "euler", "euler_ancestral"])
+def test_few_step_models_are_asked_where_their_sampler_asks(sampler: SamplerName) -> None:
+    config = SchedulerConfig.from_dict({**SCHEDULER, "timestep_spacing": "trailing"})
+    few = plan(few_steps=(4, 1), sampler=sampler, guidance_scale=1.0)
+    inputs = collect(PerfectModel("epsilon"), few, lambda share: None)
+    assert few.evaluations == len(inputs.unet) == 10
+    own = make_grid(few, 0, config)
+    assert own.steps == 4
+    expected = make_schedule(sampler, config, 4)
+    np.testing.assert_array_equal(own.timesteps, expected.timesteps)
+    np.testing.assert_allclose(inputs.tiny_vae[0]["latent_sample"], PICTURE, atol=2e-2)
 
 
 def test_the_same_plan_keeps_the_same_inputs() -> None:
@@ -167,10 +227,22 @@ def test_plans_follow_the_recipe_and_the_size_of_the_unet() -> None:
     assert (mine.prompts, mine.strata, mine.unet_samples, mine.seed) == (("a",), 3, 5, 9)
 
 
-def test_an_unknown_prediction_type_is_named() -> None:
-    x = np.zeros((1, 4, 8, 8), dtype=np.float32)
-    with pytest.raises(SdvinoError, match="flow"):
-        split_prediction("flow", x, x, np.float32(0.5), np.float32(0.5))
+def test_plans_of_few_step_models_have_their_own_steps() -> None:
+    def made(**changes: Any) -> CalibrationPlan:
+        recipe = CalibrationRecipe(**changes.pop("recipe", {}))
+        given: dict[str, Any] = {"unet_bytes": 1, "guidance_scale": 8.5, "shape": (4, 8, 8)}
+        return make_plan(recipe, ["a"] * 96, **given, **changes)
+
+    lcm = made(distilled="lcm", embedded_guidance=True)
+    assert lcm.sampler == "lcm"
+    assert lcm.branches == 1
+    assert lcm.evaluations == 8 * (4 + 1 + 8 + 2 + 6 + 3)
+    assert made(distilled="heun").sampler == "euler"
+    assert made(distilled="euler").branches == 2
+    asked = made(distilled="lcm", recipe={"strata": 5})
+    assert asked.few_steps == ()
+    assert asked.steps(3) == 6
+    assert made().few_steps == ()
 
 
 @given(

@@ -7,10 +7,11 @@ import int8_coverage
 import openvino as ov
 import pytest
 
-from sdvino.compress.coverage import Coverage, Layer, fix_shapes, measure, planned_layers
+from sdvino.compress.coverage import Coverage, Layer, measure, planned_layers
 from sdvino.compress.folder import compress_component
 from sdvino.compress.recipes import get_recipe
 from sdvino.compress.targets import get_target
+from sdvino.graph.shapes import reshape_static
 from tests.compress import nets
 
 TOKENS = nets.SIDE**2
@@ -19,15 +20,7 @@ LINEAR = TOKENS * nets.CHANNELS * 64
 
 
 def static(model: ov.Model) -> ov.Model:
-    fix_shapes(
-        "unet",
-        model,
-        channels=nets.CHANNELS,
-        latent=(nets.SIDE, nets.SIDE),
-        scale=8,
-        text_length=77,
-        text_width=32,
-    )
+    reshape_static(model, {"sample": [1, nets.CHANNELS, nets.SIDE, nets.SIDE]})
     return model
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +27,13 @@ from sdvino.errors import RequestError
 from sdvino.manifest import Manifest, Suggested
 from tests.conftest import SHAPES
 from tests.tiny_folder import (
-    TOKENS,
-    WIDTH,
+    POOLED,
     edit_json,
-    finish,
     make_tiny_folder,
-    parameter,
+    make_tiny_lcm_folder,
+    make_tiny_xl_folder,
     save,
+    trained_unet,
 )
 
 PROMPTS = ("a red circle", "a green star", "a blue ring")
@@ -43,27 +43,9 @@ LIMITED = Thresholds(psnr=24.0, ssim=0.5, components={"unet": 0.05, "text_encode
 SUGGESTED = Suggested(num_inference_steps=4, guidance_scale=2.0, scheduler="ddim")
 
 
-def trained_unet() -> ov.Model:
-    """Three convolutions that pass their input on: nearly the noise itself at high noise."""
-    sample = parameter([-1, 4, -1, -1], ov.Type.f32, "sample")
-    timestep = parameter([-1], ov.Type.i64, "timestep")
-    states = parameter([-1, TOKENS, WIDTH], ov.Type.f32, "encoder_hidden_states")
-    value = sample
-    for index, name in enumerate(LAYERS):
-        weights = 0.01 * np.random.default_rng(index).standard_normal((4, 4, 3, 3))
-        weights[range(4), range(4), 1, 1] += 0.99
-        constant = ops.constant(weights.astype(np.float32))
-        value = ops.convolution(value, constant, [1, 1], [1, 1], [1, 1], [1, 1])
-        value.set_friendly_name(f"__module.{name}/aten::_convolution/Convolution")
-    t = ops.divide(ops.convert(timestep, "f32"), np.float32(20_000))
-    text = ops.multiply(ops.reduce_mean(states, np.array([1, 2], np.int64)), np.float32(0.3))
-    shift = ops.unsqueeze(ops.add(t, text), np.array([1, 2, 3], np.int64))
-    return finish(ops.add(value, shift), "out_sample", [sample, timestep, states])
-
-
 def random_unet() -> ov.Model:
     """The same inputs, and an answer that has nothing to do with them."""
-    model = trained_unet()
+    model = trained_unet({})
     for op in model.get_ordered_ops():
         if op.get_type_name() == "Convolution":
             weights = np.random.default_rng(9).standard_normal((4, 4, 3, 3)).astype(np.float32)
@@ -93,14 +75,21 @@ def in_8_bits(model: ov.Model, damage: dict[str, float], keep: Sequence[str] = (
 class Folders:
     """A float folder, its compressed copy, and how the copy is compressed again."""
 
-    def __init__(self, base: Path, unet: ov.Model, damage: dict[str, float]) -> None:
+    def __init__(
+        self,
+        base: Path,
+        unet: ov.Model,
+        damage: dict[str, float],
+        make: Callable[[Path], Path] = make_tiny_folder,
+    ) -> None:
         self.float, self.model = base / "float", base / "model"
-        make_tiny_folder(self.float)
-        (self.float / "sdvino.json").unlink()
+        make(self.float)
+        (self.float / "sdvino.json").unlink(missing_ok=True)
         config = json.loads((self.float / "unet" / "config.json").read_text())
         save(unet, self.float / "unet", config)
-        shutil.rmtree(self.float / "tokenizer")
-        shutil.copytree(SHAPES / "tokenizer", self.float / "tokenizer")
+        for tokenizer in self.float.glob("tokenizer*"):
+            shutil.rmtree(tokenizer)
+            shutil.copytree(SHAPES / "tokenizer", tokenizer)
         scheduler = self.float / "scheduler" / "scheduler_config.json"
         edit_json(
             scheduler,
@@ -139,13 +128,13 @@ class Folders:
 
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory: pytest.TempPathFactory) -> tuple[Folders, Verdict]:
-    folders = Folders(tmp_path_factory.mktemp("sound"), trained_unet(), {})
+    folders = Folders(tmp_path_factory.mktemp("sound"), trained_unet({}), {})
     return folders, folders.judge()
 
 
 @pytest.fixture(scope="module")
 def broken(tmp_path_factory: pytest.TempPathFactory) -> tuple[Folders, Verdict, list[str]]:
-    folders = Folders(tmp_path_factory.mktemp("broken"), trained_unet(), {"blocks.1": 1.3})
+    folders = Folders(tmp_path_factory.mktemp("broken"), trained_unet({}), {"blocks.1": 1.3})
     said: list[str] = []
     return folders, folders.judge(say=said.append), said
 
@@ -205,9 +194,44 @@ def test_a_broken_layer_goes_back_to_float(broken: tuple[Folders, Verdict, list[
     assert any("back to float" in line for line in said)
 
 
+@pytest.mark.parametrize(
+    ("make", "conditions", "suggested", "encoders"),
+    [
+        (make_tiny_xl_folder, {"text_embeds": POOLED, "time_ids": 6}, SUGGESTED, 2),
+        (
+            make_tiny_lcm_folder,
+            {"timestep_cond": 16},
+            Suggested(num_inference_steps=2, guidance_scale=8.5, scheduler="lcm"),
+            1,
+        ),
+    ],
+    ids=["sdxl", "lcm"],
+)
+def test_other_families_are_judged_and_mended(
+    tmp_path: Path,
+    make: Callable[[Path], Path],
+    conditions: dict[str, int],
+    suggested: Suggested,
+    encoders: int,
+) -> None:
+    folders = Folders(tmp_path, trained_unet(conditions), {"blocks.1": 1.3}, make)
+    thresholds = Thresholds(psnr=0.0, ssim=-1.0, components={"unet": 0.05, "text_encoder": 0.01})
+    verdict = folders.judge(suggested=suggested, thresholds=thresholds)
+    assert verdict.trained is True
+    assert verdict.passed is True, verdict.failures
+    assert verdict.float_layers == {"unet": ("__module.blocks.1/aten::_convolution/Convolution",)}
+    assert verdict.comparison is not None
+    parts = verdict.comparison.components
+    assert len([name for name in parts if name.startswith("text_encoder")]) == encoders
+    assert len(verdict.comparison.psnr) == len(PROMPTS)
+    # LCM asks once a step: guidance is an input of its UNet.
+    guided = [entry.unconditional is not None for entry in verdict.comparison.timesteps]
+    assert set(guided) == {encoders == 2}
+
+
 def test_what_layers_cannot_mend_falls_back(tmp_path: Path) -> None:
     everything = dict.fromkeys(LAYERS, 1.3)
-    folders = Folders(tmp_path, trained_unet(), everything)
+    folders = Folders(tmp_path, trained_unet({}), everything)
     verdict = folders.judge()
     assert verdict.passed is True
     assert verdict.fell_back

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from tests.convert.miniatures import Miniatures
+
 CONFIGS: dict[str, dict[str, Any]] = {
     "model_index.json": {
         "_class_name": "StableDiffusionPipeline",
@@ -64,6 +66,12 @@ def edit(source: Path) -> Callable[[str, Any], None]:
         path.write_text(json.dumps({**data, **changes}), encoding="utf-8")
 
     return change
+
+
+@pytest.fixture(scope="session")
+def miniatures(tmp_path_factory: pytest.TempPathFactory) -> Miniatures:
+    """Every family in miniature by every recipe, each made when it is asked for. Read only."""
+    return Miniatures(tmp_path_factory.mktemp("miniatures"))
 
 
 @pytest.fixture(scope="session")

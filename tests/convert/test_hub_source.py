@@ -7,12 +7,18 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from sdvino.convert.hub_source import choose_files, is_hub_source, split_file
-from sdvino.errors import ModelFolderError
+from sdvino.convert.open_source import open_source, outline_source
+from sdvino.convert.openvino_source import OpenVinoFolder
+from sdvino.convert.source import DiffusersFolder
+from sdvino.errors import ModelFolderError, RequestError
 from tests.convert.mini_checkpoint import shapes_of, write
 from tests.hub_server import serving
+from tests.tiny_folder import make_tiny_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = (
@@ -96,6 +102,32 @@ def test_what_is_no_hub_id(text: str) -> None:
     assert not is_hub_source(text)
 
 
+def run_in_process(
+    words: Sequence[str], hub: str, cache: Path, offline: str = "0"
+) -> subprocess.CompletedProcess[str]:
+    """Run Python in a new process: huggingface_hub reads its settings when it is imported."""
+    own = {
+        "HF_ENDPOINT": hub,
+        "HF_HOME": str(cache),
+        "HF_HUB_OFFLINE": offline,
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1",
+        "NO_PROXY": "127.0.0.1",
+        "PYTHONPATH": str(ROOT),
+    }
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    return subprocess.run(
+        [sys.executable, *words],
+        env={**inherited, **own},
+        cwd=cache.parent,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+
+
 OPEN = """
 import sys
 from pathlib import Path
@@ -114,27 +146,19 @@ for source in sys.argv[3:]:
 def open_in_process(
     hub: str, cache: Path, *sources: str, tokenizer: str = "", offline: str = "0"
 ) -> subprocess.CompletedProcess[str]:
-    """Open ``sources`` in a new process: huggingface_hub reads its settings when imported."""
-    own = {
-        "HF_ENDPOINT": hub,
-        "HF_HOME": str(cache),
-        "HF_HUB_OFFLINE": offline,
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1",
-        "NO_PROXY": "127.0.0.1",
-        "PYTHONPATH": str(ROOT),
-    }
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-    return subprocess.run(
-        [sys.executable, "-c", OPEN, str(cache / "work"), tokenizer, *sources],
-        env={**inherited, **own},
-        cwd=cache.parent,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=True,
-    )
+    """Open ``sources``, and print what they are."""
+    words = ["-c", OPEN, str(cache / "work"), tokenizer, *sources]
+    done = run_in_process(words, hub, cache, offline)
+    done.check_returncode()
+    return done
+
+
+def look_in_process(
+    hub: str, cache: Path, source: str, *options: str, offline: str = "0"
+) -> subprocess.CompletedProcess[str]:
+    """Run `sdvino convert SOURCE out --dry-run`."""
+    words = ["-m", "sdvino", "convert", source, "out", "--dry-run", *options]
+    return run_in_process(words, hub, cache, offline)
 
 
 def test_a_diffusers_repository_is_downloaded_and_opened(source: Path, tmp_path: Path) -> None:
@@ -172,3 +196,95 @@ def test_a_single_file_on_the_hub_is_unpacked(clip_folder: Path, tmp_path: Path)
     assert lines[2].startswith("ModelFolderError owner/name has no file other.safetensors")
     assert lines[3].startswith("ModelFolderError There is no folder 'owner/none'")
     assert lines[4].startswith("RequestError nothing does not exist")
+
+
+def test_a_dry_run_of_a_hub_id_downloads_no_weights(source: Path, tmp_path: Path) -> None:
+    big = np.ones(400_000, np.float16)
+    weights = {
+        name: source / name for name in (*PLAIN, "unet/diffusion_pytorch_model.non_ema.safetensors")
+    }
+    for path in weights.values():
+        save_file({"weight": big}, path)
+    with serving(source) as hub:
+        done = look_in_process(hub.address, tmp_path / "cache", "owner/name")
+        assert done.returncode == 0, done.stderr
+        assert not set(weights) & hub.downloaded()
+        assert "unet/config.json" in hub.downloaded()
+        assert "owner/name (sd1) would become out, by the recipe int8" in done.stdout
+        assert "download: 2.4 MB from the hub" in done.stdout  # three of 0.8 MB
+        assert not (tmp_path / "out").exists()
+
+        again = look_in_process(hub.address, tmp_path / "cache", "owner/name", offline="1")
+        assert again.returncode != 0
+        assert len(again.stderr.strip().splitlines()) == 1
+
+        open_in_process(hub.address, tmp_path / "cache", "owner/name")
+        before = set(hub.downloaded())
+        whole = look_in_process(hub.address, tmp_path / "cache", "owner/name")
+        assert whole.returncode == 0, whole.stderr
+        assert "download:" not in whole.stdout
+        assert set(hub.downloaded()) == before
+
+
+def test_a_dry_run_of_a_single_file_reads_its_header(clip_folder: Path, tmp_path: Path) -> None:
+    repository = tmp_path / "repository"
+    repository.mkdir()
+    file = repository / "model.safetensors"
+    write(file, shapes_of("sd1"))
+    options = ("--tokenizer", str(clip_folder), "--recipe", "int8-weights")
+    with serving(repository) as hub:
+        there = look_in_process(
+            hub.address, tmp_path / "cache", "owner/name/model.safetensors", *options
+        )
+        assert there.returncode == 0, there.stderr
+        assert hub.sent["model.safetensors"] < file.stat().st_size
+    here = look_in_process("http://127.0.0.1:1", tmp_path / "cache", str(file), *options)
+    assert here.returncode == 0, here.stderr
+    steps = [
+        [line for line in done.stdout.splitlines() if line.startswith(("  export", "  compress"))]
+        for done in (there, here)
+    ]
+    assert steps[0] == steps[1]
+    assert len(steps[0]) == 8
+    assert "download:" in there.stdout
+    assert "download:" not in here.stdout
+
+
+def test_outlines_are_the_sources_without_their_weights(
+    source: Path, clip_folder: Path, tmp_path: Path
+) -> None:
+    whole = DiffusersFolder.open(source)
+    sizes = {part: whole.bytes_of(part) for part in whole.weights}
+    for path in source.rglob("*.safetensors"):
+        path.unlink()
+    outline = DiffusersFolder.open(source, elsewhere=sizes)
+    assert {part: outline.bytes_of(part) for part in sizes} == sizes
+    assert (outline.family, outline.components) == (whole.family, whole.components)
+    with pytest.raises(RequestError, match="for unet"):
+        DiffusersFolder.open(source, elsewhere={**sizes, "unet": 0})
+
+    file = tmp_path / "model.safetensors"
+    write(file, shapes_of("sd1"))
+    outlined, download = outline_source(file, tmp_path / "a", tokenizer=clip_folder)
+    opened = open_source(file, tmp_path / "b", tokenizer=clip_folder)
+    assert download == 0
+    assert not list((tmp_path / "a").rglob("*.safetensors"))
+    assert (outlined.name, outlined.configs) == (opened.name, opened.configs)
+    for part in outlined.components.values():
+        header = opened.bytes_of(part) - outlined.bytes_of(part)
+        assert 0 < header < 100_000
+
+
+def test_an_openvino_repository_is_outlined(tmp_path: Path) -> None:
+    folder = make_tiny_folder(tmp_path / "model")
+    whole = OpenVinoFolder.open(folder, name="owner/name")
+    sizes = {part: whole.bytes_of(part) for part in whole.components}
+    for path in folder.rglob("*.bin"):
+        path.unlink()
+    outline = OpenVinoFolder.outline(folder, name="owner/name", elsewhere=sizes)
+    assert outline.family == whole.family
+    assert outline.components == whole.components
+    assert {part: outline.bytes_of(part) for part in sizes} == sizes
+    (folder / "unet" / "openvino_model.xml").unlink()
+    with pytest.raises(RequestError, match=r"unet/openvino_model\.xml"):
+        OpenVinoFolder.outline(folder, name="owner/name", elsewhere=sizes)

@@ -1,0 +1,47 @@
+"""What the int8 recipe does to every family's UNet: real architectures in miniature."""
+
+from __future__ import annotations
+
+import int8_coverage
+import numpy as np
+import openvino as ov
+import pytest
+
+from sdvino.compress.fragile import is_fragile
+from sdvino.model_folder import ModelFolder
+from tests.convert.miniatures import Miniatures
+
+pytestmark = [
+    pytest.mark.slow,
+    # torch's tracer and the libraries around it warn about themselves.
+    pytest.mark.filterwarnings("ignore"),
+]
+ARCHITECTURES = ("tiny-sdxl", "tiny-ssd1b", "tiny-sd2-v", "tiny-lcm")
+#: What a family's UNet is told beside text, which goes through float layers.
+TOLD = {"tiny-sdxl": "add_embedding", "tiny-ssd1b": "add_embedding", "tiny-lcm": "cond_proj"}
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_int8_predicts_what_float_predicts(arch: str, miniatures: Miniatures) -> None:
+    samples = miniatures.inputs(arch).unet
+    assert len(samples) == 8
+    results = []
+    for folder in (miniatures.exported(arch), miniatures.folder(arch, "int8")):
+        model = ov.Core().read_model(folder / "unet" / "openvino_model.xml")
+        run = ov.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        results.append(np.array([run(sample)[0] for sample in samples]))
+    expected, found = results
+    assert np.linalg.norm(found - expected) <= 0.2 * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_int8_runs_in_8_bits_but_for_what_is_fragile(arch: str, miniatures: Miniatures) -> None:
+    folder = ModelFolder.open(miniatures.folder(arch, "int8"))
+    unet = next(iter(int8_coverage.measure_folder(folder)))
+    assert unet.component == "unet"
+    assert unet.enough, [layer.name for layer in unet.left_in_float]
+    told = [layer for layer in unet.layers if TOLD.get(arch, "time_embedding") in layer.name]
+    assert told
+    for layer in told:
+        assert is_fragile("unet", layer.name)
+        assert not layer.planned
