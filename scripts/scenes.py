@@ -148,9 +148,7 @@ def _place_one(colour: str, shape: str, size: str, position: str) -> tuple[Place
     return (Placed(colour, shape, RADII[size], GRID_CENTRES[column], GRID_CENTRES[row]),)
 
 
-def _place_two(
-    pairs: list[tuple[str, str]], sizes: list[str], relation: str
-) -> tuple[Placed, ...]:
+def _place_two(pairs: list[tuple[str, str]], sizes: list[str], relation: str) -> tuple[Placed, ...]:
     """Put two objects at the ends of the middle row or column."""
     first, middle, last = GRID_CENTRES
     along = [last, first] if relation in ("to the right of", "below") else [first, last]
