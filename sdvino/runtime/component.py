@@ -180,18 +180,22 @@ class Component:
         `infer`.
         """
         settings = self.settings
-        results = self._evaluate(inputs, together)
+        one = len(inputs) == 1
+        results = [self._evaluate(inputs[0])] if one else self._evaluate_each(inputs, together)
         if self.guard is None:
             return results
         for given, outputs in zip(inputs, results, strict=True):
             checked = self.guard.check(self, given, outputs, settings)
             if checked is not outputs:  # a second run, elsewhere, may have written over the others
-                if len(inputs) == 1:
+                if one:
                     return [checked]
-                return [{k: np.array(v) for k, v in self.infer(one).items()} for one in inputs]
+                return [{k: np.array(v) for k, v in self.infer(given).items()} for given in inputs]
         return results
 
-    def _evaluate(
+    def _evaluate(self, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
+        return self._evaluate_each([inputs], together=False)[0]
+
+    def _evaluate_each(
         self, inputs: Sequence[Mapping[str, Array]], together: bool
     ) -> list[Mapping[str, Array]]:
         requests = [self._request(number) for number in range(len(inputs))]
