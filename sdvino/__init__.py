@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from sdvino.errors import Cancelled, DeviceError, ModelFolderError, RequestError, SdvinoError
     from sdvino.outputs import PipelineOutput
     from sdvino.pipeline import StableDiffusionPipeline
-    from sdvino.settings import DeviceSettings, RunSettings, SamplerSettings
+    from sdvino.settings import DeviceSettings, RunSettings, SamplerSettings, SpeedSettings
 
 __version__ = "0.1.0"
 
@@ -27,6 +27,7 @@ _HOMES = {
     "DeviceSettings": "sdvino.settings",
     "RunSettings": "sdvino.settings",
     "SamplerSettings": "sdvino.settings",
+    "SpeedSettings": "sdvino.settings",
 }
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "RunSettings",
     "SamplerSettings",
     "SdvinoError",
+    "SpeedSettings",
     "StableDiffusionPipeline",
     "__version__",
 ]

@@ -9,7 +9,7 @@ import numpy as np
 
 from sdvino.errors import RequestError
 from sdvino.outputs import Array, Embeddings
-from sdvino.settings import RunSettings
+from sdvino.settings import GuidanceMode, RunSettings, SpeedSettings
 
 
 def run_settings(
@@ -28,7 +28,25 @@ def run_settings(
         for name, value in device.items()
         if name != "default"
     }
-    return RunSettings(default=default, components={**settings.components, **components})
+    components = {**settings.components, **components}
+    return replace(settings, default=default, components=components, any_device=False)
+
+
+def speed_settings(
+    speed: SpeedSettings | None,
+    guidance_mode: GuidanceMode | None,
+    guidance_interval: tuple[float, float] | None,
+) -> SpeedSettings:
+    """Return ``speed`` with what is given beside it put in; raises RequestError."""
+    speed = SpeedSettings() if speed is None else speed
+    if guidance_mode is not None:
+        speed = replace(speed, guidance_mode=guidance_mode)
+    if guidance_interval is not None:
+        if len(guidance_interval) != 2:
+            raise RequestError("The guidance interval takes two fractions, such as (0.1, 0.8).")
+        start, end = guidance_interval
+        speed = replace(speed, guidance_interval=(float(start), float(end)))
+    return speed
 
 
 def embeddings_of(

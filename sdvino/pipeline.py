@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from sdvino.arguments import embeddings_of, given_latents, run_settings
+from sdvino.arguments import embeddings_of, given_latents, run_settings, speed_settings
 from sdvino.components import Components
 from sdvino.conditioning import Conditioner
-from sdvino.diffusion.denoiser import Denoiser, Predict
-from sdvino.diffusion.guidance import Guidance
+from sdvino.decoding import DecodeQueue, PictureDecoder, decodes_aside
+from sdvino.denoising import PictureDenoiser
 from sdvino.diffusion.noise import make_noise
 from sdvino.diffusion.samplers import get_sampler
 from sdvino.diffusion.schedule import Schedule, final_latents, initial_latents, make_schedule
@@ -28,10 +28,8 @@ from sdvino.generation import (
     as_texts,
 )
 from sdvino.hub import resolve_model
-from sdvino.image.autoencoder import VaeDecoder
 from sdvino.image.parameters import PictureSettings
 from sdvino.image.preview import Previewer
-from sdvino.image.tiling import TILE, tile_shape, to_levels
 from sdvino.model_folder import ModelFolder
 from sdvino.outputs import (
     Array,
@@ -44,16 +42,17 @@ from sdvino.outputs import (
     clock,
     gather,
 )
-from sdvino.runtime.component import Component
 from sdvino.runtime.guard import Guard
-from sdvino.runtime.memory import check_memory, estimate_memory, memory_status
-from sdvino.runtime.remote import keep_on_device
+from sdvino.runtime.memory import check_memory, memory_status
+from sdvino.runtime.memory_plan import MemoryPlan, measure_parts, plan_memory
 from sdvino.settings import (
+    GuidanceMode,
     NoiseName,
     RunSettings,
     SamplerName,
     SamplerSettings,
     SigmaScheduleName,
+    SpeedSettings,
     TimestepSpacing,
     check_choice,
 )
@@ -64,6 +63,9 @@ if TYPE_CHECKING:
     from PIL import Image
 
 _log = logging.getLogger("sdvino")
+
+#: Pictures whose texts are encoded before the first of them is denoised.
+TEXTS_AHEAD = 32
 
 Callback = Callable[["StableDiffusionPipeline", int, float, dict[str, Any]], dict[str, Any] | None]
 
@@ -148,6 +150,9 @@ class StableDiffusionPipeline:
         sigma_schedule: SigmaScheduleName | None = None,
         timestep_spacing: TimestepSpacing | None = None,
         noise: NoiseName = "torch",
+        guidance_mode: GuidanceMode | None = None,
+        guidance_interval: tuple[float, float] | None = None,
+        speed: SpeedSettings | None = None,
     ) -> PipelineOutput:
         """Make pictures; arguments as in diffusers, with ``seed`` in place of a generator.
 
@@ -159,6 +164,8 @@ class StableDiffusionPipeline:
         alone, as there. ``output_type`` is "pil", "np" (float32 [N, H, W, 3], 0 to 1) or "latent".
         ``callback_on_step_end(pipe, step, timestep, {"latents": x})`` may return a dict with other
         latents of the same shape, and stops the work by raising `Cancelled`.
+        ``speed`` buys time with likeness to the exact picture (`sdvino.settings.FAST` is a good
+        mix); ``guidance_mode`` and ``guidance_interval`` stand in place of its own.
         Raises RequestError for a wrong request, SdvinoError when the work fails.
         """
         check_choice("output type", output_type, get_args(OutputType))
@@ -189,6 +196,7 @@ class StableDiffusionPipeline:
                 timestep_spacing=timestep_spacing,
                 eta=eta,
             ),
+            speed=speed_settings(speed, guidance_mode, guidance_interval),
         ).resolve(self.folder)
         timings = Timings()
         pictures: list[PictureEvent] = []
@@ -226,48 +234,59 @@ class StableDiffusionPipeline:
         """
         timings = Timings() if timings is None else timings
         embeddings = Embeddings() if embeddings is None else embeddings
-        folder = self.folder
-        factor = folder.vae_scale_factor
+        factor = self.folder.vae_scale_factor
         size = (request.height // factor, request.width // factor)
         schedule = self.schedule(request)
-        self.check_memory(request)
-        shape = (1, folder.latent_channels, *size)
+        memory = self.memory_plan(request)
+        shape = (1, self.folder.latent_channels, *size)
         given = given_latents(latents, (len(request.jobs), *shape[1:]))
         sample = get_sampler(schedule.sampler)
-        for job in request.jobs:
-            cond, uncond = self.conditioner.unet_inputs(request, job, embeddings, timings)
-            with clock(timings, "load"):
-                unet = self.components.unet(*size)
-            noise = make_noise(request.noise, job.seed)
-            start = noise.randn(shape) if given is None else given[job.index : job.index + 1]
-            denoise = Denoiser(
-                Guidance(
-                    _predictor(unet, cond, timings),
-                    None if uncond is None else _predictor(unet, uncond, timings),
-                    guidance_scale=1.0 if uncond is None else request.guidance_scale,
-                    guidance_rescale=request.guidance_rescale,
-                ),
-                schedule.prediction_type,
-            )
-            x = initial_latents(start, schedule)
-            steps = sample(denoise, x, schedule, noise, eta=request.sampler.eta)
-            while True:
-                with clock(timings, "denoise"):
-                    step = next(steps, None)
-                if step is None:
-                    break
-                x = step.x
-                yield StepEvent(
-                    job=job,
-                    step=step.index,
-                    steps=schedule.steps,
-                    timestep=step.timestep,
-                    latents=x,
-                    denoised=step.denoised,
-                )
-            finished = final_latents(x, schedule)
-            pixels = self._decode(finished, output_type, timings)
-            yield PictureEvent(job=job, latents=finished, pixels=pixels)
+        denoising = PictureDenoiser(self.components, request, schedule, memory, timings)
+        decoder = PictureDecoder(
+            self.components, memory, output_type, tiny=bool(request.speed.tiny_vae)
+        )
+        hint = self.settings.default.performance_hint
+        aside = decodes_aside(hint, len(request.jobs), memory)
+        with DecodeQueue(decoder, timings, aside=aside) as queue:
+            for job, (cond, uncond) in self._conditions(request, embeddings, memory, timings):
+                denoise = denoising.denoiser(cond, uncond)
+                noise = make_noise(request.noise, job.seed)
+                start = noise.randn(shape) if given is None else given[job.index : job.index + 1]
+                x = initial_latents(start, schedule)
+                steps = sample(denoise, x, schedule, noise, eta=request.sampler.eta)
+                while True:
+                    with clock(timings, "denoise"):
+                        step = next(steps, None)
+                    if step is None:
+                        break
+                    x = step.x
+                    yield StepEvent(
+                        job=job,
+                        step=step.index,
+                        steps=schedule.steps,
+                        timestep=step.timestep,
+                        latents=x,
+                        denoised=step.denoised,
+                    )
+                yield from queue.put(job, final_latents(x, schedule))
+            yield from queue.rest()
+
+    def _conditions(
+        self,
+        request: ResolvedRequest,
+        embeddings: Embeddings,
+        memory: MemoryPlan,
+        timings: Timings,
+    ) -> Iterator[tuple[PictureJob, tuple[dict[str, Array], dict[str, Array] | None]]]:
+        """Yield each job with its UNet inputs; texts are read several ahead, then released."""
+        for start in range(0, len(request.jobs), TEXTS_AHEAD):
+            jobs = request.jobs[start : start + TEXTS_AHEAD]
+            inputs = [
+                self.conditioner.unet_inputs(request, job, embeddings, timings) for job in jobs
+            ]
+            if memory.release_text:
+                self.components.release(*self.folder.kind.text_encoders)
+            yield from zip(jobs, inputs, strict=True)
 
     def schedule(self, request: ResolvedRequest) -> Schedule:
         """Return the grid of noise levels that ``request`` asks for."""
@@ -306,22 +325,41 @@ class StableDiffusionPipeline:
             width=request.width,
             height=request.height,
             clip_skip=request.clip_skip,
+            speed=request.speed,
             model=self.folder.name,
             recipe=None if manifest is None else manifest.recipe,
         )
 
-    def check_memory(self, request: ResolvedRequest) -> None:
-        """Raise RequestError when the pictures asked for cannot fit into this machine's memory."""
-        factor = self.folder.vae_scale_factor
-        tiled = self._tiles((request.height // factor, request.width // factor))
-        tile = TILE * factor if tiled else None
-        check_memory(estimate_memory(self.folder, request.height, request.width, tile=tile))
+    def memory_plan(self, request: ResolvedRequest) -> MemoryPlan:
+        """Return what is held in memory when, for the pictures asked for.
+
+        Raises RequestError when they cannot fit into this machine's memory, or under the limit.
+        """
+        sizes = measure_parts(
+            self.folder, request.height, request.width, tiny=bool(request.speed.tiny_vae)
+        )
+        limit = self.settings.max_memory
+        status = memory_status()
+        free = None if status.available is None else status.available + status.own
+        plan = plan_memory(
+            sizes,
+            free if limit is None else limit,
+            tiling=self.vae_tiling,
+            low_memory=self.settings.low_memory,
+            strict=limit is not None,
+        )
+        check_memory(plan.peak, status)
+        return plan
 
     def decode(self, latents: Array) -> NDArray[np.uint8]:
         """Return the pictures of finished latents, float32 [N, C, h, w], as uint8 [N, H, W, 3]."""
-        pictures = [
-            self._decode(x[None], "pil", Timings()) for x in np.asarray(latents, np.float32)
-        ]
+        latents = np.asarray(latents, np.float32)
+        factor = self.folder.vae_scale_factor
+        height, width = latents.shape[-2] * factor, latents.shape[-1] * factor
+        request = GenerationRequest(prompts=("",), height=height, width=width, seed=0)
+        memory = self.memory_plan(request.resolve(self.folder))
+        decode = PictureDecoder(self.components, memory, "pil", tiny=False)
+        pictures = [decode(x[None], Timings()) for x in latents]
         return np.stack([picture for picture in pictures if picture is not None])
 
     def preview(self, denoised: Array) -> Image.Image:
@@ -340,37 +378,6 @@ class StableDiffusionPipeline:
         """The tokenizer of the folder, the first text encoder's."""
         return self.conditioner.tokenizer()
 
-    def _decode(
-        self, latents: Array, output_type: OutputType, timings: Timings
-    ) -> NDArray[Any] | None:
-        if output_type == "latent":
-            return None
-        size: tuple[int, int] = (latents.shape[-2], latents.shape[-1])
-        tiled = self._tiles(size)
-        with clock(timings, "load"):
-            component = self.components.vae_decoder(
-                *(tile_shape(*size) if tiled else size), pixels=output_type == "pil" and not tiled
-            )
-        decoder = VaeDecoder(component)
-        with clock(timings, "decode"):
-            if output_type == "pil" and not tiled:
-                levels: NDArray[np.uint8] = decoder.decode(latents)[0]
-                return levels
-            floats = decoder.decode_tiled(latents) if tiled else decoder.decode_float(latents)
-            picture: Array = floats[0]
-            return to_levels(picture) if output_type == "pil" else picture
-
-    def _tiles(self, size: tuple[int, int]) -> bool:
-        """Return whether latents of ``size`` are decoded in tiles: on request, or to fit."""
-        if tile_shape(*size) == size:
-            return False
-        if self.vae_tiling is not None:
-            return self.vae_tiling
-        factor = self.folder.vae_scale_factor
-        needed = estimate_memory(self.folder, size[0] * factor, size[1] * factor)
-        available = memory_status().available
-        return available is not None and needed > available
-
     def _call_back(self, callback: Callback, event: StepEvent) -> None:
         answer = callback(self, event.step, event.timestep, {"latents": event.latents})
         latents = None if answer is None else answer.get("latents")
@@ -383,17 +390,3 @@ class StableDiffusionPipeline:
             )
         # The sampler goes on from this very array.
         event.latents[...] = latents
-
-
-def _predictor(unet: Component, conditions: Mapping[str, Array], timings: Timings) -> Predict:
-    """Return the UNet with its conditions filled in, counting its evaluations."""
-    if isinstance(unet, Component):  # and no observer's
-        conditions = keep_on_device(unet.hardware, conditions)
-    timestep = np.empty(1, np.float32)
-
-    def predict(x_in: Array, t: float, /) -> Array:
-        timestep[0] = t
-        timings.unet_evaluations += 1
-        return unet.infer({"sample": x_in, "timestep": timestep, **conditions})["out_sample"]
-
-    return predict

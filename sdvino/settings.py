@@ -31,12 +31,17 @@ PerformanceHint = Literal["latency", "throughput"]
 CoreType = Literal["any", "performance", "efficient"]
 Precision = Literal["f32", "f16", "bf16"]
 #: One prediction after the other, one batch of two, or two streams at once.
-MeasuredGuidance = Literal["sequential", "batch", "streams"]
+GuidanceMode = Literal["sequential", "batch", "streams"]
 
 SAMPLERS: tuple[SamplerName, ...] = get_args(SamplerName)
 SIGMA_SCHEDULES: tuple[SigmaScheduleName, ...] = get_args(SigmaScheduleName)
 TIMESTEP_SPACINGS: tuple[TimestepSpacing, ...] = get_args(TimestepSpacing)
 NOISES: tuple[NoiseName, ...] = get_args(NoiseName)
+GUIDANCE_MODES: tuple[GuidanceMode, ...] = get_args(GuidanceMode)
+#: How many times fewer keys and values a self-attention may read along each side.
+TOKEN_FACTORS = (1, 2, 4)
+MAX_CACHE_INTERVAL = 100
+MAX_CACHE_BRANCH = 64
 
 #: A component of the pipeline, named as its sub-folder is.
 COMPONENTS: tuple[str, ...] = (
@@ -71,6 +76,54 @@ class SamplerSettings:
         check_choice("timestep spacing", self.timestep_spacing, TIMESTEP_SPACINGS)
         if not 0.0 <= self.eta <= 1.0:
             raise RequestError(f"eta is {self.eta}; give a number from 0 to 1.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpeedSettings:
+    """What makes a picture sooner at a price in likeness to the exact one; the defaults are exact.
+
+    docs/fast.md holds what each costs, measured on the demo model.
+    """
+
+    #: How guidance asks for its two predictions: one after the other, as one batch, or side by side
+    #: in two streams. None: what suits the UNet's device. The pictures differ by rounding alone.
+    guidance_mode: GuidanceMode | None = None
+    #: Guide only in this part of the steps, as fractions from start to end (arXiv:2404.07724).
+    guidance_interval: tuple[float, float] | None = None
+    #: Keys and values of the largest self-attentions, thinned so many times along each side
+    #: (ToDo, arXiv:2402.13573); with 4 the next level is thinned 2 times. 1: all of them.
+    token_downsampling: int = 1
+    #: Run the deep part of the UNet at every so many timesteps only (DeepCache, arXiv:2312.00858).
+    cache_interval: int = 1
+    #: Where that part begins: the number of the skip connection, from the outermost, that the
+    #: steps in between still enter by; 0 is the fastest.
+    cache_branch: int = 0
+    #: Decode with the folder's tiny decoder. None: where the folder has one.
+    tiny_vae: bool | None = False
+
+    def __post_init__(self) -> None:
+        check_choice("guidance mode", self.guidance_mode, GUIDANCE_MODES)
+        if self.guidance_interval is not None:
+            start, end = self.guidance_interval
+            if not 0.0 <= start < end <= 1.0:
+                raise RequestError(
+                    f"The guidance interval is {start:g} to {end:g}; give two fractions of the"
+                    " steps from 0 to 1, the smaller first."
+                )
+        if self.token_downsampling not in TOKEN_FACTORS:
+            raise RequestError(
+                f"The token downsampling is {self.token_downsampling}; give 1 (off), 2 or 4."
+            )
+        if not 1 <= self.cache_interval <= MAX_CACHE_INTERVAL:
+            raise RequestError(
+                f"The cache interval is {self.cache_interval}; give a whole number from 1 (off) to"
+                f" {MAX_CACHE_INTERVAL}."
+            )
+        if not 0 <= self.cache_branch <= MAX_CACHE_BRANCH:
+            raise RequestError(
+                f"The cache branch is {self.cache_branch}; give the number of a skip connection of"
+                " the UNet, from 0 (the outermost)."
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,10 +181,16 @@ class RunSettings:
     #: Nobody asked for a device, so that the profile of `sdvino tune` may name one.
     any_device: bool = False
     #: How guidance runs its two predictions, as measured; None: not measured, the default stands.
-    guidance_mode: MeasuredGuidance | None = None
+    guidance_mode: GuidanceMode | None = None
+    #: Bytes that this process may take at its peak; None: what the machine has.
+    max_memory: int | None = None
+    #: Hold one piece of the UNet at a time: a fraction of the memory, several times the seconds.
+    low_memory: bool = False
 
     def __post_init__(self) -> None:
-        check_choice("guidance mode", self.guidance_mode, get_args(MeasuredGuidance))
+        check_choice("guidance mode", self.guidance_mode, GUIDANCE_MODES)
+        if self.max_memory is not None and self.max_memory <= 0:
+            raise RequestError(f"The memory limit is {self.max_memory}; give a number of bytes.")
         for name in self.components:
             if name != "vae":
                 check_choice("component", name, COMPONENTS)
@@ -149,3 +208,12 @@ def check_choice(what: str, value: str | None, known: tuple[str, ...]) -> None:
     """Raise RequestError, naming the choices, unless ``value`` is None or one of ``known``."""
     if value is not None and value not in known:
         raise RequestError(f"Unknown {what} {value!r}; choose one of: {', '.join(known)}.")
+
+
+#: What ``--fast`` asks for; docs/fast.md holds what it costs.
+FAST = SpeedSettings(
+    guidance_interval=(0.0, 0.8),
+    token_downsampling=2,
+    cache_interval=2,
+    tiny_vae=None,
+)

@@ -22,7 +22,7 @@ from sdvino.runtime.profile import TUNED_FIELDS, Fallback, TunedComponent
 from sdvino.runtime.properties import normalize_device
 from sdvino.runtime.search import Axis, Found, Trial, search
 from sdvino.runtime.tuning_axes import Choice, axes, guidance_modes
-from sdvino.settings import DeviceSettings, MeasuredGuidance, RunSettings
+from sdvino.settings import DeviceSettings, GuidanceMode, RunSettings
 
 #: Component -> its part of the time that is left when its turn comes.
 _SHARES = {"unet": 0.7, "vae_decoder": 0.7, "text_encoder": 1.0}
@@ -35,7 +35,7 @@ class Tuning:
     """What was found."""
 
     components: Mapping[str, TunedComponent]
-    guidance_mode: MeasuredGuidance | None
+    guidance_mode: GuidanceMode | None
     #: Component -> everything tried.
     trials: Mapping[str, tuple[Trial[Choice], ...]]
     complete: bool
@@ -48,7 +48,7 @@ class _Progress:
 
     components: dict[str, TunedComponent] = field(default_factory=dict)
     trials: dict[str, tuple[Trial[Choice], ...]] = field(default_factory=dict)
-    guidance_mode: MeasuredGuidance | None = None
+    guidance_mode: GuidanceMode | None = None
     complete: bool = True
     interrupted: bool = False
 

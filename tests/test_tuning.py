@@ -21,7 +21,7 @@ from sdvino.runtime.component import Component
 from sdvino.runtime.profile import Fallback, ProfileStore, profile_key
 from sdvino.runtime.search import Candidate, Trial
 from sdvino.runtime.tuning_axes import Choice
-from sdvino.settings import DeviceSettings, MeasuredGuidance
+from sdvino.settings import DeviceSettings, GuidanceMode
 from sdvino.tuning import Workbench, still_valid, tune
 from sdvino.tuning_chart import draw_trials
 from tests.conftest import SHAPES
@@ -133,7 +133,7 @@ def test_a_precision_that_gives_other_numbers_is_no_candidate(bench: Workbench) 
 
 
 def test_every_part_and_every_way_to_guide_can_be_measured(bench: Workbench) -> None:
-    for mode in get_args(MeasuredGuidance):
+    for mode in get_args(GuidanceMode):
         assert bench.measure("unet")(Choice(DeviceSettings(), mode)) > 0
     for name in ("vae_decoder", "text_encoder"):
         assert bench.measure(name)(Choice(DeviceSettings())) > 0

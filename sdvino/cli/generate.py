@@ -9,6 +9,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from sdvino.cli.options import DEVICE_OPTIONS, device_options, model_options, run_settings
+from sdvino.cli.speed_options import (
+    SPEED_OPTIONS,
+    memory_options,
+    speed_options,
+    speed_settings,
+    with_memory,
+)
 from sdvino.errors import Cancelled, RequestError
 from sdvino.generation import GenerationRequest, ResolvedRequest
 from sdvino.settings import (
@@ -17,6 +24,7 @@ from sdvino.settings import (
     SIGMA_SCHEDULES,
     TIMESTEP_SPACINGS,
     SamplerSettings,
+    SpeedSettings,
 )
 
 if TYPE_CHECKING:
@@ -120,6 +128,8 @@ _REQUEST_OPTIONS = (
 @click.option("--no-metadata", is_flag=True, help="Do not write the settings into the picture.")
 @click.option("--timings", is_flag=True, help="Say how long each part took.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress.")
+@speed_options
+@memory_options
 @device_options
 def generate_command(
     prompt: str | None,
@@ -136,6 +146,9 @@ def generate_command(
     no_metadata: bool,
     timings: bool,
     quiet: bool,
+    fast: bool,
+    max_memory: str | None,
+    low_memory: bool,
     **options: Any,
 ) -> None:
     """Make pictures from PROMPT.
@@ -148,13 +161,16 @@ def generate_command(
 
     device = {name: options.pop(name) for name in DEVICE_OPTIONS}
     tiling = options.pop("vae_tiling")
+    speed = {name: options.pop(name) for name in SPEED_OPTIONS}
     like = None if like_picture is None else _read_like(like_picture)
     texts = _prompts(prompt, prompt_option, prompts, like)
-    request = _request(texts, options, like)
+    request = _request(
+        texts, options, like, speed_settings(fast, speed, None if like is None else like.speed)
+    )
     check_output(output)
     if preview is not None:
         check_output(preview)
-    settings = run_settings(**device)
+    settings = with_memory(run_settings(**device), max_memory, low_memory)
 
     from sdvino.pipeline import StableDiffusionPipeline
 
@@ -294,7 +310,10 @@ def _read_like(picture: Path) -> PictureSettings:
 
 
 def _request(
-    texts: tuple[str, ...], options: dict[str, Any], like: PictureSettings | None
+    texts: tuple[str, ...],
+    options: dict[str, Any],
+    like: PictureSettings | None,
+    speed: SpeedSettings,
 ) -> GenerationRequest:
     """Fill what the command line leaves open from ``like``; what both leave open is a default."""
 
@@ -313,5 +332,6 @@ def _request(
         prompts=texts,
         negative_prompts=(negative,),
         sampler=SamplerSettings(**filled(_SAMPLER_OPTIONS)),
+        speed=speed,
         **filled(_REQUEST_OPTIONS),
     )

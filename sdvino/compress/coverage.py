@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 
 import openvino as ov
 
-from sdvino.components import unet_shapes
 from sdvino.compress.fragile import fragile_nodes
 from sdvino.compress.layers import (
     CONVOLUTIONS,
@@ -27,6 +26,7 @@ from sdvino.model_folder import ModelFolder
 from sdvino.runtime.core import device_facts, shared_core
 from sdvino.runtime.properties import compile_properties
 from sdvino.settings import DeviceSettings
+from sdvino.unet import unet_shapes
 
 #: The share of multiply-adds, outside attention and the named exceptions, that must run in 8 bits.
 REQUIRED: Mapping[str, float] = {"unet": 0.95, "vae_decoder": 0.90}

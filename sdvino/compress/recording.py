@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -38,6 +38,15 @@ class Tap:
             kept = {name: np.array(value) for name, value in inputs.items()}
             self.calls.append(Call(kept, floats(outputs)))
         return outputs
+
+    def infer_each(self, inputs: Sequence[Arrays], *, together: bool = False) -> list[Arrays]:
+        """Run the component once for each of ``inputs``, and write that down."""
+        results = self.component.infer_each(inputs, together=together)
+        if self.open:
+            for given, outputs in zip(inputs, results, strict=True):
+                kept = {name: np.array(value) for name, value in given.items()}
+                self.calls.append(Call(kept, floats(outputs)))
+        return results
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.component, name)

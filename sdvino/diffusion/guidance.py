@@ -58,6 +58,23 @@ def embed_guidance_scale(guidance_scale: float, width: int) -> Float32:
     return embedded
 
 
+def interval_of_steps(schedule: Schedule, start: float, end: float) -> tuple[float, float]:
+    """Return the noise levels (low, high) that hold the steps from ``start`` to ``end``.
+
+    Both are fractions of the schedule's steps, from 0 to 1: step i of n is inside where
+    start <= i / n < end. The bounds lie halfway to the neighbouring steps, so evaluations between
+    steps go with the nearer one. Without a step inside, no noise level is.
+    """
+    t = [float(value) for value in schedule.timesteps]
+    inside = [i for i in range(len(t)) if start - 1e-9 <= i / len(t) < end - 1e-9]
+    if not inside:
+        return 0.0, 0.0
+    first, last = inside[0], inside[-1]
+    high = math.inf if first == 0 else schedule.sigma_at((t[first - 1] + t[first]) / 2.0)
+    low = 0.0 if last == len(t) - 1 else schedule.sigma_at((t[last] + t[last + 1]) / 2.0)
+    return low, high
+
+
 class Guidance:
     """A ``Predict`` that guides: asks twice, or once where that says the same.
 

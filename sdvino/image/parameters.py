@@ -14,7 +14,7 @@ import json
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, get_args
 
 from sdvino import __version__
@@ -25,12 +25,14 @@ from sdvino.image.sampler_names import (
     parse_schedule,
     sampler_title,
 )
+from sdvino.image.speed_names import parse_speed, speed_pairs
 from sdvino.settings import (
     MAX_SEED,
     MIN_SEED,
     NoiseName,
     SamplerName,
     SigmaScheduleName,
+    SpeedSettings,
     TimestepSpacing,
 )
 
@@ -63,6 +65,8 @@ class PictureSettings:
     height: int | None = None
     #: Layers left out of the text encoder, as diffusers counts (A1111's number is one more).
     clip_skip: int | None = None
+    #: What made the picture sooner; only what differs from the defaults is written.
+    speed: SpeedSettings = field(default_factory=SpeedSettings)
     #: Name of the model, never where it lies: folders before it are cut off.
     model: str | None = None
     #: How the model was compressed.
@@ -115,6 +119,7 @@ class PictureSettings:
             ("Timestep spacing", self.timestep_spacing),
             ("Guidance rescale", self.guidance_rescale),
             ("Recipe", self.recipe),
+            *speed_pairs(self.speed),
             *self.other,
             ("Version", self.version),
         ]
@@ -190,6 +195,7 @@ def _split_pairs(line: str) -> list[tuple[str, str]]:
 
 def _from_pairs(settings: PictureSettings, pairs: list[tuple[str, str]]) -> PictureSettings:
     found: dict[str, Any] = {}
+    speed, pairs = parse_speed(pairs)
     other: list[tuple[str, str]] = []
     for key, value in pairs:
         fields = _fields(key, value)
@@ -201,7 +207,7 @@ def _from_pairs(settings: PictureSettings, pairs: list[tuple[str, str]]) -> Pict
     if found and "noise" not in found and not str(found.get("version", "")).startswith("sdvino"):
         # A1111 names its source of random numbers only when it is not the GPU.
         found["noise"] = "cuda"
-    return replace(settings, **found, other=tuple(other))
+    return replace(settings, **found, speed=speed, other=tuple(other))
 
 
 def _fields(key: str, value: str) -> dict[str, Any] | None:

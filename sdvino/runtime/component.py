@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -124,6 +124,11 @@ class Component:
             cache_key=self._cache_key,
         )
 
+    @property
+    def input_names(self) -> tuple[frozenset[str], ...]:
+        """The names of each input; loads the graph when need be."""
+        return tuple(frozenset(port.get_names()) for port in self.compiled.inputs)
+
     def load(self) -> None:
         """Read, edit and compile the graph; nothing happens when that was done before.
 
@@ -133,6 +138,10 @@ class Component:
         with self._lock:
             if self._compiled is None:
                 self._set_compiled(self._compile())
+
+    def read(self) -> ov.Model:
+        """Read and edit the graph without compiling it; raises as `load` does."""
+        return self._read(shared_core() if self._core is None else self._core)
 
     def unload(self) -> None:
         """Give the memory back; the next `infer` loads again."""
@@ -159,38 +168,76 @@ class Component:
         Ctrl-C stops the run. Raises SdvinoError when an input is missing, unknown or of another
         shape, or the device fails.
         """
+        return self.infer_each([inputs])[0]
+
+    def infer_each(
+        self, inputs: Sequence[Mapping[str, Array]], *, together: bool = False
+    ) -> list[Mapping[str, Array]]:
+        """Run the graph once for each of ``inputs``, one after the other or all ``together``.
+
+        Each has a request of its own, so the arrays returned are all valid until the same thread's
+        next call. Running together is faster where the component has as many streams. Otherwise as
+        `infer`.
+        """
         settings = self.settings
-        outputs = self._evaluate(inputs)
+        one = len(inputs) == 1
+        results = [self._evaluate(inputs[0])] if one else self._evaluate_each(inputs, together)
         if self.guard is None:
-            return outputs
-        return self.guard.check(self, inputs, outputs, settings)
+            return results
+        for given, outputs in zip(inputs, results, strict=True):
+            checked = self.guard.check(self, given, outputs, settings)
+            if checked is not outputs:  # a second run, elsewhere, may have written over the others
+                if one:
+                    return [checked]
+                return [{k: np.array(v) for k, v in self.infer(given).items()} for given in inputs]
+        return results
 
     def _evaluate(self, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
-        request = self._request()
-        held = self._set_inputs(request, inputs)
-        try:
-            request.start_async()
-            while not request.wait_for(_WAIT_MS):
-                pass
-        except RuntimeError as error:
-            raise self._failed(error) from error
-        except BaseException:  # Ctrl-C between two looks
-            request.cancel()
-            _wait_out(request)
-            raise
-        del held  # the device reads the arrays until here
-        return {
-            name: request.get_output_tensor(index).data
-            for index, names in self._outputs
-            for name in names
-        }
+        return self._evaluate_each([inputs], together=False)[0]
 
-    def _request(self) -> ov.InferRequest:
-        request = getattr(self._requests, "request", None)
-        if request is None:
-            request = self.compiled.create_infer_request()
-            self._requests.request = request
-        return request
+    def _evaluate_each(
+        self, inputs: Sequence[Mapping[str, Array]], together: bool
+    ) -> list[Mapping[str, Array]]:
+        requests = [self._request(number) for number in range(len(inputs))]
+        held = [self._set_inputs(*pair) for pair in zip(requests, inputs, strict=True)]
+        for group in [requests] if together else [[request] for request in requests]:
+            self._run(group)
+        del held  # the device reads the arrays until here
+        return [
+            {
+                name: request.get_output_tensor(index).data
+                for index, names in self._outputs
+                for name in names
+            }
+            for request in requests
+        ]
+
+    def _run(self, requests: Sequence[ov.InferRequest]) -> None:
+        started: list[ov.InferRequest] = []
+        try:
+            for request in requests:
+                request.start_async()
+                started.append(request)
+            for request in requests:
+                while not request.wait_for(_WAIT_MS):
+                    pass
+        except BaseException as error:  # the device's, or Ctrl-C between two looks
+            for request in started:
+                request.cancel()
+            for request in started:
+                _wait_out(request)
+            if isinstance(error, RuntimeError):
+                raise self._failed(error) from error
+            raise
+
+    def _request(self, number: int) -> ov.InferRequest:
+        compiled = self.compiled
+        requests: list[ov.InferRequest] | None = getattr(self._requests, "all", None)
+        if requests is None:
+            requests = self._requests.all = []
+        while len(requests) <= number:
+            requests.append(compiled.create_infer_request())
+        return requests[number]
 
     def _set_inputs(self, request: ov.InferRequest, inputs: Mapping[str, Array]) -> list[Array]:
         held: list[Array] = []

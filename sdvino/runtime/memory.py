@@ -47,17 +47,41 @@ def estimate_memory(
     Nothing is allocated.
     """
     weights = sum(part.bytes for part in folder.components.values()) * _WEIGHT_COPIES
+    maps = max(decoder_bytes(folder, height, width, tile), unet_bytes(folder, height, width, batch))
+    return int(_PROCESS_BYTES + weights + batch * picture_bytes(height, width) + maps)
+
+
+def held_bytes(folder: ModelFolder, *parts: str) -> int:
+    """Estimate the bytes that ``parts`` take while they are loaded; those not there take none."""
+    files = [folder.components[part] for part in parts if part in folder.components]
+    return int(sum(part.bytes for part in files) * _WEIGHT_COPIES)
+
+
+def process_bytes() -> int:
+    """Estimate what the process takes without any model."""
+    return _PROCESS_BYTES
+
+
+def picture_bytes(height: int, width: int) -> int:
+    """Return the bytes of a picture in 8 bits and in float."""
+    return height * width * 3 * 5
+
+
+def decoder_bytes(folder: ModelFolder, height: int, width: int, tile: int | None = None) -> int:
+    """Estimate the decoder's activations for a picture, or for tiles of ``tile`` pixels."""
     side = (height, width) if tile is None else (min(height, tile), min(width, tile))
-    picture = batch * height * width * 3 * 5  # 8-bit and float
-    decoder = side[0] * side[1] * _width_at_full_size(folder) * 4 * _LIVE_MAPS
+    return side[0] * side[1] * _width_at_full_size(folder) * 4 * _LIVE_MAPS
+
+
+def unet_bytes(folder: ModelFolder, height: int, width: int, batch: int = 1) -> int:
+    """Estimate the UNet's activations for a picture of ``height`` x ``width`` pixels."""
     factor = folder.vae_scale_factor
     latents = (height // factor) * (width // factor)
     config = folder.components["unet"].config
     blocks = config.get("block_out_channels")
     channels = blocks[0] if isinstance(blocks, list) and blocks and _plain(blocks[0]) else 320
     # Skip connections keep every level's maps until the way up: some ten of the widest level's.
-    unet = batch * latents * channels * 4 * 10 + _attention_bytes(config, latents)
-    return int(_PROCESS_BYTES + weights + picture + max(decoder, unet))
+    return batch * latents * channels * 4 * 10 + _attention_bytes(config, latents)
 
 
 def _attention_bytes(config: Mapping[str, Any], latents: int) -> int:
@@ -96,16 +120,25 @@ def check_memory(needed: int, status: MemoryStatus | None = None) -> None:
     status = memory_status() if status is None else status
     if status.total is not None and needed > status.total * _USABLE_SHARE:
         raise RequestError(
-            f"This picture needs about {_gigabytes(needed)} of memory and the machine has"
-            f" {_gigabytes(status.total)}; ask for a smaller height and width."
+            f"This picture needs about {gigabytes(needed)} of memory and the machine has"
+            f" {gigabytes(status.total)}; ask for a smaller height and width."
         )
     if status.available is not None and needed > status.available + status.own:
         _log.warning(
             "This needs about %s of memory and %s are free: it may be slow; close other programs"
             " or ask for a smaller picture.",
-            _gigabytes(needed),
-            _gigabytes(status.available + status.own),
+            gigabytes(needed),
+            gigabytes(status.available + status.own),
         )
+
+
+def return_memory() -> None:
+    """Give freed memory back to the system where the C library would keep it (glibc)."""
+    if sys.platform.startswith("linux"):
+        try:
+            ctypes.CDLL(None).malloc_trim(0)
+        except (OSError, AttributeError):
+            return  # another C library, which does so by itself
 
 
 def memory_status() -> MemoryStatus:
@@ -228,5 +261,6 @@ def _windows_status() -> MemoryStatus:
     return MemoryStatus(int(status.total), int(status.available), own)
 
 
-def _gigabytes(size: int) -> str:
+def gigabytes(size: int) -> str:
+    """Return ``size`` bytes as people say it."""
     return f"{size / 1e9:,.1f} GB"

@@ -26,7 +26,7 @@ from sdvino.model_folder import ModelFolder
 from sdvino.runtime.cache import cache_key, default_cache_dir
 from sdvino.runtime.core import shared_core
 from sdvino.runtime.topology import read_cpu
-from sdvino.settings import DeviceSettings, MeasuredGuidance
+from sdvino.settings import DeviceSettings, GuidanceMode
 
 _log = logging.getLogger("sdvino")
 _FORMAT = 1
@@ -96,7 +96,7 @@ class Profile:
     height: int | None = None
     components: Mapping[str, TunedComponent] = field(default_factory=dict)
     #: "batch", "sequential" or "streams"; None: not measured.
-    guidance_mode: MeasuredGuidance | None = None
+    guidance_mode: GuidanceMode | None = None
     #: Component -> where it runs instead.
     fallbacks: Mapping[str, Fallback] = field(default_factory=dict)
     #: Component and device (`unet on GPU`) -> how a first comparison with the CPU went well.
@@ -122,7 +122,7 @@ class Profile:
         fallbacks = {str(name): Fallback(**entry) for name, entry in value["fallbacks"].items()}
         for fallback in fallbacks.values():
             _checked_settings({"device": fallback.device, "precision": fallback.precision})
-        if value["guidance_mode"] not in (None, *get_args(MeasuredGuidance)):
+        if value["guidance_mode"] not in (None, *get_args(GuidanceMode)):
             raise ValueError("no way to guide")
         return cls(
             key=ProfileKey(**value["key"]),

@@ -10,11 +10,11 @@ from sdvino.runtime.defaults import cpu_defaults, default_precision
 from sdvino.runtime.properties import DeviceFacts
 from sdvino.runtime.search import Axis, Candidate
 from sdvino.runtime.topology import CpuReport
-from sdvino.settings import CoreType, DeviceSettings, MeasuredGuidance, Precision
+from sdvino.settings import CoreType, DeviceSettings, GuidanceMode, Precision
 
 #: How guidance runs its two predictions: one after the other, as a batch of two, side by side.
-GUIDANCE_MODES: tuple[MeasuredGuidance, ...] = get_args(MeasuredGuidance)
-_GUIDANCE_LABELS: dict[MeasuredGuidance, str] = {
+GUIDANCE_MODES: tuple[GuidanceMode, ...] = get_args(GuidanceMode)
+_GUIDANCE_LABELS: dict[GuidanceMode, str] = {
     "sequential": "one after the other",
     "batch": "a batch of two",
     "streams": "two streams",
@@ -29,7 +29,7 @@ class Choice:
 
     settings: DeviceSettings
     #: None: one prediction is measured, otherwise the two of a guided step.
-    guidance_mode: MeasuredGuidance | None = None
+    guidance_mode: GuidanceMode | None = None
 
 
 def axes(

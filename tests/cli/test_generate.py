@@ -14,6 +14,7 @@ from PIL import Image
 
 from sdvino.cli.main import main
 from sdvino.image.picture import read_picture_settings
+from sdvino.settings import FAST
 
 PROMPT = "a big red circle on a blue background"
 FEW = ("--steps", "2", "-q")
@@ -41,6 +42,22 @@ def test_a_picture_carries_its_settings_and_can_be_repeated(
     capfd.readouterr()
     assert main(["info", str(first)]) == 0
     assert "Seed: 5" in capfd.readouterr().out
+
+
+def test_what_made_a_picture_sooner_is_carried_and_repeated(tmp_path: Path) -> None:
+    exact, first, again, undone = (tmp_path / f"{name}.png" for name in "abcd")
+    options = ["--seed", "5", "--steps", "3", "-q"]
+    assert main(["generate", PROMPT, "-o", str(exact), *options]) == 0
+    assert main(["generate", PROMPT, "-o", str(first), "--fast", *options]) == 0
+    speed = read_picture_settings(first).speed
+    assert (speed.guidance_interval, speed.cache_interval) == (FAST.guidance_interval, 2)
+    assert speed.tiny_vae
+    assert main(["generate", "--like", str(first), "-o", str(again), "-q"]) == 0
+    assert pixels(first) == pixels(again) != pixels(exact)
+    plain = ["--no-tiny-vae", "--cache-interval", "1", "--token-downsampling", "1"]
+    plain += ["--guidance-interval", "0", "1"]
+    assert main(["generate", "--like", str(first), "-o", str(undone), *plain, "-q"]) == 0
+    assert pixels(undone) == pixels(exact)
 
 
 def test_a_seed_that_was_drawn_is_said_and_repeats(

@@ -8,10 +8,11 @@ import torch
 from numpy.typing import NDArray
 
 from sdvino.diffusion.denoiser import Predict
-from sdvino.diffusion.guidance import Guidance, combine
+from sdvino.diffusion.guidance import Guidance, combine, interval_of_steps
 from sdvino.diffusion.schedule import make_schedule
 from sdvino.diffusion.scheduler_config import SchedulerConfig
 from sdvino.errors import RequestError
+from sdvino.settings import SamplerName
 from tests.diffusion.oracle import STABLE_DIFFUSION
 
 Float32 = NDArray[np.float32]
@@ -134,3 +135,30 @@ def test_wrong_numbers_are_refused(
 def test_guidance_needs_a_negative_prediction() -> None:
     with pytest.raises(RequestError, match="negative prompt"):
         Guidance(saying(COND, []), guidance_scale=7.0)
+
+
+@pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m", "ddim", "heun"])
+@pytest.mark.parametrize(
+    ("start", "end", "expected"),
+    [
+        (0.0, 1.0, list(range(10))),
+        (0.2, 0.6, [2, 3, 4, 5]),
+        (0.25, 0.35, [3]),
+        (0.0, 0.1, [0]),
+        (0.9, 1.0, [9]),
+        (0.31, 0.39, []),
+    ],
+)
+def test_an_interval_by_fractions_of_the_steps(
+    sampler: SamplerName, start: float, end: float, expected: list[int]
+) -> None:
+    schedule = make_schedule(sampler, SchedulerConfig.from_dict(STABLE_DIFFUSION), 10)
+    guidance = Guidance(
+        saying(COND, []),
+        saying(UNCOND, []),
+        guidance_scale=3.0,
+        interval=interval_of_steps(schedule, start, end),
+        schedule=schedule,
+    )
+    guided = [i for i, t in enumerate(schedule.timesteps.tolist()) if guidance.guides(t)]
+    assert guided == expected

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,12 +12,14 @@ from sdvino.errors import RequestError
 from sdvino.image.parameters import MAX_TEXT, PictureSettings, parse_parameters
 from sdvino.image.sampler_names import parse_sampler, sampler_title
 from sdvino.settings import (
+    FAST,
     MAX_SEED,
     MIN_SEED,
     NOISES,
     SAMPLERS,
     SIGMA_SCHEDULES,
     TIMESTEP_SPACINGS,
+    SpeedSettings,
 )
 
 FULL = PictureSettings(
@@ -237,3 +240,26 @@ def test_too_much_text_is_refused_and_much_is_quick() -> None:
 )
 def test_no_path_gets_into_the_text(model: str) -> None:
     assert PictureSettings(prompt="", model=model).model == "dream"
+
+
+@pytest.mark.parametrize(
+    "speed",
+    [
+        FAST,
+        SpeedSettings(guidance_interval=(0.15, 0.1 + 0.2), guidance_mode="streams"),
+        SpeedSettings(guidance_interval=(1e-5, 1.0), token_downsampling=4),
+        SpeedSettings(cache_interval=5, cache_branch=2, tiny_vae=True),
+    ],
+)
+def test_what_made_a_picture_sooner(speed: SpeedSettings) -> None:
+    speed = replace(speed, tiny_vae=bool(speed.tiny_vae))
+    made = PictureSettings(prompt="a red circle", seed=1, speed=speed)
+    assert "Exact" not in made.to_text()
+    assert parse_parameters(made.to_text()) == made
+
+
+@pytest.mark.parametrize("value", ["Token downsampling: 3", "Tiny VAE: maybe", "Cache interval: x"])
+def test_other_programs_values_under_these_keys(value: str) -> None:
+    read = parse_parameters(f"a red circle\nSteps: 20, {value}, Seed: 1")
+    assert read.speed == SpeedSettings()
+    assert ": ".join(read.other[0]) == value

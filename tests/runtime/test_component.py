@@ -329,3 +329,16 @@ def test_reasons(text: str, reason: str) -> None:
 def test_the_graphs_of_these_tests() -> None:
     assert {name for port in unet().inputs for name in port.get_names()} == set(INPUTS)
     assert vae_decoder().outputs[0].get_names() == {"sample"}
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_each_run_of_several_keeps_its_own_outputs(folder: Path, together: bool) -> None:
+    component = make(folder, num_streams=2 if together else 1)
+    several = [{**INPUTS, "timestep": np.array([t], np.float32)} for t in (100.0, 200.0, 300.0)]
+    results = component.infer_each(several, together=together)
+    for given, result in zip(several, results, strict=True):
+        wanted = expected(INPUTS["sample"], float(given["timestep"][0]))
+        np.testing.assert_allclose(result["out_sample"], wanted, atol=1e-4)
+    assert {"sample", "timestep"} <= set().union(*component.input_names)
+    with pytest.raises(SdvinoError, match="was not given"):
+        component.infer_each([INPUTS, {"sample": INPUTS["sample"]}])

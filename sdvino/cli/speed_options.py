@@ -1,0 +1,117 @@
+"""Options that trade likeness or seconds: step caching and the like, and the memory limit."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import fields, replace
+from typing import Any, TypeVar
+
+import click
+
+from sdvino.errors import RequestError
+from sdvino.settings import FAST, GUIDANCE_MODES, RunSettings, SpeedSettings
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+#: The parameters that `speed_options` adds, but for ``fast``; each is a field of `SpeedSettings`.
+SPEED_OPTIONS = tuple(field.name for field in fields(SpeedSettings))
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
+_SIZE = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,9})?) ?([kmg]i?)?b?", re.IGNORECASE)
+#: Less is no limit that a process could keep: a number without its unit, most likely.
+_LEAST = 10**7
+
+
+def speed_options(command: F) -> F:
+    """Add ``--fast`` and the options that it is made of."""
+    start, end = (0.0, 1.0) if FAST.guidance_interval is None else FAST.guidance_interval
+    for option in reversed(
+        [
+            click.option(
+                "--fast",
+                is_flag=True,
+                help=f"Sooner, and a little off: --guidance-interval {start:g} {end:g}"
+                f" --token-downsampling {FAST.token_downsampling}"
+                f" --cache-interval {FAST.cache_interval}, and the tiny VAE if there is one.",
+            ),
+            click.option(
+                "--guidance-interval",
+                type=(float, float),
+                metavar="START END",
+                help="Guide only in this part of the steps, as fractions.  [default: 0 1]",
+            ),
+            click.option(
+                "--guidance-mode",
+                type=click.Choice(GUIDANCE_MODES),
+                help="Two predictions one by one, in one batch, or in two streams.",
+            ),
+            click.option(
+                "--token-downsampling",
+                type=int,
+                help="Thin what large self-attentions read: 2 or 4.  [default: 1, off]",
+            ),
+            click.option(
+                "--cache-interval",
+                type=int,
+                help="Run the deep part of the UNet every so many steps.  [default: 1, off]",
+            ),
+            click.option(
+                "--cache-branch",
+                type=int,
+                help="Skip connection where that part begins; 0 is fastest.  [default: 0]",
+            ),
+            click.option(
+                "--tiny-vae/--no-tiny-vae",
+                default=None,
+                help="Decode with the model's tiny decoder.  [default: no]",
+            ),
+        ]
+    ):
+        command = option(command)
+    return command
+
+
+def memory_options(command: F) -> F:
+    """Add ``--max-memory`` and ``--low-memory``."""
+    for option in reversed(
+        [
+            click.option(
+                "--max-memory",
+                metavar="SIZE",
+                help="Stay under so much memory, such as 3GB, at a cost in time.",
+            ),
+            click.option(
+                "--low-memory",
+                is_flag=True,
+                help="Hold one piece of the UNet at a time: least memory, several times slower.",
+            ),
+        ]
+    ):
+        command = option(command)
+    return command
+
+
+def speed_settings(
+    fast: bool, options: Mapping[str, Any], like: SpeedSettings | None
+) -> SpeedSettings:
+    """Return the settings: those given, else the picture's to repeat or those of ``--fast``."""
+    base = FAST if fast else SpeedSettings() if like is None else like
+    given = {name: options[name] for name in SPEED_OPTIONS if options[name] is not None}
+    return replace(base, **given)
+
+
+def with_memory(settings: RunSettings, max_memory: str | None, low_memory: bool) -> RunSettings:
+    """Return ``settings`` with the memory options put in; raises RequestError."""
+    limit = None if max_memory is None else parse_size(max_memory)
+    return replace(settings, max_memory=limit, low_memory=low_memory)
+
+
+def parse_size(text: str) -> int:
+    """Return the bytes of a size such as ``3GB``, ``800 MiB`` or ``3000000000``."""
+    found = _SIZE.fullmatch(text.strip())
+    size = 0 if found is None else int(float(found[1]) * _UNITS[(found[2] or "").lower()])
+    if size < _LEAST:
+        raise RequestError(
+            f"--max-memory is {text[:40]!r}; give bytes or a size with its unit, such as 3GB."
+        )
+    return size

@@ -1,0 +1,29 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import measure_fast
+import pytest
+from PIL import Image
+
+
+def test_psnr() -> None:
+    black, grey = Image.new("RGB", (8, 8)), Image.new("RGB", (8, 8), (51, 51, 51))
+    assert measure_fast.psnr(black, black) == measure_fast.MAX_PSNR
+    assert measure_fast.psnr(grey, black) == pytest.approx(13.98, abs=0.01)
+
+
+def test_two_variants_are_measured_and_a_stopped_run_goes_on(tmp_path: Path) -> None:
+    page = tmp_path / "fast.md"
+    arguments = ["--prompts", "2", "--steps", "2", "--only=--tiny-vae", "--out", str(page)]
+    arguments += ["--work", str(tmp_path / "work")]
+    assert measure_fast.main(arguments) == 0
+    text = page.read_text(encoding="utf-8")
+    rows = [line for line in text.splitlines() if line.startswith("| ") and "option" not in line]
+    assert [row.split(" | ")[0] for row in rows] == ["| exact", "| tiny VAE"]
+    assert " dB" in rows[1]
+    records = {path: path.read_bytes() for path in (tmp_path / "work").glob("*.jsonl")}
+    assert len(records) == 2
+    assert measure_fast.main(arguments) == 0
+    assert page.read_text(encoding="utf-8") == text
+    assert records == {path: path.read_bytes() for path in records}  # nothing was drawn again

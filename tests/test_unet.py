@@ -1,0 +1,175 @@
+"""The UNet of the demo model as the loop asks it: modes, caching, pieces."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sdvino import RequestError, RunSettings, SpeedSettings, StableDiffusionPipeline
+from sdvino.denoising import guidance_mode, unet_plans
+from sdvino.generation import GenerationRequest
+from sdvino.outputs import PictureEvent
+from sdvino.runtime.memory_plan import MemoryPlan
+from sdvino.settings import FAST, DeviceSettings, GuidanceMode
+
+PROMPT = "a big red circle on a blue background"
+OPTIONS: dict[str, Any] = {
+    "seed": 3,
+    "num_inference_steps": 4,
+    "scheduler": "euler",
+    "guidance_scale": 3.0,
+    "output_type": "latent",
+}
+
+
+@pytest.fixture(scope="module")
+def pipe() -> StableDiffusionPipeline:
+    return StableDiffusionPipeline.from_pretrained()
+
+
+def run(pipe: StableDiffusionPipeline, **options: Any) -> tuple[Any, int]:
+    output = pipe(PROMPT, **{**OPTIONS, **options})
+    return output.images, output.timings.unet_evaluations
+
+
+def error(one: Any, other: Any) -> float:
+    return float(np.linalg.norm(one - other) / np.linalg.norm(other))
+
+
+@pytest.fixture(scope="module")
+def exact(pipe: StableDiffusionPipeline) -> Any:
+    latents, evaluations = run(pipe)
+    assert evaluations == 8
+    return latents
+
+
+@pytest.mark.parametrize("mode", ["sequential", "batch", "streams"])
+def test_every_guidance_mode_gives_the_picture(
+    pipe: StableDiffusionPipeline, exact: Any, mode: GuidanceMode
+) -> None:
+    latents, evaluations = run(pipe, guidance_mode=mode)
+    assert evaluations == 8
+    # 8-bit activations may round the other way where kernels for other shapes sum differently.
+    assert error(latents, exact) < (1e-6 if mode == "sequential" else 0.02)
+
+
+@pytest.mark.parametrize("mode", ["sequential", "batch"])
+def test_outside_the_interval_only_the_prompt_is_asked(
+    pipe: StableDiffusionPipeline, exact: Any, mode: GuidanceMode
+) -> None:
+    latents, evaluations = run(pipe, guidance_mode=mode, guidance_interval=(0.25, 0.75))
+    assert evaluations == 6
+    assert 0.001 < error(latents, exact) < 0.5
+    whole, evaluations = run(pipe, guidance_mode=mode, guidance_interval=(0.0, 1.0))
+    assert evaluations == 8
+    assert error(whole, exact) < 0.02
+
+
+def test_step_caching(pipe: StableDiffusionPipeline, exact: Any) -> None:
+    cached, _ = run(pipe, speed=SpeedSettings(cache_interval=2))
+    assert 1e-4 < error(cached, exact) < 0.5
+    # A single step has nothing to use again.
+    one = {"num_inference_steps": 1}
+    exact_one, _ = run(pipe, **one)
+    cached_one, _ = run(pipe, speed=SpeedSettings(cache_interval=3), **one)
+    assert error(cached_one, exact_one) < 1e-6
+    with pytest.raises(RequestError, match="skip connections"):
+        run(pipe, speed=SpeedSettings(cache_interval=2, cache_branch=50))
+
+
+@pytest.mark.parametrize("mode", ["sequential", "batch"])
+def test_text_keys_made_apart_give_the_same_picture(exact: Any, mode: GuidanceMode) -> None:
+    apart = StableDiffusionPipeline.from_pretrained()
+    apart.components.text_apart = True
+    latents, _ = run(apart, guidance_mode=mode)
+    assert error(latents, exact) < (1e-6 if mode == "sequential" else 0.02)
+    assert {"unet.text"} < set(apart.components._loaded)
+
+
+def test_fast_is_near(pipe: StableDiffusionPipeline) -> None:
+    exact, _ = run(pipe, num_inference_steps=6)
+    latents, evaluations = run(pipe, num_inference_steps=6, speed=FAST)
+    assert evaluations == 11
+    assert 1e-3 < error(latents, exact) < 0.6
+
+
+def test_the_tiny_decoder_draws_about_the_same(pipe: StableDiffusionPipeline) -> None:
+    full = run(pipe, output_type="np")[0]
+    tiny = run(pipe, output_type="np", speed=SpeedSettings(tiny_vae=True))[0]
+    assert tiny.shape == full.shape
+    assert 0.0 < np.abs(full - tiny).mean() < 0.1
+    pil = run(pipe, output_type="pil", speed=SpeedSettings(tiny_vae=True))[0][0]
+    assert np.abs(np.asarray(pil) / 255 - tiny[0]).max() < 0.01
+
+
+def test_pieces_in_turn_give_the_same_picture(pipe: StableDiffusionPipeline) -> None:
+    lean = StableDiffusionPipeline.from_pretrained(settings=RunSettings(low_memory=True))
+    latents, evaluations = run(lean, num_inference_steps=1)
+    plain, _ = run(pipe, num_inference_steps=1)
+    assert evaluations == 2
+    assert error(latents, plain) < 1e-5
+    assert not any(part.loaded for _, part in lean.components._loaded.values())
+    with pytest.raises(RequestError, match="caching"):
+        run(lean, speed=SpeedSettings(cache_interval=2))
+
+
+def test_a_limit_that_nothing_meets_is_refused() -> None:
+    tight = StableDiffusionPipeline.from_pretrained(settings=RunSettings(max_memory=10**8))
+    with pytest.raises(RequestError, match="--max-memory"):
+        run(tight)
+
+
+def test_pictures_decoded_aside_are_the_same(pipe: StableDiffusionPipeline) -> None:
+    settings = RunSettings(default=DeviceSettings(performance_hint="throughput"))
+    many = StableDiffusionPipeline.from_pretrained(settings=settings)
+    request = GenerationRequest(
+        prompts=(PROMPT,), num_images_per_prompt=3, num_inference_steps=1, seed=1
+    ).resolve(pipe.folder)
+    pictures = [e for e in many.stream(request) if isinstance(e, PictureEvent)]
+    assert [picture.job.index for picture in pictures] == [0, 1, 2]
+    expected = pipe.decode(np.concatenate([picture.latents for picture in pictures]))
+    assert {part.settings.num_streams for _, part in many.components._loaded.values()} == {1}
+    for picture, plain in zip(pictures, expected, strict=True):
+        assert picture.pixels is not None
+        assert np.abs(picture.pixels.astype(int) - plain).max() <= 2
+
+
+def test_plans() -> None:
+    whole, pieces = MemoryPlan(), MemoryPlan(pieces=8)
+    assert [p.batch for p in unet_plans(SpeedSettings(), whole, "sequential", guided=True)] == [1]
+    assert [p.batch for p in unet_plans(SpeedSettings(), whole, "batch", guided=True)] == [2]
+    assert [p.batch for p in unet_plans(SpeedSettings(), whole, "batch", guided=False)] == [1]
+    assert [p.batch for p in unet_plans(FAST, whole, "batch", guided=True)] == [2, 1]
+    assert unet_plans(SpeedSettings(), whole, "streams", guided=True)[0].streams == 2
+    assert unet_plans(SpeedSettings(), pieces, "sequential", guided=True)[0].pieces == 8
+    measured = RunSettings(guidance_mode="batch")
+    assert guidance_mode(SpeedSettings(guidance_mode="streams"), measured) == "streams"
+    assert guidance_mode(SpeedSettings(), measured) == "batch"
+    devices = {
+        "CPU": "sequential",
+        "GPU.1": "batch",
+        "HETERO:GPU,CPU": "batch",
+        "AUTO": "sequential",
+    }
+    for device, mode in devices.items():
+        settings = RunSettings(default=DeviceSettings(device=device))
+        assert guidance_mode(SpeedSettings(), settings) == mode
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"guidance_interval": (0.5, 0.5)},
+        {"guidance_interval": (-0.1, 0.5)},
+        {"guidance_interval": (0.1, float("nan"))},
+        {"token_downsampling": 3},
+        {"cache_interval": 0},
+        {"cache_branch": -1},
+        {"guidance_mode": "both"},
+    ],
+)
+def test_wrong_settings(wrong: dict[str, Any]) -> None:
+    with pytest.raises(RequestError):
+        SpeedSettings(**wrong)
