@@ -25,14 +25,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from sdvino.compress.recipe_file import to_toml
 from sdvino.compress.recipes import CalibrationRecipe, get_recipe
+from sdvino.convert.api import look_ahead, make_request
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLE_SECONDS = 0.1
@@ -75,6 +76,8 @@ class Run:
     output: int
     #: Steps of a worker process of sdvino's -> that process's peak.
     steps: dict[str, int]
+    #: The same -> what `sdvino convert --dry-run` says.
+    expected: dict[str, int] = field(default_factory=dict)
 
 
 def tree(root: int) -> Iterator[int]:
@@ -117,6 +120,13 @@ def steps_of(process: int) -> str:
     if "sdvino.convert.worker" not in words:
         return ""
     return ", ".join(word for word in words[words.index("sdvino.convert.worker") + 2 :] if word)
+
+
+def expectations(source: Path, recipe: str, output: Path, steps: Iterable[str]) -> dict[str, int]:
+    """Return what sdvino says beforehand that the processes of ``steps`` take, in bytes."""
+    outlook = look_ahead(make_request(source, recipe=recipe), output)
+    known = {needs.step.name: needs.memory for needs in outlook.steps}
+    return {names: max(known[name] for name in names.split(", ")) for names in steps}
 
 
 def measure(name: str, command: Sequence[str], output: Path) -> Run:
@@ -169,8 +179,9 @@ def run_all(
             told, note = str(file), f", {FEW.samples} samples"
         command = [sys.executable, "-m", "sdvino", "convert", str(source), str(output)]
         command += ["--recipe", told, "--no-gate"]
-        runs.append(measure(f"sdvino {name}{note}", command, output))
+        run = measure(f"sdvino {name}{note}", command, output)
         shutil.rmtree(output)
+        runs.append(replace(run, expected=expectations(source, told, output, run.steps)))
     return runs
 
 
@@ -184,10 +195,13 @@ def table(runs: Sequence[Run]) -> str:
         numbers = (run.resident / 1e9, run.anonymous / 1e9, run.output / 1e9)
         cells = " | ".join(f"{number:.2f}" for number in numbers)
         lines.append(f"| {run.name} | {run.seconds:.0f} | {cells} |")
-    steps = [(run.name, step, peak) for run in runs for step, peak in run.steps.items()]
+    steps = [(run, step) for run in runs for step in run.steps]
     if steps:
-        lines += ["", "| | steps of one process | its peak memory, GB |", "|---|---|---|"]
-        lines += [f"| {name} | {step} | {peak / 1e9:.2f} |" for name, step, peak in steps]
+        lines += ["", "| | steps of one process | its peak memory, GB | foreseen |"]
+        lines.append("|---|---|---|---|")
+    for run, step in steps:
+        pair = f"{run.steps[step] / 1e9:.2f} | {run.expected.get(step, 0) / 1e9:.2f}"
+        lines.append(f"| {run.name} | {step} | {pair} |")
     return "\n".join(lines)
 
 

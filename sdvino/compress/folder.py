@@ -23,16 +23,19 @@ from sdvino.errors import SdvinoError
 
 
 def calibrate(
-    folder: Path, plan: CalibrationPlan, progress: Callable[[float], None] | None = None
+    folder: Path,
+    plan: CalibrationPlan,
+    progress: Callable[[float], None] | None = None,
+    scratch: Path | None = None,
 ) -> CalibrationInputs:
     """Run the float pipeline in ``folder`` as ``plan`` says; return what its parts were fed.
 
     ``folder`` is a whole model folder (its manifest may be missing) of a family that the runtime
-    runs. ``progress`` is called with the share done. Raises SdvinoError when its pictures are no
-    numbers.
+    runs. ``progress`` is called with the share done. ``scratch`` is a folder for what a large UNet
+    needs meanwhile; None: the system's. Raises SdvinoError when its pictures are no numbers.
     """
     with quiet():
-        pipeline = FloatPipeline(folder, plan)
+        pipeline = FloatPipeline(folder, plan, scratch=scratch)
     inputs = collect(pipeline, plan, _ignore if progress is None else progress)
     del pipeline
     gc.collect()

@@ -18,6 +18,7 @@ import openvino as ov
 from numpy.typing import NDArray
 
 from sdvino.compress.layers import PRODUCTS, is_constant
+from sdvino.graph.shapes import reshape_static
 
 #: A value of a graph: the name of the operation that makes it, and which of its outputs.
 Value = tuple[str, int]
@@ -62,7 +63,7 @@ class Cuts:
                 self._part.setdefault(operation, index)
 
     def extract(self, part: int) -> Part:
-        """Return one part of the graph. The graph is taken apart by it, and of no more use."""
+        """Return one part of the graph. The graph is taken apart by it: it only has parts now."""
         graph = self._graph
         inside = [i for i in range(len(graph.ops)) if self._where(i) == part]
         crossing: dict[str, Value] = {}
@@ -121,7 +122,7 @@ def choose_ends(model: ov.Model, inputs: Mapping[str, NDArray[Any]], limit: int)
     have no names of their own.
     """
     fixed = model.clone()
-    fixed.reshape({name: list(array.shape) for name, array in inputs.items()})
+    reshape_static(fixed, {name: array.shape for name, array in inputs.items()})
     graph = _Graph(fixed)
     costs = [graph.cost(i) for i in range(len(graph.ops))]
     if sum(costs) <= limit or len(graph.index) < len(graph.ops):

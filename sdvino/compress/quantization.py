@@ -28,15 +28,12 @@ from sdvino.compress.layers import (
 from sdvino.compress.parts import choose_ends
 from sdvino.compress.quiet import quiet
 from sdvino.compress.recipes import ComponentRecipe, float_nodes
-from sdvino.compress.stepwise import Progress, Sample, compress_in_parts
+from sdvino.compress.stepwise import PART_BYTES, Progress, Sample, compress_in_parts
 from sdvino.compress.targets import Target
 from sdvino.compress.weights import compress_linears
 
 #: `Target.overflow_fix` -> NNCF's OverflowFix.
 _OVERFLOW = {"off": "DISABLE", "first-layer": "FIRST_LAYER", "all": "ENABLE"}
-#: What quantizing one part of a model may take, beside the libraries. More parts take less and
-#: cost more time; with this, calibration takes more than they do.
-PART_BYTES = 2_500_000_000
 
 
 def quantize(

@@ -1,4 +1,4 @@
-"""A model compressed part by part: what one part takes is all that is in memory at a time.
+"""A model compressed, or evaluated, part by part: one part is in memory at a time.
 
 Each part is calibrated on what the float parts before it give for the calibration inputs; that
 waits on the disk. So the result is what compressing the whole at once would give, where a layer's
@@ -24,6 +24,10 @@ Progress = Callable[[float], None]
 #: Compresses a model on calibration inputs, and tells the share done.
 Compress = Callable[[ov.Model, Sequence[Sample], Progress], ov.Model]
 
+#: What a part may take when it is quantized, beside the libraries: a laptop's share. More parts
+#: take less and cost more time.
+PART_BYTES = 2_500_000_000
+
 
 def compress_in_parts(
     read: Callable[[], ov.Model],
@@ -40,15 +44,12 @@ def compress_in_parts(
     """
     flow = _Flow(folder)
     readers = Cuts(read(), ends).last_reader()
-    count = len(ends) + 1
     ports: list[tuple[Mapping[str, Value], tuple[Value, ...]]] = []
-    for index in range(count):
+    for index in range(len(ends) + 1):
         part = Cuts(read(), ends).extract(index)
         inputs = _Inputs(part, samples, flow)
-        wanted = {value: output for output, value in enumerate(part.given) if value in readers}
-        if wanted:
-            _run(part, inputs, wanted, flow)
-        model = compress(part.model, inputs, _share_of(progress, index, count))
+        _run(part, inputs, [value for value in part.given if value in readers], flow)
+        model = compress(part.model, inputs, _share_of(progress, index, len(ends) + 1))
         ov.save_model(model, _xml(folder, index), compress_to_fp16=True)
         ports.append((part.crossing, part.given))
         del part, inputs, model
@@ -58,6 +59,28 @@ def compress_in_parts(
     for index, (crossing, given) in enumerate(ports):
         joiner.add(Part(read_ir(_xml(folder, index)), crossing, given))
     return joiner.finish()
+
+
+class PartedModel:
+    """A float model of which one part at a time is compiled; evaluated on many inputs at once."""
+
+    def __init__(self, model: ov.Model, ends: Sequence[str]) -> None:
+        """``ends`` are those of `sdvino.compress.parts.choose_ends`. ``model`` is consumed."""
+        cuts = Cuts(model, ends)
+        self._readers = cuts.last_reader()
+        self._parts = [cuts.extract(index) for index in range(len(ends) + 1)]
+
+    def evaluate(self, samples: Sequence[Sample], folder: Path) -> list[NDArray[Any]]:
+        """Return the model's last output for each of ``samples``.
+
+        ``folder`` is empty, and holds what flows between the parts meanwhile.
+        """
+        flow = _Flow(folder)
+        for index, part in enumerate(self._parts):
+            _run(part, _Inputs(part, samples, flow), part.given, flow)
+            flow.drop(value for value, last in self._readers.items() if last == index)
+        output = self._parts[-1].given[-1]
+        return [flow.get(output, sample) for sample in range(len(samples))]
 
 
 class _Flow:
@@ -92,7 +115,7 @@ class _Inputs(Sequence[Sample]):
 
     def __init__(self, part: Part, samples: Sequence[Sample], flow: _Flow) -> None:
         self._samples, self._flow, self._crossing = samples, flow, part.crossing
-        names = [parameter.get_names() for parameter in part.model.inputs]
+        names = [port.get_names() for port in part.model.inputs]
         self._own = [name for name in samples[0] if any(name in found for found in names)]
 
     def __len__(self) -> int:
@@ -104,13 +127,16 @@ class _Inputs(Sequence[Sample]):
         return sample | crossing
 
 
-def _run(part: Part, inputs: Sequence[Sample], wanted: Mapping[Value, int], flow: _Flow) -> None:
-    """Evaluate a part in float on every input and keep what later parts read."""
+def _run(part: Part, inputs: Sequence[Sample], wanted: Sequence[Value], flow: _Flow) -> None:
+    """Evaluate a part in float on every input and keep ``wanted`` of what it gives."""
+    if not wanted:
+        return
     properties = {"INFERENCE_PRECISION_HINT": "f32"}
     request = ov.Core().compile_model(part.model, "CPU", properties).create_infer_request()
+    outputs = [(value, part.given.index(value)) for value in wanted]
     for index in range(len(inputs)):
         request.infer(dict(inputs[index]), share_inputs=True)
-        for value, output in wanted.items():
+        for value, output in outputs:
             flow.put(value, index, request.get_output_tensor(output).data)
 
 

@@ -133,7 +133,7 @@ def _calibrate(
     from sdvino.compress.folder import calibrate
     from sdvino.compress.samples import save_samples
 
-    inputs = calibrate(work / "float", plan.calibration, progress)
+    inputs = calibrate(work / "float", plan.calibration, progress, scratch=output.parent)
     for name in plan.quantized:
         save_samples(output / f"{name}.npz", inputs.of(name))
 
