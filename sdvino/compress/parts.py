@@ -35,6 +35,8 @@ _PASSING = frozenset(
 _COPIES = 2
 # A part is closed between this share of the limit and all of it, where the least crosses.
 _CLOSE_FROM = 0.5
+# Readers of the same input stay together while they hold no more than this share of all weights.
+_SHARED = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +63,8 @@ class Cuts:
         for index, end in enumerate(ends):
             for operation in self._graph.behind(self._graph.index[end]):
                 self._part.setdefault(operation, index)
+        for operation in self._graph.shared_readers():
+            self._part[operation] = 0
 
     def extract(self, part: int) -> Part:
         """Return one part of the graph. The graph is taken apart by it: it only has parts now."""
@@ -247,6 +251,32 @@ class _Graph:
         for i, kind in enumerate(self.kinds):
             if kind == "Add" and not any(map(is_constant, self.ops[i].input_values())):
                 yield i
+
+    def shared_readers(self) -> list[int]:
+        """Return the products of inputs with weights, and the additions of their biases.
+
+        NNCF smooths all that read one input together. None are returned when they hold more than a
+        small share of all weights, as in a UNet of 70 transformer blocks: then those of one part
+        are smoothed together.
+        """
+        weights: dict[int, int] = {}
+        readers: dict[int, list[int]] = {}
+        for i, kind in enumerate(self.kinds):
+            own = sum(_bytes(v) for v in self.ops[i].input_values() if is_constant(v))
+            if kind in PRODUCTS and own:
+                weights[i] = own
+                for j, _ in self.reads[i]:
+                    if self.kinds[j] == "Parameter":
+                        readers.setdefault(j, []).append(i)
+        found = {i for those in readers.values() if len(those) > 1 for i in those}
+        if sum(weights[i] for i in found) > _SHARED * sum(weights.values()):
+            return []
+        biases = [
+            i
+            for i, kind in enumerate(self.kinds)
+            if kind == "Add" and all(j in found or j in self.given for j, _ in self.reads[i])
+        ]
+        return [*found, *biases]
 
     def crossing(self, behind: frozenset[int]) -> int | None:
         """Return the bytes that the rest reads of ``behind``; None where it is not to be cut."""
