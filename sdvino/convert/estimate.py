@@ -19,16 +19,15 @@ _log = logging.getLogger("sdvino")
 
 # Peaks of the worker processes, resident, mapped files included: libraries alone, and for each byte
 # of half-precision weights. `scripts/bench_convert.py` prints them beside what is measured.
-_EXPORT = (800_000_000, 1.25)
+_EXPORT = (1_200_000_000, 1.1)
 _WEIGHTS = (700_000_000, 2.2)
-# Of what is calibrated only a part is worked on at a time; the half-precision weights of the rest
-# are mapped, and what is finished is held in the end. For each byte of weights and each pixel of
-# the latents: what the whole would take.
-_QUANTIZE = (900_000_000, 0.6)
-_CALIBRATE = (500_000_000, 1.05)
+# Of what is calibrated only a part is worked on at a time: less where it is only evaluated. For
+# each byte of weights and each pixel of the latents: what the whole would take.
 _WHOLE_WEIGHTS, _WHOLE_PIXEL = 4.0, 1_000_000
-# A part that is only evaluated takes less than one that is quantized.
-_EVALUATED_SHARE = 0.5
+_EVALUATED_SHARE = 0.3
+_CALIBRATE = (500_000_000, 1.0)
+# In the end the parts are joined in memory.
+_QUANTIZE = (600_000_000, 0.6)
 # Bytes that flow between parts for each pixel of the latents of a calibration input: a UNet's
 # skips, an autoencoder's widest feature maps.
 _FLOW = {"unet": 7_000, "tiny_vae": 0}
@@ -125,7 +124,7 @@ def _needs_of(step: Step, plan: WorkPlan) -> StepNeeds:
     disk = int(_COMPRESSED_SIZE * size)
     if step.component not in plan.quantized:
         return StepNeeds(step, treatment, seconds, _peak(_WEIGHTS, size), disk)
-    memory = _peak(_QUANTIZE, size) + _part(plan, size)
+    memory = max(_peak(_QUANTIZE, size), _peak(_QUANTIZE, 0) + _part(plan, size))
     return StepNeeds(step, treatment, seconds, memory, disk, _flow(step.component, plan))
 
 
