@@ -20,7 +20,7 @@ _log = logging.getLogger("sdvino")
 # Peaks of the worker processes, resident, mapped files included: libraries alone, and for each byte
 # of half-precision weights. `scripts/bench_convert.py` prints them beside what is measured.
 _EXPORT = (1_200_000_000, 1.1)
-_WEIGHTS = (700_000_000, 2.2)
+_WEIGHTS = (500_000_000, 1.6)
 # Of what is calibrated only a part is worked on at a time: less where it is only evaluated. For
 # each byte of weights and each pixel of the latents: what the whole would take.
 _WHOLE_WEIGHTS, _WHOLE_PIXEL = 4.0, 1_000_000
