@@ -48,7 +48,7 @@ def plan_of(recipe: str) -> WorkPlan:
 def steps_like_sd15() -> list[Step]:
     exports = [Step("export", name, size * MEGABYTE) for name, size in SIZES.items()]
     compressions = [Step("compress", name, size * MEGABYTE) for name, size in SIZES.items()]
-    return [Step("frame"), *exports, Step("calibrate", "", SIZES["unet"]), *compressions]
+    return [Step("frame"), *exports, Step("calibrate", "", SIZES["unet"] * MEGABYTE), *compressions]
 
 
 def test_a_large_component_has_a_process_of_its_own() -> None:
