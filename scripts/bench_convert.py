@@ -1,11 +1,16 @@
 """Peak memory and time of `sdvino convert`, against optimum-intel's export and NNCF, in one run.
 
     python scripts/bench_convert.py SOURCE [--recipes fp16,int8-weights,int8] [--output docs]
+        [--few-samples]
 
 SOURCE is a diffusers folder, such as `python scripts/make_synthetic.py --arch sd15 FOLDER` makes.
-Memory is that of the whole process tree, sampled ten times a second: the sum of each process's
-proportional share (PSS: what several map is counted once), and what of it is the processes' own
-(anonymous: the rest are pages of files, which the system drops when it needs the room). Linux only.
+Memory is the resident set of the whole process tree, looked at ten times a second: for each
+process that lives, the kernel's own record of its highest (VmHWM), so that no peak falls between
+two looks; the sum can only be too high. It counts everything: the processes' own (anonymous)
+memory, and the pages of files that they have mapped (weights, libraries), once for each process,
+though the system drops those when it needs the room. What is the processes' own is told apart.
+The gate is off: it comes after the steps measured here. --few-samples calibrates int8 on two
+inputs of the UNet: the peak is the same, the time is not. Linux only.
 The table goes to stdout, and with --output to FOLDER/conversion.md and .json.
 """
 
@@ -20,12 +25,21 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from sdvino.compress.recipe_file import to_toml
+from sdvino.compress.recipes import CalibrationRecipe, get_recipe
+from sdvino.convert.api import look_ahead, make_request
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLE_SECONDS = 0.1
+
+#: What --few-samples calibrates on: one prompt, two timesteps with guidance.
+FEW = CalibrationRecipe(trajectories=1, strata=1, samples=2)
 
 # What people do without sdvino: export in half precision, then compress every component's weights.
 PEER_EXPORT = """
@@ -50,15 +64,20 @@ for xml in sorted(Path(sys.argv[1]).glob("*/openvino_model.xml")):
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One command, measured."""
+    """One command, measured. Memory in bytes."""
 
     name: str
     seconds: float
-    #: Peaks over the process tree, in bytes.
-    pss: int
+    #: Peak over the process tree, pages of files included.
+    resident: int
+    #: Peak of what is the processes' own.
     anonymous: int
     #: Bytes of the folder it made.
     output: int
+    #: Steps of a worker process of sdvino's -> that process's peak.
+    steps: dict[str, int]
+    #: The same -> what `sdvino convert --dry-run` says.
+    expected: dict[str, int] = field(default_factory=dict)
 
 
 def tree(root: int) -> Iterator[int]:
@@ -80,16 +99,34 @@ def tree(root: int) -> Iterator[int]:
 
 
 def memory(process: int) -> tuple[int, int]:
-    """Return PSS and anonymous bytes of a process; 0 once it is gone."""
-    found = {"Pss": 0, "Anonymous": 0}
+    """Return the highest resident set so far and the anonymous memory now; 0 once it is gone."""
+    found = {"VmHWM": 0, "RssAnon": 0}
     try:
-        for line in Path(f"/proc/{process}/smaps_rollup").read_text().splitlines():
+        for line in Path(f"/proc/{process}/status").read_text().splitlines():
             name, _, rest = line.partition(":")
             if name in found:
                 found[name] = int(rest.split()[0]) * 1024
     except (OSError, IndexError, ValueError):
         return 0, 0
-    return found["Pss"], found["Anonymous"]
+    return found["VmHWM"], found["RssAnon"]
+
+
+def steps_of(process: int) -> str:
+    """Return the steps that a process does, when it is a worker of a conversion; or nothing."""
+    try:
+        words = Path(f"/proc/{process}/cmdline").read_text().split("\0")
+    except OSError:
+        return ""
+    if "sdvino.convert.worker" not in words:
+        return ""
+    return ", ".join(word for word in words[words.index("sdvino.convert.worker") + 2 :] if word)
+
+
+def expectations(source: Path, recipe: str, output: Path, steps: Iterable[str]) -> dict[str, int]:
+    """Return what sdvino says beforehand that the processes of ``steps`` take, in bytes."""
+    outlook = look_ahead(make_request(source, recipe=recipe), output)
+    known = {needs.step.name: needs.memory for needs in outlook.steps}
+    return {names: max(known[name] for name in names.split(", ")) for names in steps}
 
 
 def measure(name: str, command: Sequence[str], output: Path) -> Run:
@@ -101,10 +138,15 @@ def measure(name: str, command: Sequence[str], output: Path) -> Run:
         running = subprocess.Popen(
             command, stdout=subprocess.DEVNULL, stderr=errors, env=environment
         )
-        peaks = [0, 0]
+        resident = anonymous = 0
+        steps: dict[str, int] = {}
         while running.poll() is None:
-            together = [sum(parts) for parts in zip(*map(memory, tree(running.pid)), strict=True)]
-            peaks = [max(pair) for pair in zip(peaks, together, strict=True)]
+            found = {process: memory(process) for process in tree(running.pid)}
+            resident = max(resident, sum(highest for highest, _ in found.values()))
+            anonymous = max(anonymous, sum(own for _, own in found.values()))
+            for process, (highest, _) in found.items():
+                if step := steps_of(process):
+                    steps[step] = max(steps.get(step, 0), highest)
             time.sleep(SAMPLE_SECONDS)
         seconds = time.perf_counter() - started
         if running.returncode:
@@ -112,10 +154,12 @@ def measure(name: str, command: Sequence[str], output: Path) -> Run:
             last = "\n".join(errors.read().splitlines()[-5:])
             raise SystemExit(f"{name} failed with status {running.returncode}:\n{last}")
     size = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
-    return Run(name, seconds, peaks[0], peaks[1], size)
+    return Run(name, seconds, resident, anonymous, size, steps)
 
 
-def run_all(source: Path, recipes: Sequence[str], scratch: Path, peers: bool) -> list[Run]:
+def run_all(
+    source: Path, recipes: Sequence[str], scratch: Path, *, peers: bool, few: bool
+) -> list[Run]:
     """Measure the peers and every recipe, one after the other; what they make is removed."""
     runs = []
     if peers:
@@ -126,24 +170,38 @@ def run_all(source: Path, recipes: Sequence[str], scratch: Path, peers: bool) ->
         runs.append(measure("NNCF compress_weights", command, compressed))
         shutil.rmtree(exported)
         shutil.rmtree(compressed)
-    for recipe in recipes:
-        output = scratch / recipe
+    for name in recipes:
+        recipe, output = get_recipe(name), scratch / "converted"
+        told, note = name, ""
+        if few and any(entry.calibrated for entry in recipe.components.values()):
+            file = scratch / "recipe.toml"
+            file.write_text(to_toml(replace(recipe, calibration=FEW)), encoding="utf-8")
+            told, note = str(file), f", {FEW.samples} samples"
         command = [sys.executable, "-m", "sdvino", "convert", str(source), str(output)]
-        runs.append(measure(f"sdvino {recipe}", [*command, "--recipe", recipe], output))
+        command += ["--recipe", told, "--no-gate"]
+        run = measure(f"sdvino {name}{note}", command, output)
         shutil.rmtree(output)
+        runs.append(replace(run, expected=expectations(source, told, output, run.steps)))
     return runs
 
 
 def table(runs: Sequence[Run]) -> str:
-    """Return the runs as a table in Markdown."""
+    """Return the runs as a table in Markdown, and the steps of sdvino's as another."""
     lines = [
         "| | seconds | peak memory, GB | of it not pages of files, GB | made, GB |",
         "|---|---|---|---|---|",
     ]
     for run in runs:
-        numbers = (run.pss / 1e9, run.anonymous / 1e9, run.output / 1e9)
+        numbers = (run.resident / 1e9, run.anonymous / 1e9, run.output / 1e9)
         cells = " | ".join(f"{number:.2f}" for number in numbers)
         lines.append(f"| {run.name} | {run.seconds:.0f} | {cells} |")
+    steps = [(run, step) for run in runs for step in run.steps]
+    if steps:
+        lines += ["", "| | steps of one process | its peak memory, GB | foreseen |"]
+        lines.append("|---|---|---|---|")
+    for run, step in steps:
+        pair = f"{run.steps[step] / 1e9:.2f} | {run.expected.get(step, 0) / 1e9:.2f}"
+        lines.append(f"| {run.name} | {step} | {pair} |")
     return "\n".join(lines)
 
 
@@ -169,14 +227,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("source", type=Path, help="a diffusers folder")
     parser.add_argument("--recipes", default="fp16,int8-weights,int8")
     parser.add_argument("--no-peers", action="store_true", help="measure sdvino alone")
+    parser.add_argument("--few-samples", action="store_true", help="calibrate int8 on two inputs")
     parser.add_argument("--scratch", type=Path, help="where to convert to: needs some 10 GB")
     parser.add_argument("--output", type=Path, help="folder for conversion.md and .json")
     options = parser.parse_args(arguments)
-    if not Path("/proc/self/smaps_rollup").exists():
+    if not Path("/proc/self/status").exists():
         parser.error("memory is read from /proc, which this system does not have; use Linux")
     with tempfile.TemporaryDirectory(prefix="bench-", dir=options.scratch) as scratch:
         recipes = options.recipes.split(",")
-        runs = run_all(options.source, recipes, Path(scratch), not options.no_peers)
+        peers, few = not options.no_peers, options.few_samples
+        runs = run_all(options.source, recipes, Path(scratch), peers=peers, few=few)
     print(table(runs))
     if options.output is not None:
         about = machine()
@@ -188,12 +248,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         text = json.dumps(value, indent=2) + "\n"
         (options.output / "conversion.json").write_text(text, encoding="utf-8")
         facts = ", ".join(f"{name} {of}" if name != "cpu" else of for name, of in about.items())
-        command = f"python scripts/bench_convert.py {options.source.name}"
+        words = ["--few-samples"] if few else []
+        command = " ".join(["python scripts/bench_convert.py", options.source.name, *words])
         document = (
             f"# Converting: memory and time\n\n{options.source.name}, printed by `{command}` on"
-            f" {facts}.\n\n{table(runs)}\n\nMemory is that of the whole process tree: the sum of"
-            " each process's proportional share. Pages of files (mapped weights) are dropped by"
-            " the system when it needs the room.\n"
+            f" {facts}.\n\n{table(runs)}\n\nMemory is the resident set of the whole process"
+            " tree, each process at its highest. Pages of files (mapped weights, libraries) are in"
+            " it, and the system drops them when it needs the room. The quality gate is off.\n"
         )
         (options.output / "conversion.md").write_text(document, encoding="utf-8")
     return 0

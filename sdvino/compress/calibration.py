@@ -12,15 +12,18 @@ Conditioning, guidance, denoiser and samplers are the runtime's.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from sdvino.compress.lockstep import run_together
 from sdvino.compress.recipes import CalibrationRecipe
 from sdvino.compress.samples import load_samples, save_samples
 from sdvino.diffusion.denoiser import Denoiser, Predict
@@ -37,6 +40,8 @@ from sdvino.settings import SamplerName
 Array = NDArray[np.float32]
 #: What the UNet is told beside latents and timestep, by tensor name.
 Conditions = Mapping[str, Array]
+#: Evaluates the UNet on its inputs by name.
+Ask = Callable[[Mapping[str, Array]], Array]
 
 # A UNet of Stable Diffusion's size takes seconds for each evaluation on a laptop, a small one
 # milliseconds. Many prompts matter more than fine grids: together the grids cover every stratum.
@@ -63,8 +68,11 @@ class FloatPipeline(Protocol):
         ``negative`` None is one that was not given.
         """
 
-    def predict(self, inputs: Mapping[str, Array]) -> Array:
-        """Return the UNet's output for ``sample`` [1, C, h, w], ``timestep`` [1], conditions."""
+    def predict(self, inputs: Sequence[Mapping[str, Array]]) -> Sequence[Array]:
+        """Return the UNet's output for each ``sample`` [1, C, h, w], ``timestep`` [1], conditions.
+
+        The inputs have nothing to do with each other; many at a time may be faster.
+        """
 
     def decode(self, latents: Array, index: int) -> tuple[Array, Array]:
         """Return the decoder's input for scaled ``latents``, and its picture, NCHW in [-1, 1].
@@ -223,7 +231,8 @@ def collect(
 
     The same plan and pipeline give the same inputs. ``progress`` is called with the share done.
     All texts are encoded before the first UNet evaluation, and all pictures decoded after the last:
-    the components need not be in memory together.
+    the components need not be in memory together. The trajectories are followed side by side, so
+    that a UNet of which only a part is in memory goes through its parts once for all of them.
     """
     order = np.random.default_rng(plan.seed).permutation(plan.evaluations)
     chosen = frozenset(int(i) for i in order[: plan.unet_samples])
@@ -234,11 +243,11 @@ def collect(
         pipeline.conditions(prompt, "" if index % 2 else None)
         for index, prompt in enumerate(plan.prompts)
     ]
-    inputs = CalibrationInputs(unet=recorder.kept)
-    finished = [
-        _denoise(recorder, plan, index, conditional, unconditional)
-        for index, (conditional, unconditional) in enumerate(told)
-    ]
+    finished = run_together(
+        [partial(_denoise, recorder, plan, index, *pair) for index, pair in enumerate(told)],
+        recorder.answer,
+    )
+    inputs = CalibrationInputs(unet=recorder.in_order())
     for index, latents in enumerate(finished):
         fed, picture = pipeline.decode(latents, index)
         if not np.isfinite(picture).all():
@@ -254,27 +263,36 @@ class _Recorder:
     """Runs the UNet, keeps the chosen inputs and reports progress."""
 
     pipeline: FloatPipeline
+    #: Numbers of evaluations, counted through one trajectory after the other.
     chosen: frozenset[int]
     total: int
     progress: Callable[[float], None]
     done: int = 0
-    kept: list[dict[str, NDArray[Any]]] = field(default_factory=list)
+    kept: dict[int, dict[str, NDArray[Any]]] = field(default_factory=dict)
 
-    def predictor(self, conditions: Conditions) -> Predict:
-        """Return the UNet with its conditions filled in."""
+    def predictor(self, numbers: Iterator[int], conditions: Conditions, ask: Ask) -> Predict:
+        """Return the UNet with its conditions filled in; its evaluations have these numbers."""
 
         def predict(x_in: Array, t: float, /) -> Array:
-            if self.done in self.chosen:
-                whole = np.array([round(t)], np.int64)  # as the saved IR takes it
-                self.kept.append({"sample": np.array(x_in), "timestep": whole, **conditions})
-            self.done += 1
-            timestep: Array = np.array([t], np.float32)
-            inputs = {"sample": x_in, "timestep": timestep, **conditions}
-            prediction = self.pipeline.predict(inputs)
-            self.progress(self.done / self.total)
-            return prediction
+            number = next(numbers)
+            if number in self.chosen:
+                # As the saved IR takes it.
+                timestep = np.array([round(t)], np.int64)
+                self.kept[number] = {"sample": np.array(x_in), "timestep": timestep, **conditions}
+            return ask({"sample": x_in, "timestep": np.array([t], np.float32), **conditions})
 
         return predict
+
+    def answer(self, inputs: list[Mapping[str, Array]]) -> Sequence[Array]:
+        """Return the predictions that the trajectories wait for."""
+        predictions = self.pipeline.predict(inputs)
+        self.done += len(inputs)
+        self.progress(self.done / self.total)
+        return predictions
+
+    def in_order(self) -> list[dict[str, NDArray[Any]]]:
+        """Return the inputs that were kept, in the order of their numbers."""
+        return [self.kept[number] for number in sorted(self.kept)]
 
 
 def _denoise(
@@ -283,13 +301,15 @@ def _denoise(
     index: int,
     conditional: Conditions,
     unconditional: Conditions | None,
+    ask: Ask,
 ) -> Array:
     """Follow one trajectory and return its finished latents, float32 [1, C, h, w]."""
+    numbers = itertools.count(plan.branches * sum(map(plan.steps, range(index))))
     schedule = make_grid(plan, index, recorder.pipeline.scheduler)
     noise = make_noise("torch", (_FIRST_SEED + plan.seed + index) % 2**32)
     guidance = Guidance(
-        recorder.predictor(conditional),
-        None if unconditional is None else recorder.predictor(unconditional),
+        recorder.predictor(numbers, conditional, ask),
+        None if unconditional is None else recorder.predictor(numbers, unconditional, ask),
         guidance_scale=1.0 if unconditional is None else plan.guidance_scale,
     )
     x = initial_latents(noise.randn((1, *plan.shape)), schedule)

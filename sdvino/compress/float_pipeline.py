@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import openvino as ov
 from numpy.typing import NDArray
 
-from sdvino.components import Components
+from sdvino.components import Components, unet_shapes
 from sdvino.compress.calibration import CalibrationPlan
+from sdvino.compress.parts import choose_ends
+from sdvino.compress.stepwise import PART_BYTES, PartedModel
 from sdvino.conditioning import Conditioner
 from sdvino.diffusion.scheduler_config import SchedulerConfig
 from sdvino.generation import GenerationRequest
+from sdvino.graph.shapes import reshape_static
+from sdvino.graph.timestep import float_timestep
 from sdvino.image.tiling import tile_shape
 from sdvino.model_folder import ModelFolder
 from sdvino.runtime.component import Component
@@ -26,10 +32,19 @@ _SETTINGS = RunSettings(default=DeviceSettings(precision="f32", cache=False))
 class FloatPipeline:
     """The components of the folder ``path`` on the CPU in f32, one kind in memory at a time.
 
-    Pictures have the size that ``plan`` gives their latents.
+    Pictures have the size that ``plan`` gives their latents. Of a UNet that would take more than
+    ``part_bytes`` only a part is in memory at a time; what flows between the parts is in the folder
+    ``scratch`` (None: the system's) meanwhile.
     """
 
-    def __init__(self, path: Path, plan: CalibrationPlan) -> None:
+    def __init__(
+        self,
+        path: Path,
+        plan: CalibrationPlan,
+        *,
+        scratch: Path | None = None,
+        part_bytes: int = PART_BYTES,
+    ) -> None:
         folder = ModelFolder.open(path)
         self.scheduler = SchedulerConfig.from_dict(folder.scheduler_config)
         self._folder = folder
@@ -37,7 +52,9 @@ class FloatPipeline:
         self._conditioner = Conditioner(self._components)
         self._size = plan.shape[1:]
         self._guidance_scale = plan.guidance_scale
-        self._unet: Component | None = None
+        self._unet: Component | PartedModel | None = None
+        self._scratch = scratch
+        self._part_bytes = part_bytes
 
     def conditions(
         self, prompt: str, negative: str | None
@@ -54,12 +71,24 @@ class FloatPipeline:
         ).resolve(self._folder)
         return self._conditioner.unet_inputs(request, request.jobs[0])
 
-    def predict(self, inputs: Mapping[str, Array]) -> Array:
-        """Return the UNet's output for latents [1, C, h, w], a timestep [1] and conditions."""
+    def predict(self, inputs: Sequence[Mapping[str, Array]]) -> list[Array]:
+        """Return the UNet's outputs for latents [1, C, h, w], timestep [1] and conditions each."""
         if self._unet is None:
             self._components.release()
-            self._unet = self._components.unet(*self._size)
-        return np.array(self._unet.infer(inputs)["out_sample"], np.float32)
+            self._unet = self._make_unet(inputs[0])
+        unet = self._unet
+        if isinstance(unet, PartedModel):
+            with tempfile.TemporaryDirectory(prefix="parts-", dir=self._scratch) as folder:
+                return unet.evaluate(inputs, Path(folder))
+        return [np.array(unet.infer(given)["out_sample"], np.float32) for given in inputs]
+
+    def _make_unet(self, inputs: Mapping[str, Array]) -> Component | PartedModel:
+        """Return the UNet as `Components.unet` prepares it, in parts when it is large."""
+        model = ov.Core().read_model(self._folder.components["unet"].xml)  # its weights are mapped
+        float_timestep(model)
+        reshape_static(model, unet_shapes(self._folder, *self._size))
+        ends = choose_ends(model, inputs, self._part_bytes)
+        return PartedModel(model, ends) if ends else self._components.unet(*self._size)
 
     def decode(self, latents: Array, index: int) -> tuple[Array, Array]:
         """Return the decoder's input for scaled ``latents``, and its picture, NCHW in [-1, 1].

@@ -13,25 +13,29 @@ import openvino as ov
 
 from sdvino.compress.calibration import CalibrationInputs, CalibrationPlan, collect
 from sdvino.compress.float_pipeline import FloatPipeline
-from sdvino.compress.quantization import Sample, quantize
+from sdvino.compress.quantization import quantize
 from sdvino.compress.quiet import quiet
 from sdvino.compress.recipes import ComponentRecipe
+from sdvino.compress.stepwise import Sample
 from sdvino.compress.targets import Target, get_target
 from sdvino.compress.weights import compress_weights
 from sdvino.errors import SdvinoError
 
 
 def calibrate(
-    folder: Path, plan: CalibrationPlan, progress: Callable[[float], None] | None = None
+    folder: Path,
+    plan: CalibrationPlan,
+    progress: Callable[[float], None] | None = None,
+    scratch: Path | None = None,
 ) -> CalibrationInputs:
     """Run the float pipeline in ``folder`` as ``plan`` says; return what its parts were fed.
 
     ``folder`` is a whole model folder (its manifest may be missing) of a family that the runtime
-    runs. ``progress`` is called with the share done. Raises SdvinoError when its pictures are no
-    numbers.
+    runs. ``progress`` is called with the share done. ``scratch`` is a folder for what a large UNet
+    needs meanwhile; None: the system's. Raises SdvinoError when its pictures are no numbers.
     """
     with quiet():
-        pipeline = FloatPipeline(folder, plan)
+        pipeline = FloatPipeline(folder, plan, scratch=scratch)
     inputs = collect(pipeline, plan, _ignore if progress is None else progress)
     del pipeline
     gc.collect()
@@ -40,30 +44,43 @@ def calibrate(
 
 def compress_component(
     name: str,
-    model: ov.Model,
+    model: ov.Model | Path,
     recipe: ComponentRecipe,
     samples: Sequence[Sample] = (),
     target: Target | None = None,
     progress: Callable[[float], None] | None = None,
+    scratch: Path | None = None,
 ) -> ov.Model:
     """Return ``model``, the float IR of the component ``name``, as ``recipe`` has it stored.
 
-    ``samples`` are its calibration inputs; recipes that are not `calibrated` need none. ``target``
-    None is this machine. ``model`` is consumed. Raises RequestError when the recipe names layers
+    ``model`` is consumed; given as its .xml, the weights are mapped, and in memory only while they
+    are worked on. ``samples`` are its calibration inputs; recipes that are not `calibrated` need
+    none. ``target`` None is this machine. ``scratch`` is a folder for what large models need
+    meanwhile; None: the system's. Raises RequestError when the recipe names layers
     that the model has not, SdvinoError when NNCF or OpenVINO fail.
     """
+    mapped = ov.Core().read_model(model) if isinstance(model, Path) else model
     if recipe.mode == "fp16":
-        return model
+        return mapped
     try:
         if not recipe.calibrated:
-            return compress_weights(name, model, recipe)
+            return compress_weights(name, mapped, recipe)
         if not samples:
             raise SdvinoError(
                 f"There are no calibration inputs for {name}, which {recipe.mode} needs;"
                 " choose int8-weights for it."
             )
         target = get_target("auto") if target is None else target
-        return quantize(name, model, samples, recipe=recipe, target=target, progress=progress)
+        del mapped
+        return quantize(
+            name,
+            model,
+            samples,
+            recipe=recipe,
+            target=target,
+            progress=progress,
+            scratch=scratch,
+        )
     except RuntimeError as error:  # NNCF's and OpenVINO's exceptions
         what = f"{type(error).__name__}: {error}".splitlines()[0]
         raise SdvinoError(f"The {name} cannot be compressed: {what}") from error

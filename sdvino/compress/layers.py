@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import openvino as ov
 
 CONVOLUTIONS = ("Convolution", "GroupConvolution", "ConvolutionBackpropData")
+#: What multiplies: by weights, or one activation by another.
+PRODUCTS = (*CONVOLUTIONS, "MatMul", "ScaledDotProductAttention")
 _PASSING = ("Convert", "Reshape", "Transpose", "Multiply", "Subtract", "FakeQuantize")
 _FLOATS = ("f32", "f16", "bf16")
 

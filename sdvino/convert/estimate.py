@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from sdvino.compress.stepwise import PART_BYTES
 from sdvino.convert.request import WorkPlan
 from sdvino.convert.steps import Step
 from sdvino.convert.work import expected_seconds
@@ -16,13 +17,22 @@ from sdvino.runtime.memory import MemoryStatus, memory_status
 
 _log = logging.getLogger("sdvino")
 
-# Peaks of the worker processes: libraries alone, and for each byte of half-precision weights.
-# Guesses, not measurements; `scripts/bench_convert.py` is there to measure them.
-_EXPORT = (1_100_000_000, 1.1)
-_WEIGHTS = (700_000_000, 2.2)
-_QUANTIZE = (1_000_000_000, 5.0)
-_CALIBRATE = (600_000_000, 4.8)
-_PARENT = 150_000_000
+# Peaks of the worker processes, resident, mapped files included: libraries alone, and for each byte
+# of half-precision weights. `scripts/bench_convert.py` prints them beside what is measured.
+_EXPORT = (1_200_000_000, 1.1)
+_WEIGHTS = (500_000_000, 1.6)
+# Of what is calibrated only a part is worked on at a time: less where it is only evaluated. For
+# each byte of weights and each pixel of the latents: what the whole would take.
+_WHOLE_WEIGHTS, _WHOLE_PIXEL = 4.0, 1_000_000
+_EVALUATED_SHARE = 0.3
+_CALIBRATE = (500_000_000, 1.0)
+# In the end the parts are joined in memory.
+_QUANTIZE = (600_000_000, 0.6)
+# Bytes that flow between parts for each pixel of the latents of a calibration input: a UNet's
+# skips, an autoencoder's widest feature maps.
+_FLOW = {"unet": 7_000, "tiny_vae": 0}
+_FLOW_AUTOENCODER = 70_000
+_PARENT = 100_000_000
 # Bytes of a component for each byte of its half-precision weights.
 _COMPRESSED_SIZE = 0.55
 _SCRATCH = 50_000_000
@@ -42,6 +52,8 @@ class StepNeeds:
     memory: int
     #: Bytes that stay on the disk until the conversion ends.
     disk: int
+    #: Bytes on the disk while the step runs, beside those.
+    scratch: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +70,8 @@ class Needs:
     @property
     def disk(self) -> int:
         """Return the bytes on the target's disk while the model is made."""
-        return sum(needs.disk for needs in self.steps) + _SCRATCH
+        scratch = max((needs.scratch for needs in self.steps), default=0)
+        return sum(needs.disk for needs in self.steps) + scratch + _SCRATCH
 
     @property
     def seconds(self) -> float:
@@ -104,18 +117,46 @@ def _needs_of(step: Step, plan: WorkPlan) -> StepNeeds:
     if step.kind == "export":
         return StepNeeds(step, "half precision", seconds, _peak(_EXPORT, size), size)
     if step.kind == "calibrate":
-        inputs = plan.calibration.evaluations * 400_000
-        return StepNeeds(step, "record inputs", seconds, _peak(_CALIBRATE, size), inputs)
+        return _calibrating(step, plan, seconds)
     treatment = plan.recipe.treatment(step.component)
     if treatment == "fp16":
         return StepNeeds(step, treatment, seconds, _PARENT, size)
-    rates = _QUANTIZE if step.component in plan.quantized else _WEIGHTS
     disk = int(_COMPRESSED_SIZE * size)
-    return StepNeeds(step, treatment, seconds, _peak(rates, size), disk)
+    if step.component not in plan.quantized:
+        return StepNeeds(step, treatment, seconds, _peak(_WEIGHTS, size), disk)
+    memory = max(_peak(_QUANTIZE, size), _peak(_QUANTIZE, 0) + _part(plan, size))
+    return StepNeeds(step, treatment, seconds, memory, disk, _flow(step.component, plan))
+
+
+def _calibrating(step: Step, plan: WorkPlan, seconds: float) -> StepNeeds:
+    """Return what recording inputs takes; the pictures are decoded in tiles."""
+    calibration = plan.calibration
+    part = int(_EVALUATED_SHARE * _part(plan, step.bytes))
+    memory = _peak(_CALIBRATE, step.bytes) + part
+    inputs = calibration.evaluations * 400_000
+    flow = len(calibration.prompts) * _pixels(plan) * _FLOW["unet"]
+    return StepNeeds(step, "record inputs", seconds, memory, inputs, flow)
 
 
 def _peak(rates: tuple[int, float], size: int) -> int:
     return int(_PARENT + rates[0] + rates[1] * size)
+
+
+def _part(plan: WorkPlan, size: int) -> int:
+    """Return the bytes that the largest part of a component takes, worked on in float32."""
+    return min(PART_BYTES, int(_WHOLE_WEIGHTS * size + _WHOLE_PIXEL * _pixels(plan)))
+
+
+def _flow(component: str, plan: WorkPlan) -> int:
+    """Return the bytes of what flows between the parts of a component that is quantized."""
+    calibration = plan.calibration
+    samples = calibration.unet_samples if component == "unet" else len(calibration.prompts)
+    return samples * _pixels(plan) * _FLOW.get(component, _FLOW_AUTOENCODER)
+
+
+def _pixels(plan: WorkPlan) -> int:
+    _, height, width = plan.calibration.shape
+    return height * width
 
 
 def _gigabytes(size: int) -> str:

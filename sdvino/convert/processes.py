@@ -24,6 +24,9 @@ _log = logging.getLogger("sdvino")
 #: Called with the name of a step that is finished and its files.
 Finished = Callable[[str, Files], None]
 
+# glibc gives a freed block back to the system when it is larger than a threshold, which it raises
+# by itself up to 32 MB: more than most weights. Other systems do not know these names.
+_MALLOC = {"MALLOC_MMAP_THRESHOLD_": "1000000", "MALLOC_ARENA_MAX": "4"}
 # How often a caller hears that time passes while a step says nothing.
 _TICK_SECONDS = 0.5
 
@@ -133,7 +136,8 @@ def _how_it_died(steps: Sequence[Step], status: int, log: Path) -> str:
 
 
 def _environment() -> dict[str, str]:
-    """Return an environment in which a worker finds this very sdvino."""
+    """Return an environment in which a worker finds this very sdvino, and gives memory back."""
     package = str(Path(sdvino.__file__).resolve().parent.parent)
     known = os.environ.get("PYTHONPATH")
-    return {**os.environ, "PYTHONPATH": package if not known else f"{package}{os.pathsep}{known}"}
+    path = package if not known else f"{package}{os.pathsep}{known}"
+    return {**_MALLOC, **os.environ, "PYTHONPATH": path}

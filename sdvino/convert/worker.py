@@ -133,7 +133,7 @@ def _calibrate(
     from sdvino.compress.folder import calibrate
     from sdvino.compress.samples import save_samples
 
-    inputs = calibrate(work / "float", plan.calibration, progress)
+    inputs = calibrate(work / "float", plan.calibration, progress, scratch=output.parent)
     for name in plan.quantized:
         save_samples(output / f"{name}.npz", inputs.of(name))
 
@@ -155,10 +155,15 @@ def _compress(
     samples: list[dict[str, Any]] = []
     if component in plan.quantized:
         samples = load_samples(work / "calibration" / f"{component}.npz")
-    # Mapped, not read: a weight is in memory while something works on it.
-    model = ov.Core().read_model(source / "openvino_model.xml")
-    recipe, target = plan.recipe.component(component), get_target(plan.request.target)
-    model = compress_component(component, model, recipe, samples, target, progress)
+    model = compress_component(
+        component,
+        source / "openvino_model.xml",
+        plan.recipe.component(component),
+        samples,
+        get_target(plan.request.target),
+        progress,
+        scratch=output.parent,
+    )
     ov.save_model(model, output / "openvino_model.xml", compress_to_fp16=True)
     for file in source.iterdir():
         if file.suffix not in (".xml", ".bin"):

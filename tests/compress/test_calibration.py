@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,8 +71,11 @@ class PerfectModel:
         }
         return hidden | more if self.added else hidden
 
-    def predict(self, inputs: Mapping[str, Array]) -> Array:
+    def predict(self, inputs: Sequence[Mapping[str, Array]]) -> list[Array]:
         self.calls.append("predict")
+        return list(map(self._predict, inputs))
+
+    def _predict(self, inputs: Mapping[str, Array]) -> Array:
         sample, timestep = inputs["sample"], inputs["timestep"]
         assert timestep.dtype == np.float32
         product = np.interp(timestep[0], np.arange(T), self.alphas)

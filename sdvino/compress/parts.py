@@ -1,0 +1,315 @@
+"""A graph cut into parts that follow each other, and the parts joined again.
+
+Cuts are made behind additions of two activations, where a block adds its residual: such a sum
+stays in float, so that quantizing part by part quantizes what quantizing the whole does. A part is
+what the end of its block depends on and no earlier part holds. A value that crosses is an output
+of the part that makes it and an input of those that read it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import openvino as ov
+from numpy.typing import NDArray
+
+from sdvino.compress.layers import PRODUCTS, is_constant
+from sdvino.graph.shapes import reshape_static
+
+#: A value of a graph: the name of the operation that makes it, and which of its outputs.
+Value = tuple[str, int]
+
+_FLOATS = ("f32", "f16", "bf16")
+#: What hands values on: NNCF quantizes before it what is read behind it, so it is not parted from
+#: its reader.
+_PASSING = frozenset(
+    {"Concat", "Convert", "Interpolate", "MaxPool", "Reshape", "Slice", "Split", "Squeeze"}
+    | {"StridedSlice", "Transpose", "Unsqueeze", "VariadicSplit"}
+)
+# NNCF's statistics hold weights in float32 as constants and packed by the plugin, and what a layer
+# takes and gives in OpenVINO's tensors and in NumPy's.
+_COPIES = 2
+# A part is closed between this share of the limit and all of it, where the least crosses.
+_CLOSE_FROM = 0.5
+# Readers of the same input stay together while they hold no more than this share of all weights.
+_SHARED = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One part of a graph, as a model of its own."""
+
+    #: Its inputs are those of the graph that it reads, by their own names, and ``crossing``.
+    model: ov.Model
+    #: Name of an input -> the value of an earlier part that it stands for.
+    crossing: Mapping[str, Value]
+    #: What its outputs are, in order.
+    given: tuple[Value, ...]
+
+
+class Cuts:
+    """A graph, cut at the operations ``ends``: one at the end of every part but the last."""
+
+    def __init__(self, model: ov.Model, ends: Sequence[str]) -> None:
+        """``ends`` are names of operations of ``model``, each computed from the one before."""
+        self._graph = _Graph(model)
+        self._ends = len(ends)
+        #: Operation -> its part.
+        self._part: dict[int, int] = {}
+        for index, end in enumerate(ends):
+            for operation in self._graph.behind(self._graph.index[end]):
+                self._part.setdefault(operation, index)
+        for operation in self._graph.shared_readers():
+            self._part[operation] = 0
+
+    def extract(self, part: int) -> Part:
+        """Return one part of the graph. The graph is taken apart by it: it only has parts now."""
+        graph = self._graph
+        inside = [i for i in range(len(graph.ops)) if self._where(i) == part]
+        crossing: dict[str, Value] = {}
+        inputs: dict[Value, Any] = {}
+        own: dict[str, Any] = {}
+        for i in inside:
+            for port, (j, output) in zip(graph.ops[i].inputs(), graph.reads[i], strict=True):
+                value = (graph.names[j], output)
+                if graph.kinds[j] == "Parameter":
+                    own[graph.names[j]] = graph.ops[j]
+                elif -1 < self._where(j) < part:
+                    if value not in inputs:
+                        name = f"crossing.{part}.{len(inputs)}"
+                        inputs[value] = _parameter(port.get_source_output(), name)
+                        crossing[name] = value
+                    port.replace_source_output(inputs[value].output(0))
+        given = tuple(self._given(part))
+        outputs = [graph.ops[graph.index[name]].output(port) for name, port in given]
+        # A copy: what was cut off would still be found behind these operations.
+        model = ov.Model(outputs, [*own.values(), *inputs.values()]).clone()
+        return Part(model, crossing, given)
+
+    def last_reader(self) -> dict[Value, int]:
+        """Return for each value that crosses the last part that reads it."""
+        graph = self._graph
+        found: dict[Value, int] = {}
+        for i in range(len(graph.ops)):
+            for j, port in graph.reads[i]:
+                if self._where(i) > self._where(j) > -1:
+                    value = (graph.names[j], port)
+                    found[value] = max(found.get(value, 0), self._where(i))
+        return found
+
+    def _given(self, part: int) -> Iterator[Value]:
+        """Give each value of ``part`` that later parts read, or that is an output of the graph."""
+        graph = self._graph
+        seen = set()
+        for i in range(len(graph.ops)):
+            if self._where(i) > part or graph.kinds[i] == "Result":
+                for j, port in graph.reads[i]:
+                    if self._where(j) == part and (j, port) not in seen:
+                        seen.add((j, port))
+                        yield graph.names[j], port
+
+    def _where(self, i: int) -> int:
+        """Return the part of an operation; -1 for constants and inputs, which belong to any."""
+        graph = self._graph
+        return -1 if i in graph.given else self._part.get(i, self._ends)
+
+
+def choose_ends(model: ov.Model, inputs: Mapping[str, NDArray[Any]], limit: int) -> tuple[str, ...]:
+    """Return where to cut ``model``, so that quantizing a part takes ``limit`` bytes where it can.
+
+    ``inputs`` are those of one evaluation: their shapes say what activations take. The libraries
+    come on top. Nothing is returned for a model that fits as it is, and for one whose operations
+    have no names of their own.
+    """
+    fixed = model.clone()
+    reshape_static(fixed, {name: array.shape for name, array in inputs.items()})
+    graph = _Graph(fixed)
+    costs = [graph.cost(i) for i in range(len(graph.ops))]
+    if sum(costs) <= limit or len(graph.index) < len(graph.ops):
+        return ()
+    candidates = []
+    for i in graph.sums():
+        behind = graph.behind(i)
+        crossing = graph.crossing(behind)
+        if crossing is not None:
+            candidates.append(_Candidate(i, behind, sum(costs[j] for j in behind), crossing))
+    return tuple(graph.names[i] for i in choose_chain(candidates, sum(costs), limit))
+
+
+@dataclass(frozen=True, slots=True)
+class _Candidate:
+    """A place to cut: an operation, what it is computed from, what that costs, what crosses."""
+
+    index: int
+    behind: frozenset[int]
+    cost: int
+    crossing: int
+
+
+def choose_chain(candidates: Sequence[_Candidate], total: int, limit: int) -> list[int]:
+    """Return a chain of cuts that makes parts of ``total`` which cost ``limit`` where they can."""
+    chosen: list[int] = []
+    open_, done = list(candidates), 0
+    while open_ and total - done > limit:
+        fitting = [c for c in open_ if c.cost - done <= limit]
+        close = [c for c in fitting if c.cost - done >= _CLOSE_FROM * limit]
+        if close:
+            best = min(close, key=lambda c: (c.crossing, -c.cost))
+        elif fitting:
+            best = max(fitting, key=lambda c: c.cost)
+        else:
+            best = min(open_, key=lambda c: c.cost)
+        chosen.append(best.index)
+        done, last = best.cost, best.index
+        open_ = [c for c in open_ if c.cost > done and last in c.behind]
+    return chosen
+
+
+class Joiner:
+    """Puts parts together, in order, in the place of what ``whole`` computes.
+
+    ``whole`` keeps its inputs, outputs and what is noted in it.
+    """
+
+    def __init__(self, whole: ov.Model) -> None:
+        """``whole`` is the graph as it was before it was cut; it is consumed."""
+        self._whole = whole
+        self._values: dict[Value, Any] = {}
+        self._names: Counter[str] = Counter()
+
+    def add(self, part: Part) -> None:
+        """Connect a part that has been changed inside since it was extracted."""
+        for operation in part.model.get_ops():
+            name = operation.get_friendly_name()
+            self._names[name] += 1
+            if self._names[name] > 1 and operation.get_type_name() not in ("Parameter", "Result"):
+                operation.set_friendly_name(f"{name}.{self._names[name]}")
+        for parameter in part.model.get_parameters():
+            name = parameter.output(0).get_any_name()
+            if name in part.crossing:
+                source = self._values[part.crossing[name]]
+            else:
+                source = self._whole.input(name).get_node().output(0)
+            for port in parameter.output(0).get_target_inputs():
+                port.replace_source_output(source)
+        for value, result in zip(part.given, part.model.get_results(), strict=True):
+            self._values[value] = result.input(0).get_source_output()
+
+    def finish(self) -> ov.Model:
+        """Return the whole, computing as the parts do."""
+        for result in self._whole.get_results():
+            old = result.input(0).get_source_output()
+            new = self._values[old.get_node().get_friendly_name(), old.get_index()]
+            new.get_tensor().add_names(old.get_names())
+            result.input(0).replace_source_output(new)
+        self._whole.validate_nodes_and_infer_types()
+        return self._whole
+
+
+class _Graph:
+    """A model in numbers: walking over OpenVINO's own objects takes a hundred times longer."""
+
+    def __init__(self, model: ov.Model) -> None:
+        self.ops = model.get_ordered_ops()
+        self.names = [op.get_friendly_name() for op in self.ops]
+        self.kinds = [op.get_type_name() for op in self.ops]
+        self.index = {name: i for i, name in enumerate(self.names)}
+        #: Operation -> what it reads: operations, and which of their outputs.
+        self.reads = [
+            [
+                (self.index[value.get_node().get_friendly_name()], value.get_index())
+                for value in op.input_values()
+            ]
+            for op in self.ops
+        ]
+        #: Inputs, and operations that depend on constants alone.
+        self.given: set[int] = set()
+        constant: set[int] = set()
+        for i, reads in enumerate(self.reads):
+            if self.kinds[i] == "Parameter":
+                self.given.add(i)
+            elif all(j in constant for j, _ in reads):
+                constant.add(i)
+        self.given |= constant
+
+    def behind(self, i: int) -> frozenset[int]:
+        """Return ``i`` and what it is computed from, but for constants and inputs."""
+        found, left = {i}, [i]
+        while left:
+            for j, _ in self.reads[left.pop()]:
+                if j not in found and j not in self.given:
+                    found.add(j)
+                    left.append(j)
+        return frozenset(found)
+
+    def sums(self) -> Iterator[int]:
+        """Give the additions of two activations: no biases."""
+        for i, kind in enumerate(self.kinds):
+            if kind == "Add" and not any(map(is_constant, self.ops[i].input_values())):
+                yield i
+
+    def shared_readers(self) -> list[int]:
+        """Return the products of inputs with weights, and the additions of their biases.
+
+        NNCF smooths all that read one input together. None are returned when they hold more than a
+        small share of all weights, as in a UNet of 70 transformer blocks: then those of one part
+        are smoothed together.
+        """
+        weights: dict[int, int] = {}
+        readers: dict[int, list[int]] = {}
+        for i, kind in enumerate(self.kinds):
+            own = sum(_bytes(v) for v in self.ops[i].input_values() if is_constant(v))
+            if kind in PRODUCTS and own:
+                weights[i] = own
+                for j, _ in self.reads[i]:
+                    if self.kinds[j] == "Parameter":
+                        readers.setdefault(j, []).append(i)
+        found = {i for those in readers.values() if len(those) > 1 for i in those}
+        if sum(weights[i] for i in found) > _SHARED * sum(weights.values()):
+            return []
+        biases = [
+            i
+            for i, kind in enumerate(self.kinds)
+            if kind == "Add" and all(j in found or j in self.given for j, _ in self.reads[i])
+        ]
+        return [*found, *biases]
+
+    def crossing(self, behind: frozenset[int]) -> int | None:
+        """Return the bytes that the rest reads of ``behind``; None where it is not to be cut."""
+        values = {
+            value
+            for i, reads in enumerate(self.reads)
+            if i not in behind
+            for value in reads
+            if value[0] in behind
+        }
+        outputs = [self.ops[i].output(port) for i, port in values]
+        if any(self.kinds[i] in _PASSING for i, _ in values):
+            return None
+        if any(output.get_element_type().get_type_name() not in _FLOATS for output in outputs):
+            return None
+        return sum(map(_bytes, outputs))
+
+    def cost(self, i: int) -> int:
+        """Return the bytes that quantizing an operation takes: weights, what it takes and gives."""
+        if self.kinds[i] not in PRODUCTS:
+            return 0
+        operation = self.ops[i]
+        return _COPIES * sum(map(_bytes, [*operation.input_values(), operation.output(0)]))
+
+
+def _bytes(value: Any) -> int:
+    """Return the bytes of a tensor in float32."""
+    shape = value.get_partial_shape()
+    return 0 if shape.is_dynamic else 4 * int(np.prod(shape.to_shape()))
+
+
+def _parameter(value: Any, name: str) -> Any:
+    parameter = ov.op.Parameter(value.get_element_type(), value.get_partial_shape())
+    parameter.set_friendly_name(name)
+    parameter.output(0).get_tensor().set_names({name})
+    return parameter

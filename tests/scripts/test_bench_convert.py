@@ -1,0 +1,51 @@
+"""The benchmark of conversions: what it counts as memory."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import bench_convert
+import pytest
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="it reads /proc")
+
+MEGABYTE = 10**6
+# A child that is gone before the end, beside its parent; it writes to its memory, or it has none.
+FAMILY = """
+import subprocess, sys, time
+child = "x = bytearray(b'1') * {0}; import time; time.sleep(0.5)"
+mine = bytearray(b"1") * {0}
+subprocess.run([sys.executable, "-c", child], check=True)
+open(sys.argv[1] + "/made", "wb").write(b"12345")
+"""
+
+
+def test_memory_is_that_of_all_processes_at_once(tmp_path: Path) -> None:
+    script = FAMILY.format(100 * MEGABYTE)
+    run = bench_convert.measure("family", [sys.executable, "-c", script, str(tmp_path)], tmp_path)
+    assert 200 * MEGABYTE < run.anonymous < run.resident < 300 * MEGABYTE
+    assert run.seconds > 0.5
+    assert run.output == 5
+    assert run.steps == {}
+
+
+def test_a_command_that_fails_says_why(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", "raise SystemExit('no such model')"]
+    with pytest.raises(SystemExit, match="no such model"):
+        bench_convert.measure("failing", command, tmp_path)
+
+
+def test_a_table_tells_what_was_foreseen() -> None:
+    run = bench_convert.Run(
+        name="sdvino int8",
+        seconds=12.0,
+        resident=3 * 10**9,
+        anonymous=2 * 10**9,
+        output=10**9,
+        steps={"calibrate": 2 * 10**9},
+        expected={"calibrate": 2_500_000_000},
+    )
+    lines = bench_convert.table([run]).splitlines()
+    assert "| sdvino int8 | 12 | 3.00 | 2.00 | 1.00 |" in lines
+    assert "| sdvino int8 | calibrate | 2.00 | 2.50 |" in lines
