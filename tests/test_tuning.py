@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -178,14 +178,18 @@ def test_tuning_asks_a_device_anew_and_a_precision_not() -> None:
 class Overflows(Component):
     """Its float results are not numbers until it is asked for f32."""
 
-    def _evaluate(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
-        outputs = dict(super()._evaluate(inputs))
-        if self.settings.precision != "f32":
-            if "finite" in outputs:
-                outputs["finite"] = np.array([False])
-            else:
-                outputs = {name: np.full_like(out, np.nan) for name, out in outputs.items()}
-        return outputs
+    def _evaluate(
+        self, inputs: Sequence[Mapping[str, Any]], together: bool
+    ) -> list[Mapping[str, Any]]:
+        results = super()._evaluate(inputs, together)
+        if self.settings.precision == "f32":
+            return results
+        return [
+            {**outputs, "finite": np.array([False])}
+            if "finite" in outputs
+            else {name: np.full_like(out, np.nan) for name, out in outputs.items()}
+            for outputs in results
+        ]
 
     @property
     def precision(self) -> str | None:

@@ -181,7 +181,7 @@ class Component:
         """
         settings = self.settings
         one = len(inputs) == 1
-        results = [self._evaluate(inputs[0])] if one else self._evaluate_each(inputs, together)
+        results = self._evaluate(inputs, together)
         if self.guard is None:
             return results
         for given, outputs in zip(inputs, results, strict=True):
@@ -192,10 +192,7 @@ class Component:
                 return [{k: np.array(v) for k, v in self.infer(given).items()} for given in inputs]
         return results
 
-    def _evaluate(self, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
-        return self._evaluate_each([inputs], together=False)[0]
-
-    def _evaluate_each(
+    def _evaluate(
         self, inputs: Sequence[Mapping[str, Array]], together: bool
     ) -> list[Mapping[str, Array]]:
         requests = [self._request(number) for number in range(len(inputs))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 import openvino as ov
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor2_0
 from numpy.typing import NDArray
 
@@ -35,7 +37,9 @@ from tests.graph.exported import Compiled, some_latents, torch_pipeline, xml
 
 Arrays = dict[str, NDArray[Any]]
 #: An 8-bit graph may round a number the other way; a wrong graph is off by far more.
-CLOSE = {"float": 1e-5, "int8": 5e-3}
+CLOSE = {"float": 1e-5, "int8": 0.03}
+#: And it shall be no further from the weights it was made of than before, but for such roundings.
+NO_FURTHER = 1.1
 SIZE = 16
 
 
@@ -69,6 +73,26 @@ class Graph:
     def error(self, prediction: NDArray[Any]) -> float:
         return float(np.linalg.norm(prediction - self.expected) / np.linalg.norm(self.expected))
 
+    def holds(self, prediction: NDArray[Any]) -> bool:
+        """Whether a rewritten graph computes what the graph does."""
+        if self.close == CLOSE["int8"]:
+            right = float_prediction()
+            far, before = (np.linalg.norm(p - right) for p in (prediction, self.expected))
+            if far > NO_FURTHER * before:
+                return False
+        return self.error(prediction) <= self.close
+
+
+@functools.cache
+def float_prediction() -> NDArray[Any]:
+    """What torch makes of the same inputs with the weights that the 8-bit graph was made of."""
+    unet = UNet2DConditionModel.from_pretrained(SHAPES.parent / "shapes-source" / "unet").float()
+    inputs = (some_latents(1, 4, SIZE, SIZE), some_latents(1, 77, 128, seed=1))
+    sample, text = (torch.from_numpy(value) for value in inputs)
+    with torch.no_grad():
+        result: NDArray[Any] = unet(sample, torch.tensor([400.5]), text).sample.numpy()
+    return result
+
 
 @pytest.fixture(scope="module", params=["float", "int8"])
 def graph(request: pytest.FixtureRequest) -> Graph:
@@ -89,7 +113,7 @@ def test_projections_are_split_by_their_weights(graph: Graph) -> None:
     assert split_projections(model) == splits
     assert "VariadicSplit" not in kinds(model)
     assert kinds(model).count("MatMul") == products + splits
-    assert graph.error(graph.run(model, graph.inputs)["out_sample"]) <= graph.close
+    assert graph.holds(graph.run(model, graph.inputs)["out_sample"])
 
 
 def test_weights_with_zero_points_are_split_too() -> None:
@@ -109,7 +133,7 @@ def test_scales_go_into_what_was_before_them(graph: Graph) -> None:
     folded = fold_scales(model)
     assert (folded > 0) == (graph.close == CLOSE["int8"])  # the float graph has none
     assert kinds(model).count("Multiply") == before - folded
-    assert graph.error(graph.run(model, graph.inputs)["out_sample"]) <= graph.close
+    assert graph.holds(graph.run(model, graph.inputs)["out_sample"])
 
 
 def test_text_keys_are_made_apart(graph: Graph) -> None:
@@ -123,7 +147,7 @@ def test_text_keys_are_made_apart(graph: Graph) -> None:
     assert not any(TEXT in port.get_names() for port in model.inputs)
     given = {**graph.inputs, **keys}
     del given[TEXT]
-    assert graph.error(graph.run(model, given)["out_sample"]) <= graph.close
+    assert graph.holds(graph.run(model, given)["out_sample"])
     weights = [
         sum(node.get_byte_size() for node in each.get_ops() if node.get_type_name() == "Constant")
         for each in (graph.read(), model, text)
@@ -156,7 +180,7 @@ def test_segments_in_turn_are_the_whole(
         model = graph.read()
         keep_segment(model, cut(model), number)
         pool.update(graph.run(model, pool))
-    assert graph.error(pool["out_sample"]) <= graph.close
+    assert graph.holds(pool["out_sample"])
 
 
 def test_the_deep_segment_is_most_of_the_unet(graph: Graph) -> None:

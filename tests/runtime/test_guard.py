@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,12 +73,16 @@ class Liar(Component):
         other.lie, other.slow, other.lying = self.lie, self.slow, self.lying
         return other
 
-    def _evaluate(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
-        self.runs += 1
-        on_gpu, precision = self.on_gpu, self.precision
-        outputs = super()._evaluate(inputs)
-        CLOCK.now += self.slow[0 if on_gpu else 1]
-        if on_gpu and self.lying in (None, precision):
+    def _evaluate(
+        self, inputs: Sequence[Mapping[str, Any]], together: bool
+    ) -> list[Mapping[str, Any]]:
+        self.runs += len(inputs)
+        on_gpu = self.on_gpu
+        CLOCK.now += self.slow[0 if on_gpu else 1] * len(inputs)
+        return [self._told(outputs, on_gpu) for outputs in super()._evaluate(inputs, together)]
+
+    def _told(self, outputs: Mapping[str, Any], on_gpu: bool) -> Mapping[str, Any]:
+        if on_gpu and self.lying in (None, self.precision):
             outputs = {name: self.lie(out) for name, out in outputs.items()}
         if self.name == "vae_decoder":  # the result is called a decoded picture
             pixels = outputs["out_sample"].transpose(0, 2, 3, 1)[..., :3]
