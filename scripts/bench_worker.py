@@ -37,7 +37,7 @@ class Job:
     height: int
     steps: int
     guidance: float
-    #: Pictures that are timed, and steps of the first one, which is not.
+    #: Prompts that are timed, and steps of the first one, which is not.
     pictures: int = 1
     first_steps: int = 1
     #: Folder of compiled models; None: none is kept.
@@ -50,8 +50,8 @@ class Job:
     dtype: str = "float32"
     #: sdvino's approximations: fields of SpeedSettings.
     speed: Mapping[str, Any] = field(default_factory=dict)
-    #: Pictures of each prompt.
-    batch: int = 1
+    #: Pictures of each prompt, when timed.
+    images: int = 1
     #: time.time() when the process was started.
     started: float = 0.0
 
@@ -63,7 +63,7 @@ class Measured:
     #: From the start of the process to the first evaluation of the UNet, and to the first picture.
     ready: float
     first_picture: float
-    #: Each timed picture, text to pixels.
+    #: Each timed prompt, text to pixels.
     pictures: tuple[float, ...]
     #: Of one evaluation of the UNet, conditional or unconditional, over the timed pictures.
     evaluation: float
@@ -104,8 +104,8 @@ class Watch:
         return watched
 
 
-#: Makes a picture of a prompt in so many steps.
-Draw = Callable[[str, int], object]
+#: Makes so many pictures of a prompt in so many steps.
+Draw = Callable[[str, int, int], object]
 
 
 def open_sdvino(job: Job, watch: Watch) -> Draw:
@@ -129,14 +129,14 @@ def open_sdvino(job: Job, watch: Watch) -> Draw:
 
     pipe.components.observe = observe
 
-    def draw(prompt: str, steps: int) -> object:
+    def draw(prompt: str, steps: int, images: int) -> object:
         out = pipe(
             prompt,
             num_inference_steps=steps,
             guidance_scale=job.guidance,
             width=job.width,
             height=job.height,
-            num_images_per_prompt=job.batch,
+            num_images_per_prompt=images,
             seed=SEED,
             scheduler="euler",
             **approximate,
@@ -200,11 +200,12 @@ def open_diffusers(job: Job, watch: Watch) -> Draw:
 def _draw_in_torch(pipe: Any, job: Job) -> Draw:
     import torch
 
-    def draw(prompt: str, steps: int) -> object:
+    def draw(prompt: str, steps: int, images: int) -> object:
         return pipe(
             prompt,
             num_inference_steps=steps,
             guidance_scale=job.guidance,
+            num_images_per_prompt=images,
             width=job.width,
             height=job.height,
             generator=torch.Generator().manual_seed(SEED),
@@ -234,7 +235,7 @@ def open_genai(job: Job, watch: Watch) -> Draw:
         pipe.set_scheduler(scheduler)
     batch = 2 if job.guidance > 1 else 1
 
-    def draw(prompt: str, steps: int) -> object:
+    def draw(prompt: str, steps: int, images: int) -> object:
         ended: list[float] = []
 
         def note(step: int, of: int, latents: Any) -> bool:
@@ -245,6 +246,7 @@ def open_genai(job: Job, watch: Watch) -> Draw:
             prompt,
             num_inference_steps=steps,
             guidance_scale=job.guidance,
+            num_images_per_prompt=images,
             width=job.width,
             height=job.height,
             rng_seed=SEED,
@@ -254,7 +256,7 @@ def open_genai(job: Job, watch: Watch) -> Draw:
         # Milliseconds; an evaluation is a batch of two where there is guidance.
         watch.begin(ended[0] - metrics.get_first_and_other_unet_infer_duration()[0] / 1000)
         watch.seconds += metrics.get_unet_infer_duration().mean / 1000 * len(ended)
-        watch.evaluations += batch * len(ended)
+        watch.evaluations += batch * images * len(ended)
         return picture.data
 
     return draw
@@ -272,7 +274,7 @@ def measure(job: Job) -> Measured:
     """Do ``job`` and return what it took."""
     watch = Watch()
     draw = RUNNERS[job.runner](job, watch)
-    draw(FIRST_PROMPT, job.first_steps)
+    draw(FIRST_PROMPT, job.first_steps, 1)
     first_picture = time.time() - job.started
     ready = watch.first
     assert ready is not None
@@ -280,7 +282,7 @@ def measure(job: Job) -> Measured:
     pictures = []
     for number in range(job.pictures):
         started = time.perf_counter()
-        draw(PROMPTS[number % len(PROMPTS)], job.steps)
+        draw(PROMPTS[number % len(PROMPTS)], job.steps, job.images)
         pictures.append(time.perf_counter() - started)
     from sdvino.runtime.peak import peak_memory
 
