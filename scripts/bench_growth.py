@@ -62,7 +62,7 @@ def plan(base: Point, axes: dict[str, Sequence[int]]) -> dict[str, list[Point]]:
     }
 
 
-def job_of(point: Point, folder: Path, guidance: float) -> Job:
+def job_of(point: Point, folder: Path, guidance: float, cache: Path) -> Job:
     """Return what a worker is to do for one point."""
     return Job(
         runner="sdvino",
@@ -73,6 +73,7 @@ def job_of(point: Point, folder: Path, guidance: float) -> Job:
         steps=point.steps,
         images=point.pictures,
         guidance=guidance,
+        cache=str(cache),
     )
 
 
@@ -127,7 +128,8 @@ def measure(
         if key not in journal.entries:
             progress.begin(f"{point.pictures} pictures of {point.size}, {point.steps} steps")
             started = time.perf_counter()
-            journal.add(run_job(job_of(point, folder, guidance), {}, key))
+            cache = journal.path.parent / "cache" / "growth"
+            journal.add(run_job(job_of(point, folder, guidance, cache), {}, key))
             took = time.perf_counter() - started
         progress.end(took)
         entry = journal.entries[key]

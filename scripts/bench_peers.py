@@ -166,13 +166,9 @@ class Bench:
         """Return what was measured, a section for each case."""
         found: dict[str, Section] = {}
         for case in self.cases:
-            own = {
-                c.name: values
-                for c in runs_of(case, self.contenders)
-                if (values := self._values(case, c)) is not None
-            }
+            own = {c.name: self._values(case, c) for c in runs_of(case, self.contenders)}
             like = None if case.like is None else found.get(case.like)
-            values = with_peers_of(like, own)
+            values = with_peers_of(like, {name: of for name, of in own.items() if of})
             found[case.name] = Section(
                 case.name,
                 self.isa.name,
@@ -184,11 +180,12 @@ class Bench:
             )
         return list(found.values())
 
-    def _values(self, case: Case, contender: Contender) -> Values | None:
+    def _values(self, case: Case, contender: Contender) -> Values:
+        """Return the values of a contender; none where it was not measured."""
         keys = [self.key(case, contender, run) for run in range(self.runs)]
         entries = [self.journal.entries[key] for key in keys if key in self.journal.entries]
         if not entries:
-            return None
+            return {}
         own = 0
         if contender.runner == "sdvino":  # installed from a checkout, or not at all
             own = folder_bytes(ROOT / "sdvino") + folder_bytes(ROOT / "models" / "shapes")

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -150,8 +151,8 @@ def open_sdvino(job: Job, watch: Watch) -> Draw:
 
 
 def _speed(values: Mapping[str, Any]) -> Any:
-    from sdvino import settings
-
+    # Not every version of sdvino has them: bench_peers.py leaves such cases out.
+    settings: Any = import_module("sdvino.settings")
     # JSON has no tuples.
     fields = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
     return settings.SpeedSettings(**fields)

@@ -71,7 +71,7 @@ class BenchReport:
         what = self.model if self.recipe is None else f"{self.model} ({self.recipe})"
         rows = [
             ("load, first time", _seconds(self.load_cold)),
-            ("load, from the cache", "-" if self.load_warm is None else _seconds(self.load_warm)),
+            ("load, from the cache", _seconds(self.load_warm)),
             ("text encoder", _seconds(self.text)),
             ("UNet, one evaluation", f"{_seconds(self.evaluation)}  {self.evaluations} a picture"),
             ("VAE decoder", _seconds(self.decode)),
@@ -231,8 +231,8 @@ def _evaluations(timings: Timings) -> str:
     return f"{count} UNet evaluation{'s' * (count > 1)}, {timings.denoise / count:.3f} s each"
 
 
-def _seconds(value: float) -> str:
-    return f"{value:9.3f} s"
+def _seconds(value: float | None) -> str:
+    return f"{'-':>9}" if value is None else f"{value:9.3f} s"
 
 
 def _size(value: int | None) -> str:

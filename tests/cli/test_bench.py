@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from sdvino.benchmark import PARTS, breakdown, with_cache
+from sdvino.benchmark import PARTS, BenchReport, breakdown, with_cache
 from sdvino.cli.bench import parse_size
 from sdvino.cli.main import main
 from sdvino.errors import RequestError
@@ -30,14 +30,11 @@ def test_a_machine_gets_its_numbers(capfd: pytest.CaptureFixture[str]) -> None:
     # Every part is in the picture, and only loading is not.
     assert found["picture"] >= found["evaluation"] * 2
     assert found["model_bytes"] > 10**6
-
-
-def test_the_table_and_no_cache(capfd: pytest.CaptureFixture[str]) -> None:
-    assert main(["bench", "--steps", "1", "-n", "1", "--no-cache"]) == 0
-    lines = capfd.readouterr().out.splitlines()
+    lines = BenchReport(**found).table().splitlines()
     assert lines[0].startswith("shapes")
-    assert any(line.startswith("load, from the cache") and line.endswith("-") for line in lines)
-    assert any(line.startswith("UNet, one evaluation") for line in lines)
+    assert any(line.startswith("UNet, one evaluation") and "4 a picture" in line for line in lines)
+    uncached = BenchReport(**{**found, "load_warm": None, "peak_memory": None}).table()
+    assert uncached.count(" -\n") == 2
 
 
 @pytest.mark.parametrize(
