@@ -169,7 +169,7 @@ def quantize(source: Path, out: Path, kind: str) -> None:
 def _export(main_export: Any, source: Path, out: Path, config: Any) -> None:
     main_export(
         str(source),
-        output=str(out),
+        output=out,  # a text fails at the tokenizers
         task="text-to-image",
         library_name="diffusers",
         ov_config=config,

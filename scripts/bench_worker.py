@@ -77,8 +77,10 @@ class Watch:
     """Counts and times evaluations of a UNet; a batch of two is two evaluations."""
 
     def __init__(self) -> None:
-        #: time.time() when the first evaluation began.
+        #: time.time() when the first evaluation began; or, where that cannot be seen, when the
+        #: first step ended, and how many evaluations it was.
         self.first: float | None = None
+        self.first_step: tuple[float, int] | None = None
         self.seconds = 0.0
         self.evaluations = 0
 
@@ -86,6 +88,15 @@ class Watch:
         """Note that an evaluation begins, now or ``at``; only the first is kept."""
         if self.first is None:
             self.first = time.time() if at is None else at
+
+    def ready(self) -> float:
+        """Return when the first evaluation began; to be asked when others have been timed."""
+        if self.first is not None:
+            return self.first
+        assert self.first_step is not None
+        ended, evaluations = self.first_step
+        # What the first one took longer than the others is part of getting ready.
+        return ended - evaluations * self.seconds / self.evaluations
 
     def reset(self) -> None:
         """Count from zero again."""
@@ -123,12 +134,10 @@ def open_sdvino(job: Job, watch: Watch) -> Draw:
     )
     approximate = {"speed": _speed(job.speed)} if job.speed else {}
 
-    def observe(name: str, component: Any) -> Any:
-        if name == "unet":  # loaded, and about to be used
-            watch.begin()
-        return component
-
-    pipe.components.observe = observe
+    # Not through components.observe: what is observed runs otherwise than what is not.
+    def note(pipe: Any, step: int, timestep: float, state: Any) -> None:
+        if watch.first_step is None:
+            watch.first_step = time.time(), 2 if job.guidance > 1 else 1
 
     def draw(prompt: str, steps: int, images: int) -> object:
         out = pipe(
@@ -140,6 +149,7 @@ def open_sdvino(job: Job, watch: Watch) -> Draw:
             num_images_per_prompt=images,
             seed=SEED,
             scheduler="euler",
+            callback_on_step_end=note,
             **approximate,
         )
         # The sampler's own arithmetic is counted as the UNet's: it is next to nothing.
@@ -277,8 +287,6 @@ def measure(job: Job) -> Measured:
     draw = RUNNERS[job.runner](job, watch)
     draw(FIRST_PROMPT, job.first_steps, 1)
     first_picture = time.time() - job.started
-    ready = watch.first
-    assert ready is not None
     watch.reset()
     pictures = []
     for number in range(job.pictures):
@@ -288,7 +296,7 @@ def measure(job: Job) -> Measured:
     from sdvino.runtime.peak import peak_memory
 
     return Measured(
-        ready=ready - job.started,
+        ready=watch.ready() - job.started,
         first_picture=first_picture,
         pictures=tuple(pictures),
         evaluation=watch.seconds / watch.evaluations,

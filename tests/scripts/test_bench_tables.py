@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from bench_cases import CONTENDERS, choose_cases
 from bench_limit import Limit, Peaks, Work, chain, count, describe, limit_of, measure_peaks
@@ -39,7 +40,7 @@ from bench_tables import (
     summarize,
     table,
 )
-from bench_worker import Measured
+from bench_worker import Measured, Watch
 
 from sdvino.compress.coverage import planned_layers
 from sdvino.model_folder import ModelFolder
@@ -175,6 +176,27 @@ def test_the_demo_unet_is_counted(shapes: Path) -> None:
     assert small.eight_bit > small.float32 > 0
     # More than four times: attention grows with the square of the pixels.
     assert large.total > 4 * small.total
+
+
+def test_getting_ready_holds_what_the_first_evaluation_took_longer() -> None:
+    seen, unseen = Watch(), Watch()
+    seen.begin(100.0)
+    seen.begin(105.0)
+    unseen.first_step = (112.0, 2)  # two evaluations, which take 2 s each when all is loaded
+    for one in (seen, unseen):
+        one.seconds, one.evaluations = 16.0, 8
+    assert seen.ready() == 100.0
+    assert unseen.ready() == 108.0
+
+
+def test_a_batch_of_two_is_two_evaluations() -> None:
+    watched = Watch()
+    forward = watched.wrap(lambda sample, timestep: sample + timestep)
+    assert forward(np.zeros((2, 4, 8, 8)), 1).shape == (2, 4, 8, 8)
+    assert watched.evaluations == 2
+    assert watched.first is not None
+    watched.reset()
+    assert watched.evaluations == 0
 
 
 def test_a_journal_outlives_what_was_cut_short(tmp_path: Path) -> None:
