@@ -90,14 +90,31 @@ class Bench:
         return missing(self.shop, formats_of(self.cases, self.contenders))
 
     def prepare(self) -> None:
-        """Make the models that are not there; raises PrepareError."""
+        """Make the models that are not there.
+
+        One that cannot be made (large models need more memory to quantize than to run) leaves its
+        contenders out, and is noted. Raises PrepareError when that is the source of the others.
+        """
         wanted = self.missing()
         progress = Progress([format_ for _, format_ in wanted])
         for arch, format_ in wanted:
             progress.begin(f"making {arch} as {format_}")
             started = time.perf_counter()
-            prepare(self.shop, arch, format_)
+            try:
+                prepare(self.shop, arch, format_)
+            except PrepareError as error:
+                if format_ == "source":
+                    raise
+                self._leave_out(arch, format_, error)
             progress.end(time.perf_counter() - started)
+
+    def _leave_out(self, arch: str, format_: str, error: PrepareError) -> None:
+        _say(f"bench_peers: {error}")
+        for case in self.cases:
+            for contender in runs_of(case, self.contenders):
+                if (case.arch, contender.format) == (arch, format_):
+                    self.failed.add((case.name, contender.name))
+                    self.notes[case.name].append(_note(contender, error))
 
     def turns(self) -> list[tuple[Case, Contender, int]]:
         """Return the measurements in their order: everybody in turn, each run begun by another."""
@@ -125,7 +142,7 @@ class Bench:
                 self.journal.add(self._measure(case, contender, run, key))
             except MeasureError as error:
                 self.failed.add((case.name, contender.name))
-                self.notes[case.name].append(f"{contender.name} failed: {error}")
+                self.notes[case.name].append(_note(contender, error))
                 _say(f"{contender.name}: {error}")
             progress.end(time.perf_counter() - started)
 
@@ -290,7 +307,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         bench.prepare()
         if options.prepare:
-            return 0
+            return 1 if bench.failed else 0
         bench.measure()
         sections = bench.sections(None if options.no_limit else measured_peaks(bench.isa))
     except PrepareError as error:
@@ -304,6 +321,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.output is not None:
         write_documents(options.output, everything)
     return 1 if bench.failed else 0
+
+
+def _note(contender: Contender, error: Exception) -> str:
+    """Return what a document says of a failure: its first line, for the rest names folders."""
+    return f"{contender.name} is left out: {str(error).splitlines()[0]}"
 
 
 def _say(text: str) -> None:

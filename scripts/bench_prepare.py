@@ -110,10 +110,16 @@ def prepare(shop: Workshop, arch: str, format_: str) -> Path:
         )
         if done.returncode:
             last = "\n".join((done.stderr or done.stdout).splitlines()[-5:])
-            raise PrepareError(f"{arch} as {format_} could not be made:\n{last}")
+            how = _ended(done.returncode)
+            raise PrepareError(f"{arch} as {format_} could not be made ({how}).\n{last}")
     if not resumes:
         out.rename(folder)
     return folder
+
+
+def _ended(status: int) -> str:
+    # Linux kills what takes the last of the memory, and nobody says a word.
+    return "killed, perhaps for want of memory" if status == -9 else f"status {status}"
 
 
 def export_weights8(source: Path, out: Path) -> None:

@@ -140,7 +140,7 @@ def watch(command: Sequence[str], environment: Mapping[str, str]) -> tuple[float
         if running.returncode:
             errors.seek(0)
             last = "\n".join(errors.read().splitlines()[-5:])
-            raise MeasureError(f"a worker ended with status {running.returncode}:\n{last}")
+            raise MeasureError(f"its process ended with status {running.returncode}.\n{last}")
     return time.perf_counter() - started, peak
 
 
