@@ -17,7 +17,7 @@ Group = Literal["sdvino", "default", "best", "torch"]
 GROUP_TITLES: Mapping[Group, str] = {
     "sdvino": "sdvino",
     "default": "peers as they come: 8-bit weights",
-    "best": "the most that peers can be made to do: hybrid, or the whole UNet in 8 bits",
+    "best": "peers made to do their most: hybrid, the whole UNet in 8 bits",
     "torch": "diffusers",
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ def plot_bars(
         one.set_yticks(list(rows), [name for name, _, _ in bars], fontsize=8)
         one.invert_yaxis()
         one.set_xlim(0, max(values) * 1.12)
-        one.set_title(title, fontsize=9, loc="left")
+        one.set_title(textwrap.fill(title, 88), fontsize=9, loc="left")
         _plain(one)
     axes[-1].set_xlabel(label)
     figure.savefig(path, format="png")
@@ -51,7 +52,8 @@ def plot_growth(
         upper.loglog(xs, [s for _, s, _ in points], "o-", color=_COLOURS["sdvino"], base=2)
         upper.set_title(fit, fontsize=9)
         lower.semilogx(xs, [b / 1e9 for _, _, b in points], "o-", color="#1f6fb4", base=2)
-        lower.set_ylim(bottom=0)
+        upper.yaxis.set_major_formatter("{x:g}")
+        lower.set_ylim(0, 1.1 * max(b for _, _, b in points) / 1e9)
         lower.set_xlabel(name)
         for one in (upper, lower):
             one.set_xticks(xs, [f"{x:g}" for x in xs], fontsize=8)

@@ -126,7 +126,7 @@ def table(
         by_metric = {row.metric: row for row in rows if row.against == group}
         if by_metric:
             cells = [_ratio_cell(m, by_metric.get(m.name)) for m in METRICS]
-            lines.append(_line(f"**to the best of {title}**", cells))
+            lines.append(_line(f"**sdvino to the best of: {title}**", cells))
     return "\n".join(lines)
 
 
