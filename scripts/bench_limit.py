@@ -89,15 +89,7 @@ def count(folder: ModelFolder, side: int) -> Work:
     """Return the multiply-adds of the folder's UNet for pictures of ``side`` x ``side`` pixels."""
     scale = folder.vae_scale_factor
     model = ov.Core().read_model(folder.components["unet"].xml)
-    fix_shapes(
-        "unet",
-        model,
-        channels=folder.in_channels,
-        latent=(side // scale, side // scale),
-        scale=scale,
-        text_length=folder.text_length,
-        text_width=folder.cross_attention_dim,
-    )
+    fix_shapes(folder, "unet", model, side // scale, side // scale)
     layers = planned_layers("unet", model)
     eight = sum(layer.multiply_adds for layer in layers if layer.planned)
     return Work(eight, sum(layer.multiply_adds for layer in layers) - eight)
