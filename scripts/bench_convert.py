@@ -19,15 +19,17 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+
+from bench_machine import about_machine, machine_line
+from bench_memory import tree
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -78,24 +80,6 @@ class Run:
     steps: dict[str, int]
     #: The same -> what `sdvino convert --dry-run` says.
     expected: dict[str, int] = field(default_factory=dict)
-
-
-def tree(root: int) -> Iterator[int]:
-    """Give ``root`` and all its descendants that live."""
-    parents: dict[int, list[int]] = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                # The name, in brackets, may hold spaces; the parent is the second word after it.
-                words = (entry / "stat").read_text().rpartition(")")[2].split()
-            except OSError:
-                continue
-            parents.setdefault(int(words[1]), []).append(int(entry.name))
-    left = [root]
-    while left:
-        process = left.pop()
-        yield process
-        left += parents.get(process, [])
 
 
 def memory(process: int) -> tuple[int, int]:
@@ -205,22 +189,6 @@ def table(runs: Sequence[Run]) -> str:
     return "\n".join(lines)
 
 
-def machine() -> dict[str, str]:
-    """Return what the numbers depend on."""
-    from importlib.metadata import version
-
-    names = ("openvino", "nncf", "optimum-intel", "diffusers", "torch")
-    model = platform.processor()
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            model = line.partition(":")[2].strip()
-            break
-    return {
-        "cpu": f"{model}, {os.cpu_count()} threads",
-        **{name: version(name).partition("+")[0] for name in names},
-    }
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print the table and write the documents."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
@@ -239,7 +207,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         runs = run_all(options.source, recipes, Path(scratch), peers=peers, few=few)
     print(table(runs))
     if options.output is not None:
-        about = machine()
+        about = about_machine()
         value = {
             "source": options.source.name,
             "machine": about,
@@ -247,7 +215,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         }
         text = json.dumps(value, indent=2) + "\n"
         (options.output / "conversion.json").write_text(text, encoding="utf-8")
-        facts = ", ".join(f"{name} {of}" if name != "cpu" else of for name, of in about.items())
+        facts = machine_line(about)
         words = ["--few-samples"] if few else []
         command = " ".join(["python scripts/bench_convert.py", options.source.name, *words])
         document = (

@@ -79,7 +79,7 @@ def main() -> int:
 
 
 def _part(name: str, text: str) -> float:
-    found = re.search(rf"{name} ([\d.]+) s", text)
+    found = re.search(rf"^{name} +([\d.]+) s", text, re.MULTILINE)
     if found is None:
         raise SystemExit(f"--timings does not say how long {name} took: {text!r}")
     return float(found[1])

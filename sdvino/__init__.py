@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sdvino.benchmark import BenchReport, measure_model
     from sdvino.errors import Cancelled, DeviceError, ModelFolderError, RequestError, SdvinoError
     from sdvino.outputs import PipelineOutput
     from sdvino.pipeline import StableDiffusionPipeline
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "BenchReport": "sdvino.benchmark",
+    "measure_model": "sdvino.benchmark",
     "Cancelled": "sdvino.errors",
     "DeviceError": "sdvino.errors",
     "ModelFolderError": "sdvino.errors",
@@ -31,6 +34,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "BenchReport",
     "Cancelled",
     "DeviceError",
     "DeviceSettings",
@@ -43,6 +47,7 @@ __all__ = [
     "SpeedSettings",
     "StableDiffusionPipeline",
     "__version__",
+    "measure_model",
 ]
 
 

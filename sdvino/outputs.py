@@ -34,13 +34,6 @@ class Timings:
         """Return the seconds of all parts."""
         return self.load + self.text + self.denoise + self.decode
 
-    def summary(self) -> str:
-        """Return one line of seconds by part."""
-        parts = ", ".join(
-            f"{name} {getattr(self, name):.2f} s" for name in ("load", "text", "denoise", "decode")
-        )
-        return f"{parts}; {self.unet_evaluations} UNet evaluations"
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepEvent:

@@ -40,6 +40,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "tuning_chart",
         "unet",
     ),
+    ("benchmark",),
     ("compress",),
     ("convert",),
     ("cli", "__main__"),

@@ -126,7 +126,7 @@ _REQUEST_OPTIONS = (
     "--no-profile", is_flag=True, help="Do not use what `sdvino tune` and earlier runs found out."
 )
 @click.option("--no-metadata", is_flag=True, help="Do not write the settings into the picture.")
-@click.option("--timings", is_flag=True, help="Say how long each part took.")
+@click.option("--timings", is_flag=True, help="Say how long each part took, and the peak memory.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress.")
 @speed_options
 @memory_options
@@ -196,7 +196,10 @@ def generate_command(
     sink = _Sink(output, overwrite, preview, not no_metadata, quiet)
     sink.run(pipe, request.resolve(pipe.folder))
     if timings:
-        click.echo(sink.timings.summary(), err=True)
+        from sdvino.benchmark import breakdown
+        from sdvino.runtime.peak import peak_memory
+
+        click.echo(breakdown(sink.timings, pictures=sink.pictures, peak=peak_memory()), err=True)
 
 
 class _Sink:
@@ -208,6 +211,8 @@ class _Sink:
         from sdvino.outputs import Timings
 
         self.timings = Timings()
+        #: How many pictures were saved.
+        self.pictures = 0
         self._output = output
         self._overwrite = overwrite
         self._preview = preview
@@ -222,7 +227,6 @@ class _Sink:
 
         self._say_dropped(pipe, request)
         steps = pipe.schedule(request).steps * len(request.jobs)
-        done = 0
         # disable=None: no bar where stderr is not a terminal.
         with tqdm(total=steps, unit="step", disable=True if self._quiet else None) as bar:
             try:
@@ -232,13 +236,13 @@ class _Sink:
                         self._show(pipe, event)
                         continue
                     path = self._save(pipe, request, event)
-                    done += 1
+                    self.pictures += 1
                     bar.write(f"{path}")
                     if not self._quiet:
                         bar.write(f"  seed {event.job.seed}", file=sys.stderr)
             except KeyboardInterrupt:
                 raise Cancelled(
-                    f"Cancelled; {done} of {len(request.jobs)} pictures were finished,"
+                    f"Cancelled; {self.pictures} of {len(request.jobs)} pictures were finished,"
                     " and nothing was left half-written."
                 ) from None
 

@@ -26,6 +26,7 @@ COMMANDS = {
     "generate": ("sdvino.cli.generate:generate_command", "Make pictures from a prompt."),
     "convert": ("sdvino.cli.convert:convert_command", "Turn a checkpoint into a model folder."),
     "tune": ("sdvino.cli.tune:tune_command", "Measure how a model runs fastest here."),
+    "bench": ("sdvino.cli.bench:bench_command", "Measure a model on this machine."),
     "devices": ("sdvino.cli.devices:devices_command", "Show the devices that can run a model."),
     "info": ("sdvino.cli.info:info_command", "Show what a model folder or a picture says."),
 }

@@ -230,7 +230,7 @@ class _MemoryStatusEx(ctypes.Structure):
     )
 
 
-class _ProcessMemoryCounters(ctypes.Structure):
+class ProcessMemoryCounters(ctypes.Structure):
     """PROCESS_MEMORY_COUNTERS of the Windows API."""
 
     _fields_ = (
@@ -252,7 +252,7 @@ def _windows_status() -> MemoryStatus:
     status.length = ctypes.sizeof(status)
     if not kernel.GlobalMemoryStatusEx(ctypes.byref(status)):
         return MemoryStatus(None, None)
-    counters = _ProcessMemoryCounters()
+    counters = ProcessMemoryCounters()
     counters.size = ctypes.sizeof(counters)
     kernel.GetCurrentProcess.restype = ctypes.c_void_p
     process = ctypes.c_void_p(kernel.GetCurrentProcess())

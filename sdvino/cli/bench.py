@@ -1,0 +1,84 @@
+"""`sdvino bench`: what a model costs on this machine."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict
+from typing import Any
+
+import click
+
+from sdvino.cli.options import DEVICE_OPTIONS, device_options, model_options, run_settings
+from sdvino.errors import Cancelled, RequestError
+from sdvino.settings import SAMPLERS, SamplerSettings
+
+
+@click.command("bench")
+@model_options
+@click.option(
+    "--steps", "num_inference_steps", type=int, help="Denoising steps.  [default: the model's]"
+)
+@click.option(
+    "--size",
+    metavar="SIDE|WxH",
+    help="Pixels, multiples of 8, such as 512 or 768x512.  [default: the model's]",
+)
+@click.option("--guidance-scale", "--cfg-scale", type=float, help="[default: the model's]")
+@click.option(
+    "--scheduler", "--sampler", type=click.Choice(SAMPLERS), help="[default: the model's]"
+)
+@click.option("-n", "pictures", type=int, default=3, show_default=True, help="Pictures to time.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON: seconds and bytes.")
+@click.option("-q", "--quiet", is_flag=True, help="No progress.")
+@device_options
+def bench_command(
+    size: str | None,
+    scheduler: Any,
+    as_json: bool,
+    quiet: bool,
+    **options: Any,
+) -> None:
+    """Measure a model on this machine: loading, each part, a picture, memory.
+
+    \b
+    sdvino bench
+    sdvino bench -m FOLDER --steps 4 --size 512 --guidance-scale 1
+    """
+    settings = run_settings(**{name: options.pop(name) for name in DEVICE_OPTIONS})
+    width, height = parse_size(size)
+
+    from tqdm import tqdm
+
+    from sdvino.benchmark import measure_model
+
+    # disable=None: no bar where stderr is not a terminal.
+    with tqdm(unit="step", disable=True if quiet else None) as bar:
+
+        def show(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        try:
+            report = measure_model(
+                settings=settings,
+                width=width,
+                height=height,
+                scheduler=SamplerSettings(scheduler=scheduler),
+                progress=show,
+                **options,
+            )
+        except KeyboardInterrupt:
+            raise Cancelled("Cancelled; nothing was kept.") from None
+    click.echo(json.dumps(asdict(report), indent=2) if as_json else report.table())
+
+
+def parse_size(text: str | None) -> tuple[int | None, int | None]:
+    """Return width and height of ``SIDE`` or ``WxH``; raises RequestError for anything else."""
+    if text is None:
+        return None, None
+    found = re.fullmatch(r"\s*(\d{1,6})\s*(?:[xX]\s*(\d{1,6}))?\s*", text)
+    if found is None:
+        raise RequestError(f"--size is {text!r}; write a side such as 512, or 768x512.")
+    width = int(found[1])
+    return width, width if found[2] is None else int(found[2])
