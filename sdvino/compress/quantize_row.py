@@ -1,4 +1,4 @@
-"""The row `quantize` of a recipe: how components are stored, after the passes over their weights."""
+"""The row `quantize` of a recipe: how components are stored after the other passes."""
 
 from __future__ import annotations
 
