@@ -35,15 +35,16 @@ def shapes_in(files: Sequence[Path]) -> dict[str, tuple[int, ...]]:
     from safetensors import SafetensorError, safe_open
 
     shapes: dict[str, tuple[int, ...]] = {}
-    for path in files:
-        try:
+    path = None
+    try:
+        for path in files:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118  (no mapping)
                     shapes[name] = tuple(file.get_slice(name).get_shape())
-        except (OSError, SafetensorError) as error:
-            raise RequestError(
-                f"{path} is damaged or not a safetensors file ({error}); get it again."
-            ) from error
+    except (OSError, SafetensorError) as error:
+        raise RequestError(
+            f"{path} is damaged or not a safetensors file ({error}); get it again."
+        ) from error
     return shapes
 
 

@@ -10,15 +10,16 @@ from sdvino.errors import RequestError
 
 def compile_patterns(key: str, patterns: Sequence[str]) -> list[re.Pattern[str]]:
     """Return the expressions compiled; raises RequestError for what is none."""
-    found = []
-    for pattern in patterns:
-        try:
-            found.append(re.compile(pattern))
-        except re.error as error:
-            raise RequestError(
-                f"{key} has {pattern!r}, which is no regular expression; correct it."
-            ) from error
-    return found
+    return [_compile(key, pattern) for pattern in patterns]
+
+
+def _compile(key: str, pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise RequestError(
+            f"{key} has {pattern!r}, which is no regular expression; correct it."
+        ) from error
 
 
 def chosen(names: Sequence[str], keep: Sequence[str]) -> list[str]:

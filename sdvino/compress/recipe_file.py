@@ -193,10 +193,18 @@ def _take(cls: Any, values: Mapping[str, Any], where: str) -> Any:
             raise _unknown(key, known, f"[{where}]")
         if key != _PROMPTS_FILE:
             taken[key] = _value(f"[{where}] {key}", value, kinds[key])
+    required = (entry.name for entry in dataclasses.fields(cls) if _has_no_default(entry))
+    for key in required:
+        if key not in taken:
+            raise RequestError(f"[{where}] has no {key}; write it there.")
     try:
         return cls(**taken)
     except RequestError as error:
         raise RequestError(f"[{where}] {error}") from error
+
+
+def _has_no_default(entry: dataclasses.Field[Any]) -> bool:
+    return entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING
 
 
 def _value(what: str, value: Any, kind: str) -> Any:

@@ -22,6 +22,8 @@ _EXPORT = (1_100_000_000, 1.1)
 _WEIGHTS = (700_000_000, 2.2)
 _QUANTIZE = (1_000_000_000, 5.0)
 _CALIBRATE = (600_000_000, 4.8)
+# Float32 in torch is twice half precision, beside it what activations and factors take.
+_PASS = (1_200_000_000, 3.2)
 _PARENT = 150_000_000
 # Bytes of a component for each byte of its half-precision weights.
 _COMPRESSED_SIZE = 0.55
@@ -106,6 +108,12 @@ def _needs_of(step: Step, plan: WorkPlan) -> StepNeeds:
     if step.kind == "calibrate":
         inputs = plan.calibration.evaluations * 400_000
         return StepNeeds(step, "record inputs", seconds, _peak(_CALIBRATE, size), inputs)
+    if step.kind == "gather":
+        return StepNeeds(step, "record inputs", seconds, _peak(_PASS, size), 50_000_000)
+    if step.kind == "pass":
+        row = plan.recipe.passes[int(step.component.partition("-")[0]) - 1]
+        what = f"{row.what} {row.component}"
+        return StepNeeds(step, what, seconds, _peak(_PASS, size), size)
     treatment = plan.recipe.treatment(step.component)
     if treatment == "fp16":
         return StepNeeds(step, treatment, seconds, _PARENT, size)
