@@ -44,7 +44,7 @@ def apply_pass(
     except RequestError as error:
         raise RequestError(f"{row.what} of {row.component}: {error}") from error
     after = _figures(row.component, found.module, config, found.structure)
-    error = relative_error(outputs_of(found.module, samples), references) if samples else None
+    moved = relative_error(outputs_of(found.module, samples), references) if samples else None
     save_component(found.module, output / row.component, config=config, structure=found.structure)
     history = {
         "kind": row.kind,
@@ -53,7 +53,7 @@ def apply_pass(
         "settings": _settings(row),
         "before": before,
         "after": after,
-        "output_error": None if error is None else round(error, 5),
+        "output_error": None if moved is None else round(moved, 5),
         "figures": found.figures,
     }
     (output / HISTORY_FILE).write_text(json.dumps(history, indent=1) + "\n", encoding="utf-8")

@@ -9,6 +9,7 @@ within that place finds the value itself.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any, Literal
 
 from sdvino.compress.quiet import quiet
@@ -101,7 +102,7 @@ def histogram_masks(layers: Mapping[str, Any], share: float, scope: Scope) -> Ma
     if scope == "local":
         for name, weight in layers.items():
             magnitude = weight.detach().abs()
-            threshold = kth_value(lambda one=magnitude: iter((one,)), _place(weight.numel(), share))
+            threshold = kth_value(partial(_alone, magnitude), _place(weight.numel(), share))
             yield name, magnitude > threshold
         return
 
@@ -113,6 +114,10 @@ def histogram_masks(layers: Mapping[str, Any], share: float, scope: Scope) -> Ma
     threshold = kth_value(scaled, _place(total, share))
     for name, weight in layers.items():
         yield name, _scaled(weight) > threshold
+
+
+def _alone(tensor: Any) -> Iterator[Any]:
+    yield tensor
 
 
 def kth_value(tensors: Callable[[], Iterator[Any]], k: int) -> float:

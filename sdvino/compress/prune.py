@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from sdvino.compress.layer_names import chosen, compile_patterns
 from sdvino.compress.magnitude import (
+    Masks,
     Scope,
     histogram_masks,
     layers_with_weights,
@@ -154,6 +155,7 @@ def prune_magnitude(
     total = sum(weight.numel() for weight in layers.values())
     fits = nncf_needs(total) <= _NNCF_BYTES
     by_nncf = engine == "nncf" or (engine == "auto" and fits)
+    masks: Masks
     if share == 0.0:
         masks = iter(())
     elif by_nncf:

@@ -74,7 +74,11 @@ class TorchPipeline:
         """Return the UNet's output for latents [1, C, h, w] at an integer timestep."""
         from sdvino.compress.calls import call
 
-        inputs = {"sample": sample, "timestep": np.array([timestep], np.int64), **conditions}
+        inputs: Inputs = {
+            "sample": sample,
+            "timestep": np.array([timestep], np.int64),
+            **conditions,
+        }
         return np.asarray(call(self._modules["unet"], inputs).numpy())
 
     def decode(self, latents: Array) -> tuple[Array, Array]:

@@ -75,7 +75,10 @@ def prune_widths(
             continue
         (lean.keep_heads if what == "heads" else lean.keep_channels)(block, kept[name])
         table[name] = len(kept[name])
-    found = replace(structure, **{what: table})
+    if what == "heads":
+        found = replace(structure, heads=table)
+    else:
+        found = replace(structure, channels=table)
     left = sum(one for one, _ in by_layer.values())
     whole = sum(all_ for _, all_ in by_layer.values())
     figures = {"removed": whole - left, "of": whole, f"{what}_by_layer": by_layer}

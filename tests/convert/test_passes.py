@@ -1,4 +1,4 @@
-"""A recipe of passes, from a source to a folder: prune, low rank, quantize, with one interruption."""
+"""A recipe of passes, to a folder: prune, low rank, quantize, interrupted once."""
 
 from __future__ import annotations
 
