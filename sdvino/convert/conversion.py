@@ -95,10 +95,11 @@ class Conversion:
         wrong = isinstance(error, RequestError) and not isinstance(error, OutputError)
         if not (self.started and wrong):
             return True
+        left = self.left()
         passes = [step for step, _ in self.steps() if step.kind == "pass"]
-        if any(step not in self.left() for step in passes):
+        if any(step not in left for step in passes):
             return True  # the next pass was wrong, which can be corrected
-        return not any(step.kind in ("frame", "export") for step in self.left())
+        return not any(step.kind in ("frame", "export") for step in left)
 
     def recompress(self, recipe: Recipe, components: Sequence[str]) -> None:
         """Compress ``components`` again, as ``recipe`` has it; the recipe is the model's from here.

@@ -86,11 +86,12 @@ def pass_steps(source: Source, plan: WorkPlan, origin: str) -> list[tuple[Step, 
 
 
 def export_key(source: Source, plan: WorkPlan, component: str, origin: str) -> str:
-    """Return the key of the export of ``component``: its source, and what passes made of it."""
-    rows = _done_to(source.components[component], plan.recipe.passes)
-    if not rows:
+    """Return the key of the export of ``component``: that of the last pass over it, or of all."""
+    place = _last_over(source.components[component], plan.recipe)
+    if place is None:
         return origin
-    return key_of(pass_steps(source, plan, origin)[0][1], *rows)
+    keys = {step.component: key for step, key in pass_steps(source, plan, origin)}
+    return keys[name_of(plan.recipe, place)]
 
 
 def _done_to(folder: str, rows: tuple[SourcePass, ...]) -> list[list[Any]]:
@@ -101,10 +102,13 @@ def passed_folder(
     work: Path, recipe: Recipe, folder: str, before: int | None = None
 ) -> Path | None:
     """Return where the last pass over ``folder`` (of those ``before`` a place) put it, or None."""
-    for place in reversed(range(len(recipe.passes[:before]))):
-        if recipe.passes[place].component == folder:
-            return work / PASSES / name_of(recipe, place) / folder
-    return None
+    place = _last_over(folder, recipe, before)
+    return None if place is None else work / PASSES / name_of(recipe, place) / folder
+
+
+def _last_over(folder: str, recipe: Recipe, before: int | None = None) -> int | None:
+    places = [i for i, row in enumerate(recipe.passes[:before]) if row.component == folder]
+    return places[-1] if places else None
 
 
 def with_passes(source: Source, plan: WorkPlan, work: Path, component: str) -> Source:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from sdvino.compress.fragile import is_fragile
 from sdvino.compress.low_rank import LowRank
 from sdvino.compress.prune import Prune
 from sdvino.compress.recipe_file import from_toml, to_toml
@@ -128,6 +129,13 @@ def test_rows_that_cannot_be_are_refused(text: str, said: str) -> None:
 def test_orders_that_work_are_taken(text: str) -> None:
     recipe = from_toml(text)
     assert from_toml(to_toml(recipe)) == recipe
+
+
+def test_fragile_layers_stay_fragile_when_they_are_two() -> None:
+    for layer in ("conv_in", "time_embedding.linear_1", "up_blocks.0.resnets.1.conv_shortcut"):
+        for part in (".down", ".up", ""):
+            assert is_fragile("unet", f"__module.{layer}{part}/aten::_convolution/Convolution")
+    assert not is_fragile("unet", "__module.down_blocks.0.resnets.0.conv1.down/aten::linear/MatMul")
 
 
 def test_a_file_is_named_in_what_is_wrong_with_it(tmp_path: Path) -> None:
