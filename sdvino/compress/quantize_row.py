@@ -23,19 +23,19 @@ class Quantize(StoragePass):
     kind: ClassVar[str] = "quantize"
 
     #: int8, int8-hybrid, int8-weights, int4-weights or fp16.
-    mode: str = "int8"
+    scheme: str = "int8"
     #: One of our components, such as unet or vae_decoder; or all.
     component: str = _EVERYTHING
 
     def __post_init__(self) -> None:
-        check_choice("mode", self.mode, TREATMENTS)
+        check_choice("quantization scheme", self.scheme, TREATMENTS)
         check_choice("component", self.component, (_EVERYTHING, *COMPONENTS))
         self.stored()
 
     @property
     def what(self) -> str:
         """Return what it does, in a few words, for tables."""
-        return f"{self.kind} {self.mode}"
+        return f"{self.kind} {self.scheme}"
 
     def refusal(self, earlier: Pass) -> str | None:
         """Refuse to store a component twice."""
@@ -47,6 +47,6 @@ class Quantize(StoragePass):
     def stored(self) -> Mapping[str, ComponentRecipe]:
         """Return the components that it speaks of, by our names, and how each is stored."""
         if self.component == _EVERYTHING:
-            return get_recipe(self.mode).components
-        entry = Recipe("one", "one").with_overrides({self.component: self.mode})
+            return get_recipe(self.scheme).components
+        entry = Recipe("one", "one").with_overrides({self.component: self.scheme})
         return {self.component: entry.component(self.component)}

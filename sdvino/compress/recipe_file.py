@@ -50,7 +50,7 @@ _HEAD = """\
 #                      (of each layer) or global; keep, regular expressions of layers left alone
 #   kind = 'low_rank'  one of energy to keep, budget (share of the weights left) or rank; whiten,
 #                      by what the layers are fed (true); keep
-#   kind = 'quantize'  mode, as above; component, or all: short for tables of components
+#   kind = 'quantize'  scheme, a mode as above; component, or all: short for tables of components
 # component is unet (the default), text_encoder, text_encoder_2 or vae.
 """
 # What is written even where it is the default.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,10 @@ class TorchPipeline:
         *,
         decodes: bool,
     ) -> None:
-        """``modules``: text_encoder, unet and vae, in float32. ``decodes``: pictures are wanted."""
+        """``modules``: text_encoder, unet and vae, in float32; the first is enough to encode.
+
+        ``decodes``: pictures are wanted.
+        """
         process = SchedulerConfig.from_dict(dict(scheduler)).for_sampler("ddim")
         self.prediction_type: str = process.prediction_type
         self.alphas_cumprod = train_alphas_cumprod(process, keep_zero=True)
@@ -58,7 +61,8 @@ class TorchPipeline:
         self._decodes = decodes
         length = int(modules["text_encoder"].config.max_position_embeddings)
         self._tokenizer = ClipTokenizer.from_folder(tokenizer, length)
-        self._scaling = float(getattr(modules["vae"].config, "scaling_factor", _SCALING_FACTOR))
+        vae = getattr(modules.get("vae"), "config", None)
+        self._scaling = float(getattr(vae, "scaling_factor", _SCALING_FACTOR))
         #: Token ids of every prompt that was encoded.
         self.texts: list[Inputs] = []
 
@@ -94,13 +98,17 @@ class TorchPipeline:
 def record(
     pipeline: TorchPipeline,
     plan: CalibrationPlan,
-    components: Iterable[str],
+    components: Sequence[str],
     progress: Callable[[float], None],
 ) -> dict[str, list[Inputs]]:
     """Run ``pipeline`` as ``plan`` says; return what each of ``components`` was called with.
 
     Components are sub-folders of a source; a vae's calls decode and encode in turn.
     """
+    if set(components) == {"text_encoder"}:
+        for prompt in ("", *plan.prompts):
+            pipeline.encode(prompt)
+        return {"text_encoder": pipeline.texts}
     found = collect(pipeline, plan, progress)
     both = zip(found.vae_decoder, found.vae_encoder, strict=True)
     calls: dict[str, list[Inputs]] = {

@@ -140,7 +140,8 @@ def gather(plan: WorkPlan, source: Source, output: Path, progress: Callable[[flo
     wanted = sorted({row.component for row in plan.recipe.passes})
     folder = _diffusers(source)
     with quiet():
-        modules = {name: _load(folder, name) for name in ("text_encoder", "unet", "vae")}
+        needed = wanted if wanted == ["text_encoder"] else ["text_encoder", "unet", "vae"]
+        modules = {name: _load(folder, name) for name in needed}
         pipeline = TorchPipeline(
             modules,
             folder.folder("tokenizer"),

@@ -32,7 +32,7 @@ keep = ['fc1$']
 
 [[passes]]
 kind = 'quantize'
-mode = 'int8-weights'
+scheme = 'int8-weights'
 """
 
 
@@ -62,7 +62,7 @@ def rows(*texts: str) -> str:
 HEADS = "kind = 'prune'\nmethod = 'heads'\nshare = 0.2"
 ZEROS = "kind = 'prune'\nshare = 0.2"
 THIN = "kind = 'low_rank'\nenergy = 0.9"
-STORE = "kind = 'quantize'\nmode = 'int8'"
+STORE = "kind = 'quantize'\nscheme = 'int8'"
 
 
 @pytest.mark.parametrize(
@@ -94,9 +94,9 @@ STORE = "kind = 'quantize'\nmode = 'int8'"
         (rows("kind = 'low_rank'\nenergy = 1.01"), "energy is 1.01"),
         (rows("kind = 'low_rank'\nbudget = -1"), "budget is -1"),
         (rows("kind = 'low_rank'\nenergy = 0.9\nwhiten = 1"), "true or false"),
-        (rows("kind = 'quantize'\nmode = 'int3'"), "Unknown mode 'int3'"),
+        (rows("kind = 'quantize'\nscheme = 'int3'"), "Unknown quantization scheme 'int3'"),
         (rows("kind = 'quantize'\ncomponent = 'nose'"), "Unknown component 'nose'"),
-        (rows("kind = 'quantize'\nmode = 'int8'\ncomponent = 'text_encoder'"), "once for each"),
+        (rows("kind = 'quantize'\nscheme = 'int8'\ncomponent = 'text_encoder'"), "once for each"),
         (rows(STORE) + "[unet]\nmode = 'fp16'", "by a table and by the pass quantize"),
         # Orders that cannot work, with the reason.
         (rows(STORE, THIN), "Pass 2 .* stored already; move it before quantize"),

@@ -50,7 +50,7 @@ budget = 0.7
 
 [[passes]]
 kind = 'quantize'
-mode = 'int8-weights'
+scheme = 'int8-weights'
 """
 PASSES = ["pass 1-prune", "pass 2-prune", "pass 3-low_rank"]
 
