@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdvino.compress.calibration import CalibrationPlan, collect
-from sdvino.diffusion.grids import train_alphas_cumprod
+from sdvino.compress.calls import call
+from sdvino.compress.float_pipeline import part_of
 from sdvino.diffusion.scheduler_config import SchedulerConfig
 from sdvino.text.tokenizer import ClipTokenizer
 
@@ -48,16 +49,16 @@ class TorchPipeline:
         tokenizer: Path,
         scheduler: Mapping[str, Any],
         *,
+        guided: bool,
         decodes: bool,
     ) -> None:
         """``modules``: text_encoder, unet and vae, in float32; the first is enough to encode.
 
-        ``decodes``: pictures are wanted.
+        ``guided``: the UNet is asked without the prompt, too; ``decodes``: pictures are wanted.
         """
-        process = SchedulerConfig.from_dict(dict(scheduler)).for_sampler("ddim")
-        self.prediction_type: str = process.prediction_type
-        self.alphas_cumprod = train_alphas_cumprod(process, keep_zero=True)
+        self.scheduler = SchedulerConfig.from_dict(dict(scheduler))
         self._modules = modules
+        self._guided = guided
         self._decodes = decodes
         length = int(modules["text_encoder"].config.max_position_embeddings)
         self._tokenizer = ClipTokenizer.from_folder(tokenizer, length)
@@ -66,33 +67,35 @@ class TorchPipeline:
         #: Token ids of every prompt that was encoded.
         self.texts: list[Inputs] = []
 
-    def encode(self, prompt: str) -> Inputs:
+    def encode(self, prompt: str) -> dict[str, Array]:
         """Return what the UNet is told of ``prompt``: the text encoder's hidden states."""
-        from sdvino.compress.calls import call
-
         ids: Inputs = {"input_ids": self._tokenizer.encode(prompt).ids}
         self.texts.append(ids)
-        return {"encoder_hidden_states": call(self._modules["text_encoder"], ids).numpy()}
+        return {"encoder_hidden_states": self._call("text_encoder", ids)}
 
-    def predict(self, sample: Array, timestep: int, conditions: Mapping[str, Array]) -> Array:
-        """Return the UNet's output for latents [1, C, h, w] at an integer timestep."""
-        from sdvino.compress.calls import call
+    def conditions(
+        self, prompt: str, negative: str | None
+    ) -> tuple[dict[str, Array], dict[str, Array] | None]:
+        """Return what the UNet is told of the prompt, and of the negative one where it is asked."""
+        without = "" if negative is None else negative
+        return self.encode(prompt), self.encode(without) if self._guided else None
 
-        inputs: Inputs = {
-            "sample": sample,
-            "timestep": np.array([timestep], np.int64),
-            **conditions,
-        }
-        return np.asarray(call(self._modules["unet"], inputs).numpy())
+    def predict(self, inputs: Mapping[str, NDArray[Any]]) -> Array:
+        """Return the UNet's output for latents [1, C, h, w], a timestep [1] and conditions."""
+        return self._call("unet", inputs)
 
-    def decode(self, latents: Array) -> tuple[Array, Array]:
-        """Return the decoder's input for scaled ``latents``, and its picture, NCHW in [-1, 1]."""
-        from sdvino.compress.calls import call
+    def decode(self, latents: Array, index: int) -> tuple[Array, Array]:
+        """Return the decoder's input for scaled ``latents``, and its picture, NCHW in [-1, 1].
 
-        fed = latents / np.float32(self._scaling)
+        Of latents larger than a tile it is a tile, another for each ``index``.
+        """
+        fed = part_of(latents, index) / np.float32(self._scaling)
         if not self._decodes:
             return fed, np.zeros((1, 3, 1, 1), np.float32)
-        return fed, np.asarray(call(self._modules["vae"], {"latent_sample": fed}).numpy())
+        return fed, self._call("vae", {"latent_sample": fed})
+
+    def _call(self, name: str, inputs: Mapping[str, NDArray[Any]]) -> Array:
+        return np.asarray(call(self._modules[name], inputs).numpy(), np.float32)
 
 
 def record(

@@ -146,6 +146,7 @@ def gather(plan: WorkPlan, source: Source, output: Path, progress: Callable[[flo
             modules,
             folder.folder("tokenizer"),
             folder.configs["scheduler"],
+            guided=gathering(plan, source).branches == 2,
             decodes="vae" in wanted,
         )
     calls = record(pipeline, gathering(plan, source), wanted, progress)
