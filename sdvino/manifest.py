@@ -66,6 +66,8 @@ class Manifest:
     suggested: Suggested = field(default_factory=Suggested)
     #: What was baked in: LoRAs with their weights, another autoencoder; names, never paths.
     baked: Mapping[str, Any] = field(default_factory=dict)
+    #: What was done to the weights before they were exported, in order, with figures.
+    passes: tuple[Mapping[str, Any], ...] = ()
     #: Tool to version.
     versions: Mapping[str, str] = field(default_factory=dict)
 
@@ -99,6 +101,7 @@ class Manifest:
             quality=None if value.get("quality") is None else _get(value, "quality", dict),
             suggested=_suggested(value.get("suggested", {})),
             baked=_get(value, "baked", dict, {}),
+            passes=_passes(value),
             versions={
                 str(tool): str(version)
                 for tool, version in _get(value, "versions", dict, {}).items()
@@ -128,6 +131,7 @@ class Manifest:
                 if (value := getattr(suggested, name)) is not None
             },
             **({"baked": dict(self.baked)} if self.baked else {}),
+            **({"passes": [dict(entry) for entry in self.passes]} if self.passes else {}),
             "versions": dict(self.versions),
         }
 
@@ -149,6 +153,13 @@ def _component(name: str, entry: object) -> ManifestComponent:
     if size < 0:
         raise _wrong(f"says that {name} has {size} bytes")
     return ManifestComponent(precision=_get(entry, "precision", str), bytes=size, sha256=sums)
+
+
+def _passes(value: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
+    found = _get(value, "passes", list, [])
+    if not all(isinstance(entry, dict) for entry in found):
+        raise _wrong("has `passes` that are no objects")
+    return tuple(found)
 
 
 def _suggested(value: object) -> Suggested:

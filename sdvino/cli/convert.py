@@ -267,6 +267,11 @@ def summary(folder: Path) -> str:
         total += files.bytes
         lines.append(f"  {name:16}{precision:14}{files.bytes / 1e6:10.1f} MB")
     lines.append(f"  {'together':30}{total / 1e6:10.1f} MB")
+    if model.manifest is not None and model.manifest.passes:
+        from sdvino.compress.passes_report import notes, passes_lines
+
+        passes = model.manifest.passes
+        lines += [f"  {line}" for line in [*passes_lines(passes), *notes(passes)]]
     if model.manifest is not None and model.manifest.quality is not None:
         from sdvino.compress.verdict import quality_line
 

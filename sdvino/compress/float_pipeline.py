@@ -99,7 +99,7 @@ class FloatPipeline:
         if self._unet is not None:
             self._components.release()
             self._unet = None
-        part = _part(latents, index)
+        part = part_of(latents, index)
         component = self._components.vae_decoder(*part.shape[2:], pixels=False)
         pixels = np.array(component.infer({"latent_sample": part})["pixels"], np.float32)
         picture = np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)) * np.float32(2) - np.float32(1)
@@ -108,7 +108,7 @@ class FloatPipeline:
         return fed if shift is None else fed + np.float32(shift), picture
 
 
-def _part(latents: Array, index: int) -> Array:
+def part_of(latents: Array, index: int) -> Array:
     """Return a tile of ``latents`` float32 [1, C, h, w]: by turns its corners and its middle."""
     height, width = latents.shape[2:]
     high, wide = tile_shape(height, width)

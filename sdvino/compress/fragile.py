@@ -22,9 +22,10 @@ def _modules(*names: str) -> tuple[str, ...]:
 
     A module is called "up_blocks.1.resnets.0.conv_shortcut" in diffusers, and its operation
     "__module.up_blocks.1.resnets.0.conv_shortcut/aten::_convolution/Convolution" as
-    optimum-intel exports it (older exports write slashes for dots).
+    optimum-intel exports it (older exports write slashes for dots). One that was made low-rank is
+    two: "conv_shortcut.down" and "conv_shortcut.up".
     """
-    return (rf"(^|[./])({'|'.join(names)})(/|$)",)
+    return (rf"(^|[./])({'|'.join(names)})([./](down|up))?(/|$)",)
 
 
 #: Component -> regular expressions, to be searched in the names of its operations.

@@ -10,11 +10,17 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from sdvino.compress.passes import Pass, SourcePass, StoragePass, check_order, row_class
 from sdvino.compress.prompts import read_prompts
 from sdvino.compress.recipes import CalibrationRecipe, ComponentRecipe, Recipe
 from sdvino.errors import RequestError
 from sdvino.settings import COMPONENTS
 
+_KINDS_OF_VALUES: Mapping[type, str] = {
+    str: "a string",
+    dict: "a table",
+    list: "tables in double brackets",
+}
 #: A recipe file beyond this is none.
 _MAX_BYTES = 2**20
 
@@ -38,11 +44,22 @@ _HEAD = """\
 # calibration: prompts, a list, or prompts_file, a name (the model's own); trajectories, how many
 # of them are denoised; strata of timesteps, each denoised in one step; samples, inputs of the UNet
 # that are kept (all by the size of the UNet); seed (0).
+#
+# [[passes]] are done to the source's weights first, in the order written:
+#   kind = 'prune'     method magnitude, heads, channels or blocks; share to remove; scope, local
+#                      (of each layer) or global; keep, regular expressions of layers left alone
+#   kind = 'low_rank'  one of energy to keep, budget (share of the weights left) or rank; whiten,
+#                      by what the layers are fed (true); keep
+#   kind = 'quantize'  scheme, a mode as above; component, or all: short for tables of components
+# component is unet (the default), text_encoder, text_encoder_2 or vae.
 """
 # What is written even where it is the default.
 _ALWAYS = frozenset({"mode", "granularity", "bits", "float_layers", "seed"})
 _CALIBRATION = "calibration"
 _PROMPTS_FILE = "prompts_file"
+_PASSES = "passes"
+#: More rows than this are no recipe.
+_MOST_PASSES = 32
 
 
 def to_toml(recipe: Recipe) -> str:
@@ -51,6 +68,8 @@ def to_toml(recipe: Recipe) -> str:
     for name in COMPONENTS:
         lines += ["", f"[{name}]", *_entries(recipe.component(name))]
     lines += ["", f"[{_CALIBRATION}]", *_entries(recipe.calibration)]
+    for row in recipe.passes:
+        lines += ["", f"[[{_PASSES}]]", f"kind = {_text(row.kind)}", *_entries(row)]
     return "\n".join(lines) + "\n"
 
 
@@ -62,23 +81,28 @@ def from_toml(text: str, *, name: str = "recipe", folder: Path | None = None) ->
     keys and components, wrong types, and choices that do not go together.
     """
     table = _parse(text)
-    keys = {"name": str, "summary": str, _CALIBRATION: dict, **dict.fromkeys(COMPONENTS, dict)}
+    keys: dict[str, type] = {"name": str, "summary": str, _CALIBRATION: dict, _PASSES: list}
+    keys |= dict.fromkeys(COMPONENTS, dict)
     for key, value in table.items():
         if key not in keys:
             raise _unknown(key, keys, "a recipe")
         if not isinstance(value, keys[key]):
-            kind = "a string" if keys[key] is str else "a table"
+            kind = _KINDS_OF_VALUES[keys[key]]
             raise RequestError(f"The recipe's {key} is {value!r}; write {kind} there.")
     calibration = dict(table.get(_CALIBRATION, {}))
     if _PROMPTS_FILE in calibration:
         calibration["prompts"] = _prompts(calibration, folder)
+    components = {key: _component(key, value) for key, value in table.items() if key in COMPONENTS}
+    rows = _rows(table.get(_PASSES, []))
+    for row in rows:
+        if isinstance(row, StoragePass):
+            _add_stored(components, row)
     return Recipe(
         name=table.get("name", name),
         summary=table.get("summary", "a recipe of one's own"),
-        components={
-            key: _component(key, value) for key, value in table.items() if key in COMPONENTS
-        },
+        components=components,
         calibration=_take(CalibrationRecipe, calibration, _CALIBRATION),
+        passes=tuple(row for row in rows if isinstance(row, SourcePass)),
     )
 
 
@@ -124,6 +148,34 @@ def _toml() -> tuple[Callable[[str], dict[str, Any]], type[Exception]]:
     return library.loads, library.TOMLDecodeError
 
 
+def _rows(rows: list[Any]) -> list[Pass]:
+    """Return the passes that the rows describe, their order checked."""
+    if len(rows) > _MOST_PASSES:
+        raise RequestError(f"The recipe has {len(rows)} passes; write up to {_MOST_PASSES}.")
+    found = []
+    for place, row in enumerate(rows, 1):
+        if not isinstance(row, dict) or "kind" not in row:
+            raise RequestError(
+                f"Pass {place} of the recipe has no kind; write one, such as kind = 'prune'."
+            )
+        values = {key: value for key, value in row.items() if key != "kind"}
+        taken: Pass = _take(row_class(row["kind"]), values, f"passes {place}, {row['kind']}")
+        found.append(taken)
+    check_order(found)
+    return found
+
+
+def _add_stored(components: dict[str, ComponentRecipe], row: StoragePass) -> None:
+    """Add what ``row`` says to the tables of components, which must not say something too."""
+    for name, entry in row.stored().items():
+        if name in components:
+            raise RequestError(
+                f"The recipe stores {name} by a table and by the pass {row.kind}; write one of the"
+                " two."
+            )
+        components[name] = entry
+
+
 def _component(name: str, values: Mapping[str, Any]) -> ComponentRecipe:
     if "mode" not in values:
         raise RequestError(f"[{name}] has no mode; write one, such as mode = 'int8-weights'.")
@@ -141,10 +193,18 @@ def _take(cls: Any, values: Mapping[str, Any], where: str) -> Any:
             raise _unknown(key, known, f"[{where}]")
         if key != _PROMPTS_FILE:
             taken[key] = _value(f"[{where}] {key}", value, kinds[key])
+    required = (entry.name for entry in dataclasses.fields(cls) if _has_no_default(entry))
+    for key in required:
+        if key not in taken:
+            raise RequestError(f"[{where}] has no {key}; write it there.")
     try:
         return cls(**taken)
     except RequestError as error:
         raise RequestError(f"[{where}] {error}") from error
+
+
+def _has_no_default(entry: dataclasses.Field[Any]) -> bool:
+    return entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING
 
 
 def _value(what: str, value: Any, kind: str) -> Any:

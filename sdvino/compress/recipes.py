@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import Literal, get_args
 
 from sdvino.compress.fragile import FRAGILE_LAYERS
+from sdvino.compress.passes import SourcePass, check_order
 from sdvino.compress.prompts import check_prompts
 from sdvino.errors import RequestError
 from sdvino.settings import COMPONENTS, check_choice
@@ -166,8 +167,11 @@ class Recipe:
     summary: str
     components: Mapping[str, ComponentRecipe] = field(default_factory=dict)
     calibration: CalibrationRecipe = field(default_factory=CalibrationRecipe)
+    #: What is done to the source's weights first, in this order.
+    passes: tuple[SourcePass, ...] = ()
 
     def __post_init__(self) -> None:
+        check_order(self.passes)
         if _NAME.fullmatch(self.name) is None:
             raise RequestError(
                 f"A recipe cannot be called {self.name!r}; take up to 64 letters, digits, spaces"
@@ -213,11 +217,12 @@ class Recipe:
     def milder(self) -> Recipe | None:
         """Return the built-in recipe that compresses less than the strongest treatment here does.
 
-        int8 -> int8-hybrid -> int8-weights -> fp16 -> None. The calibration stays.
+        int8 -> int8-hybrid -> int8-weights -> fp16 -> None. Calibration and passes stay.
         """
         for strongest in ("int8", "int8-hybrid", "int4-weights", "int8-weights"):
             if any(entry.mode == strongest for entry in self.components.values()):
-                return replace(_TABLE[_MILDER[strongest]], calibration=self.calibration)
+                milder = _TABLE[_MILDER[strongest]]
+                return replace(milder, calibration=self.calibration, passes=self.passes)
         return None
 
 

@@ -22,6 +22,7 @@ from sdvino.convert.progress import Progress, silent
 from sdvino.convert.request import Request, WorkPlan
 from sdvino.convert.scheduler import is_distilled
 from sdvino.convert.source import PROMPTS_FILE
+from sdvino.convert.source_passes import check_passes
 from sdvino.convert.staging import check_target
 from sdvino.convert.state import WorkFolder, recorded_steps
 from sdvino.convert.suggestions import suggestions
@@ -239,6 +240,7 @@ def look_ahead(
 
 def _decide(request: Request, recipe: Recipe, source: Source) -> tuple[WorkPlan, Mapping[str, Any]]:
     """Return what the worker processes are to do, and what the folder will suggest."""
+    check_passes(source, recipe)
     _check_calibration(source, recipe)
     hints = suggestions(source, {} if request.suggested is None else request.suggested)
     plan = WorkPlan(

@@ -13,6 +13,7 @@ from sdvino.convert.open_source import Source
 from sdvino.convert.processes import run_steps
 from sdvino.convert.progress import Progress
 from sdvino.convert.request import WorkPlan, recipe_from_plain, recipe_to_plain
+from sdvino.convert.source_passes import export_key, history_of, pass_steps
 from sdvino.convert.state import STATE_FORMAT, Files, WorkFolder, describe_files, key_of
 from sdvino.convert.steps import Step, group
 from sdvino.convert.work import Work
@@ -94,7 +95,11 @@ class Conversion:
         wrong = isinstance(error, RequestError) and not isinstance(error, OutputError)
         if not (self.started and wrong):
             return True
-        return not any(step.kind in ("frame", "export") for step in self.left())
+        left = self.left()
+        passes = [step for step, _ in self.steps() if step.kind == "pass"]
+        if any(step not in left for step in passes):
+            return True  # the next pass was wrong, which can be corrected
+        return not any(step.kind in ("frame", "export") for step in left)
 
     def recompress(self, recipe: Recipe, components: Sequence[str]) -> None:
         """Compress ``components`` again, as ``recipe`` has it; the recipe is the model's from here.
@@ -126,6 +131,7 @@ class Conversion:
             suggested=self.suggested,
             baked=self.plan.request.baking.to_manifest(),
             quality=self._quality,
+            passes=history_of(self.work.path, self.plan.recipe),
         )
         ModelFolder.open(self.work.model)  # what we would refuse to run is not delivered
         self.work.deliver(self._whole, overwrite=overwrite)
@@ -161,13 +167,16 @@ def steps_of(source: Source, plan: WorkPlan, origin: str) -> list[tuple[Step, st
     A step that was finished under the same key need not be done again.
     """
     size = {ours: source.bytes_of(theirs) for ours, theirs in source.components.items()}
-    calibration = key_of(origin, asdict(plan.calibration), plan.quantized)
     steps = [(Step("frame"), origin)]
-    steps += [(Step("export", name, size[name]), origin) for name in plan.components]
+    steps += pass_steps(source, plan, origin)
+    exported = {name: export_key(source, plan, name, origin) for name in plan.components}
+    steps += [(Step("export", name, size[name]), exported[name]) for name in plan.components]
+    changed = sorted(set(exported.values()) - {origin})
+    calibration = key_of(origin, asdict(plan.calibration), plan.quantized, *changed)
     if plan.quantized:
         steps.append((Step("calibrate", "", size["unet"]), calibration))
     for name in plan.components:
-        basis = calibration if name in plan.quantized else origin
+        basis = calibration if name in plan.quantized else exported[name]
         key = key_of(basis, asdict(plan.recipe.component(name)), plan.request.target)
         steps.append((Step("compress", name, size[name]), key))
     return steps

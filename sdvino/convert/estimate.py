@@ -32,6 +32,8 @@ _QUANTIZE = (600_000_000, 0.6)
 # skips, an autoencoder's widest feature maps.
 _FLOW = {"unet": 7_000, "tiny_vae": 0}
 _FLOW_AUTOENCODER = 70_000
+# Not measured: float32 in torch is twice half precision, beside it what activations and factors take.
+_PASS = (1_200_000_000, 3.2)
 _PARENT = 100_000_000
 # Bytes of a component for each byte of its half-precision weights.
 _COMPRESSED_SIZE = 0.55
@@ -118,6 +120,12 @@ def _needs_of(step: Step, plan: WorkPlan) -> StepNeeds:
         return StepNeeds(step, "half precision", seconds, _peak(_EXPORT, size), size)
     if step.kind == "calibrate":
         return _calibrating(step, plan, seconds)
+    if step.kind == "gather":
+        return StepNeeds(step, "record inputs", seconds, _peak(_PASS, size), 50_000_000)
+    if step.kind == "pass":
+        row = plan.recipe.passes[int(step.component.partition("-")[0]) - 1]
+        what = f"{row.what} {row.component}"
+        return StepNeeds(step, what, seconds, _peak(_PASS, size), size)
     treatment = plan.recipe.treatment(step.component)
     if treatment == "fp16":
         return StepNeeds(step, treatment, seconds, _PARENT, size)

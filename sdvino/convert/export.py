@@ -17,6 +17,7 @@ from typing import Any
 import openvino as ov
 
 from sdvino.compress.quiet import quiet
+from sdvino.compress.structure import Structure, load_component
 from sdvino.convert.lora import merge
 from sdvino.convert.mapped import (
     Array,
@@ -120,6 +121,7 @@ def _load(source: DiffusersFolder, component: str) -> tuple[Any, dict[str, Array
     from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
     folder = source.components[component]
+    structure = Structure.read(source.folder(folder))
     classes = {
         "text_encoder": CLIPTextModel,
         "text_encoder_2": CLIPTextModelWithProjection,
@@ -128,9 +130,11 @@ def _load(source: DiffusersFolder, component: str) -> tuple[Any, dict[str, Array
         "tiny_vae": AutoencoderTiny,
     }
     if folder in ("unet", "vae"):
-        lean = _load_lean(classes[folder], source, folder)
+        lean = _load_lean(classes[folder], source, folder, structure)
         if lean is not None:
             return lean
+    if structure is not None:  # ours, of a pass
+        return load_component(source.folder(folder), folder), {}
     options: dict[str, Any] = {"use_safetensors": True, "local_files_only": True}
     if any(".fp16." in file.name for file in source.weights[folder]):
         options["variant"] = "fp16"
@@ -147,7 +151,7 @@ def _load(source: DiffusersFolder, component: str) -> tuple[Any, dict[str, Array
 
 
 def _load_lean(
-    cls: Any, source: DiffusersFolder, folder: str
+    cls: Any, source: DiffusersFolder, folder: str, structure: Structure | None
 ) -> tuple[Any, dict[str, Array]] | None:
     """Build the module without memory of its own; its large weights stay in their file.
 
@@ -158,6 +162,8 @@ def _load_lean(
 
     with torch.device("meta"):
         model = cls.from_config(dict(source.configs[folder]))
+        if structure is not None:
+            structure.apply(model)
     tensors = map_safetensors(source.weights[folder])
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     found = {name: array.shape for name, array in tensors.items()}

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from sdvino import __version__
+from sdvino.compress.passes_report import PASSES_FILE, passes_report
 from sdvino.compress.recipes import Recipe
 from sdvino.manifest import MANIFEST_FILE, Manifest, ManifestComponent, Suggested
 
@@ -24,11 +25,13 @@ def write_manifest(
     suggested: Mapping[str, Any],
     baked: Mapping[str, Any] | None = None,
     quality: Mapping[str, Any] | None = None,
+    passes: Sequence[Mapping[str, Any]] = (),
 ) -> None:
     """Write sdvino.json into the finished ``folder``: precision, size and hashes of each component.
 
     ``source`` is a name, never a path. ``baked`` names the LoRAs and autoencoders that went in;
-    ``quality`` is the gate's verdict.
+    ``quality`` is the gate's verdict; ``passes`` is what was done to the weights first, with
+    figures, which passes.md tells as well.
     """
     manifest = Manifest(
         source=source,
@@ -38,10 +41,14 @@ def write_manifest(
             name: ManifestComponent.of(folder / name, recipe.treatment(name)) for name in components
         },
         quality=quality,
+        passes=tuple(passes),
         suggested=Suggested(**suggested),
         baked={} if baked is None else baked,
         versions=tool_versions(),
     )
+    if passes:
+        report = passes_report(source, passes)
+        (folder / PASSES_FILE).write_text(report, encoding="utf-8")
     (folder / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
 
 

@@ -4,6 +4,8 @@ It stands beside the target, as `.NAME.sdvino-partial`, and looks like this::
 
     state.json     finished steps: the key of what each was made from, its files' SHA-256
     plan.json      what the worker processes are to do
+    inputs/        what passes are measured on, one .npz for each component
+    passes/        what each pass made of its component
     float/         the pipeline in half precision, a model folder but for its manifest
     calibration/   inputs of the components, one .npz each
     model/         the folder that becomes the target
@@ -34,7 +36,7 @@ from sdvino.manifest import MANIFEST_FILE
 STATE_FORMAT = 1
 _STATE_FILE = "state.json"
 _LOCK_FILE = "lock"
-_FOLDERS = ("float", "calibration", "model", "tmp", "logs")
+_FOLDERS = ("inputs", "passes", "float", "calibration", "model", "tmp", "logs")
 
 #: Path inside the work folder -> (bytes, SHA-256).
 Files = dict[str, tuple[int, str]]

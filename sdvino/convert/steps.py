@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
-Kind = Literal["frame", "export", "calibrate", "compress"]
+Kind = Literal["frame", "gather", "pass", "export", "calibrate", "compress"]
+_KINDS: tuple[Kind, ...] = get_args(Kind)
 
 # Steps of components smaller than this share a process: importing torch takes as long as their
 # work, and their memory does not matter.
@@ -18,7 +19,7 @@ class Step:
     """One piece of work, done by a worker process and finished as a whole."""
 
     kind: Kind
-    #: Empty for steps that belong to no one component.
+    #: Empty for steps that belong to no one component; which pass for passes, such as 1-prune.
     component: str = ""
     #: Bytes of the component's weights in the source.
     bytes: int = 0
@@ -32,7 +33,7 @@ class Step:
     def parse(cls, name: str) -> Step:
         """Return the step called ``name``, without its size."""
         kind, _, component = name.partition(" ")
-        for known in ("frame", "export", "calibrate", "compress"):
+        for known in _KINDS:
             if kind == known:
                 return cls(known, component)
         raise ValueError(f"unknown step {name!r}")
@@ -56,6 +57,8 @@ def group(steps: Sequence[Step]) -> Iterator[list[Step]]:
 
 def _family(step: Step) -> str:
     """Return which libraries a step loads: the frame's are among the export's."""
+    if step.kind == "gather":
+        return "pass"
     return "export" if step.kind == "frame" else step.kind
 
 

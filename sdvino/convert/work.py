@@ -20,6 +20,9 @@ _EVALUATION = (0.01, 3.0)
 _VAE_EVALUATION = (0.01, 80.0)
 # NNCF goes over the calibration inputs twice, with statistics at every layer.
 _QUANTIZE_PASSES = 3.0
+# Loading a component in torch, and the evaluations of a pass in it.
+_PASS = (10.0, 150.0)
+_GATHERED = 40
 # A step that says nothing is shown to go on, but never as done.
 _LONGEST_GUESS = 0.9
 
@@ -32,6 +35,10 @@ def expected_seconds(step: Step, plan: WorkPlan) -> float:
         return _cost(_EXPORT, step.bytes)
     if step.kind == "calibrate":
         return plan.calibration.evaluations * _cost(_EVALUATION, step.bytes)
+    if step.kind == "gather":
+        return _FRAME + _GATHERED * _cost(_EVALUATION, step.bytes)
+    if step.kind == "pass":
+        return _cost(_PASS, step.bytes)
     treatment = plan.recipe.treatment(step.component)
     if treatment == "fp16":
         return _cost(_COPY, step.bytes)

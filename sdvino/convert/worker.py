@@ -116,13 +116,30 @@ def _frame(
     write_frame(plan.open_source(work), output)
 
 
+def _gather(
+    plan: WorkPlan, work: Path, component: str, output: Path, progress: Callable[[float], None]
+) -> None:
+    from sdvino.convert.source_passes import gather
+
+    gather(plan, plan.open_source(work), output, progress)
+
+
+def _pass(
+    plan: WorkPlan, work: Path, component: str, output: Path, progress: Callable[[float], None]
+) -> None:
+    from sdvino.convert.source_passes import run_pass
+
+    run_pass(plan, plan.open_source(work), work, component, output, progress)
+
+
 def _export(
     plan: WorkPlan, work: Path, component: str, output: Path, progress: Callable[[float], None]
 ) -> None:
     from sdvino.convert.export import export_component
     from sdvino.convert.frame import write_component_config
+    from sdvino.convert.source_passes import with_passes
 
-    source = plan.open_source(work)
+    source = with_passes(plan.open_source(work), plan, work, component)
     export_component(source, component, output)
     write_component_config(source, component, output)
 
@@ -182,6 +199,8 @@ def _link(file: Path, copy: Path) -> None:
 #: slash at the end, a folder that it adds to.
 STEPS: Mapping[str, tuple[StepFunction, Callable[[str], list[str]]]] = {
     "frame": (_frame, lambda component: ["model/", "float/"]),
+    "gather": (_gather, lambda component: ["inputs/"]),
+    "pass": (_pass, lambda component: [f"passes/{component}"]),
     "export": (_export, lambda component: [f"float/{component}"]),
     "calibrate": (_calibrate, lambda component: ["calibration/"]),
     "compress": (_compress, lambda component: [f"model/{component}"]),

@@ -1,0 +1,163 @@
+"""Passes: the rows of a recipe, in the order in which they are done.
+
+A row is a frozen dataclass, its fields the keys of the row in TOML::
+
+    [[passes]]
+    kind = "prune"
+    component = "unet"
+    method = "heads"
+    share = 0.3
+
+Passes of the level `source` change a component's weights, or what it consists of, before it is
+exported; each is a step of the conversion. Passes of the level `storage` say how a component is
+stored afterwards: they become its table in the recipe. Another kind is one class and one line in
+`_KINDS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from sdvino.errors import RequestError
+from sdvino.settings import check_choice
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from numpy.typing import NDArray
+
+    from sdvino.compress.recipes import ComponentRecipe
+    from sdvino.compress.structure import Structure
+
+Level = Literal["source", "storage"]
+
+#: Sub-folders of a source that passes can change.
+SOURCE_COMPONENTS: tuple[str, ...] = ("unet", "text_encoder", "text_encoder_2", "vae")
+#: What a recipe may name that is not here yet.
+_LATER: Mapping[str, str] = MappingProxyType(
+    {"distill": "train the smaller model first, and convert what comes out"}
+)
+#: Kind -> the module and the class of its row.
+_KINDS: Mapping[str, str] = MappingProxyType(
+    {
+        "prune": "sdvino.compress.prune:Prune",
+        "low_rank": "sdvino.compress.low_rank:LowRank",
+        "quantize": "sdvino.compress.quantize_row:Quantize",
+    }
+)
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What a pass made of a component."""
+
+    #: The torch module, changed in place, float32.
+    module: Any
+    #: How it differs from what its config.json describes.
+    structure: Structure
+    #: Figures for people and for sdvino.json: what JSON holds.
+    figures: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pass:
+    """A row of a recipe. Raises RequestError for settings that cannot be."""
+
+    kind: ClassVar[str]
+    level: ClassVar[Level]
+
+    @property
+    def what(self) -> str:
+        """Return what it does, in a few words, for tables."""
+        return self.kind
+
+    def refusal(self, earlier: Pass) -> str | None:
+        """Return why this pass cannot come after ``earlier``, or None when it can."""
+        return None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SourcePass(Pass):
+    """A pass over a component of the source, on torch modules."""
+
+    level: ClassVar[Level] = "source"
+
+    #: Sub-folder of the source: unet, text_encoder, text_encoder_2 or vae.
+    component: str = "unet"
+
+    def __post_init__(self) -> None:
+        check_choice("component", self.component, SOURCE_COMPONENTS)
+
+    @property
+    def needs_inputs(self) -> bool:
+        """Tell whether it measures activations on the pipeline's own inputs."""
+        return False
+
+    def refusal(self, earlier: Pass) -> str | None:
+        """Refuse to change weights that are stored already."""
+        if earlier.level == "storage":
+            return (
+                f"{self.kind} works on the weights of the source, and after {earlier.kind} they"
+                f" are stored already; move it before {earlier.kind}"
+            )
+        return None
+
+    def run(
+        self,
+        module: Any,
+        structure: Structure,
+        inputs: Sequence[Mapping[str, NDArray[Any]]],
+        progress: Callable[[float], None],
+    ) -> Outcome:
+        """Change ``module``, a torch module in float32 and eval mode, in place.
+
+        ``structure`` is what earlier passes made of it; ``inputs`` are calls of the component, by
+        argument name (see `sdvino.compress.source_inputs`), some if `needs_inputs`. ``progress``
+        is called with the share done. Raises RequestError when the settings do not fit the module.
+        """
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoragePass(Pass):
+    """A pass that says how components are stored."""
+
+    level: ClassVar[Level] = "storage"
+
+    def stored(self) -> Mapping[str, ComponentRecipe]:
+        """Return the components that it speaks of, by our names, and how each is stored."""
+        raise NotImplementedError
+
+
+def row_class(kind: object) -> type[Pass]:
+    """Return the class of the rows of ``kind``; raises RequestError for an unknown one."""
+    if isinstance(kind, str) and kind in _LATER:
+        raise RequestError(
+            f"The pass {kind!r} cannot be part of a recipe yet; leave it out, {_LATER[kind]}."
+        )
+    if not isinstance(kind, str) or kind not in _KINDS:
+        raise RequestError(f"Unknown pass {kind!r}; choose one of: {', '.join(_KINDS)}.")
+    module, _, name = _KINDS[kind].partition(":")
+    found: type[Pass] = getattr(import_module(module), name)
+    return found
+
+
+def check_order(passes: Sequence[Pass]) -> None:
+    """Raise RequestError, with the reason, for passes that cannot work in this order."""
+    for place, late in enumerate(passes):
+        for earlier in passes[:place]:
+            reason = late.refusal(earlier)
+            if reason is not None:
+                raise RequestError(f"Pass {place + 1} of the recipe cannot work there: {reason}.")
+
+
+def check_share(name: str, value: float, *, open_end: bool = True) -> None:
+    """Raise RequestError unless ``value`` is from 0 to below 1, or above 0 and up to 1."""
+    if open_end and not 0.0 <= value < 1.0:
+        raise RequestError(f"{name} is {value:g}; give a share from 0 to below 1.")
+    if not open_end and not 0.0 < value <= 1.0:
+        raise RequestError(f"{name} is {value:g}; give a share above 0 and up to 1.")
