@@ -32,7 +32,7 @@ _QUANTIZE = (600_000_000, 0.6)
 # skips, an autoencoder's widest feature maps.
 _FLOW = {"unet": 7_000, "tiny_vae": 0}
 _FLOW_AUTOENCODER = 70_000
-# Not measured: float32 in torch is twice half precision, beside it what activations and factors take.
+# A guess: float32 in torch is twice half precision, beside it activations and factors.
 _PASS = (1_200_000_000, 3.2)
 _PARENT = 100_000_000
 # Bytes of a component for each byte of its half-precision weights.
