@@ -10,7 +10,7 @@ import numpy as np
 import openvino as ov
 from numpy.typing import NDArray
 
-from sdvino.components import Components, unet_shapes
+from sdvino.components import Components
 from sdvino.compress.calibration import CalibrationPlan
 from sdvino.compress.parts import choose_ends
 from sdvino.compress.stepwise import PART_BYTES, PartedModel
@@ -23,6 +23,7 @@ from sdvino.image.tiling import tile_shape
 from sdvino.model_folder import ModelFolder
 from sdvino.runtime.component import Component
 from sdvino.settings import DeviceSettings, RunSettings
+from sdvino.unet import unet_shapes
 
 Array = NDArray[np.float32]
 

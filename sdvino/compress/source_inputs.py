@@ -80,9 +80,9 @@ class TorchPipeline:
         without = "" if negative is None else negative
         return self.encode(prompt), self.encode(without) if self._guided else None
 
-    def predict(self, inputs: Mapping[str, NDArray[Any]]) -> Array:
-        """Return the UNet's output for latents [1, C, h, w], a timestep [1] and conditions."""
-        return self._call("unet", inputs)
+    def predict(self, inputs: Sequence[Mapping[str, NDArray[Any]]]) -> list[Array]:
+        """Return the UNet's outputs for latents [1, C, h, w], timestep [1] and conditions each."""
+        return [self._call("unet", given) for given in inputs]
 
     def decode(self, latents: Array, index: int) -> tuple[Array, Array]:
         """Return the decoder's input for scaled ``latents``, and its picture, NCHW in [-1, 1].
