@@ -13,6 +13,9 @@ import openvino as ov
 
 from sdvino.compress.calibration import CalibrationInputs, CalibrationPlan, collect
 from sdvino.compress.float_pipeline import FloatPipeline
+from sdvino.compress.global_quantization import quantize_global
+from sdvino.compress.local_plan import LocalPlan
+from sdvino.compress.local_quantization import quantize_local
 from sdvino.compress.quantization import Sample, quantize
 from sdvino.compress.quiet import quiet
 from sdvino.compress.recipes import ComponentRecipe
@@ -45,24 +48,37 @@ def compress_component(
     samples: Sequence[Sample] = (),
     target: Target | None = None,
     progress: Callable[[float], None] | None = None,
+    planned: Callable[[LocalPlan], None] = lambda plan: None,
 ) -> ov.Model:
     """Return ``model``, the float IR of the component ``name``, as ``recipe`` has it stored.
 
-    ``samples`` are its calibration inputs; recipes that are not `calibrated` need none. ``target``
-    None is this machine. ``model`` is consumed. Raises RequestError when the recipe names layers
-    that the model has not, SdvinoError when NNCF or OpenVINO fail.
+    ``samples`` are its calibration inputs; recipes that are not `calibrated` need none, nor do the
+    weights of local, which are then chosen by themselves. ``target`` None is this machine.
+    ``planned`` is given the choices of local. ``model`` is consumed. Raises RequestError when the
+    recipe names layers that the model has not or a budget that nothing can meet, SdvinoError when
+    NNCF or OpenVINO fail.
     """
     if recipe.mode == "fp16":
         return model
     try:
-        if not recipe.calibrated:
-            return compress_weights(name, model, recipe)
-        if not samples:
+        if recipe.quantizes_activations and not samples:
             raise SdvinoError(
                 f"There are no calibration inputs for {name}, which {recipe.mode} needs;"
                 " choose int8-weights for it."
             )
         target = get_target("auto") if target is None else target
+        if recipe.mode == "global":
+            return quantize_global(
+                name, model, samples, recipe=recipe, target=target, progress=progress
+            )
+        if recipe.mode == "local":
+            model, plan = quantize_local(
+                name, model, samples, recipe=recipe, target=target, progress=progress
+            )
+            planned(plan)
+            return model
+        if not recipe.calibrated:
+            return compress_weights(name, model, recipe)
         return quantize(name, model, samples, recipe=recipe, target=target, progress=progress)
     except RuntimeError as error:  # NNCF's and OpenVINO's exceptions
         what = f"{type(error).__name__}: {error}".splitlines()[0]

@@ -9,7 +9,7 @@ from typing import Any
 
 from sdvino import __version__
 from sdvino.compress.recipes import Recipe
-from sdvino.manifest import MANIFEST_FILE, Manifest, ManifestComponent, Suggested
+from sdvino.manifest import MANIFEST_FILE, Accelerated, Manifest, ManifestComponent, Suggested
 
 _LIBRARIES = ("openvino", "nncf", "optimum-intel", "diffusers", "transformers", "torch")
 
@@ -24,11 +24,12 @@ def write_manifest(
     suggested: Mapping[str, Any],
     baked: Mapping[str, Any] | None = None,
     quality: Mapping[str, Any] | None = None,
+    accelerated: Iterable[Accelerated] = (),
 ) -> None:
     """Write sdvino.json into the finished ``folder``: precision, size and hashes of each component.
 
     ``source`` is a name, never a path. ``baked`` names the LoRAs and autoencoders that went in;
-    ``quality`` is the gate's verdict.
+    ``quality`` is the gate's verdict; ``accelerated`` what pays on the devices it was made for.
     """
     manifest = Manifest(
         source=source,
@@ -40,6 +41,7 @@ def write_manifest(
         quality=quality,
         suggested=Suggested(**suggested),
         baked={} if baked is None else baked,
+        accelerated=tuple(accelerated),
         versions=tool_versions(),
     )
     (folder / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")

@@ -149,6 +149,7 @@ def _compress(
     import openvino as ov
 
     from sdvino.compress.folder import compress_component
+    from sdvino.compress.local_report import write_plan
     from sdvino.compress.samples import load_samples
     from sdvino.compress.targets import get_target
 
@@ -158,7 +159,9 @@ def _compress(
     # Mapped, not read: a weight is in memory while something works on it.
     model = ov.Core().read_model(source / "openvino_model.xml")
     recipe, target = plan.recipe.component(component), get_target(plan.request.target)
-    model = compress_component(component, model, recipe, samples, target, progress)
+    model = compress_component(
+        component, model, recipe, samples, target, progress, partial(write_plan, output)
+    )
     ov.save_model(model, output / "openvino_model.xml", compress_to_fp16=True)
     for file in source.iterdir():
         if file.suffix not in (".xml", ".bin"):
