@@ -45,6 +45,7 @@ from sdvino.outputs import (
 from sdvino.runtime.guard import Guard
 from sdvino.runtime.memory import check_memory, memory_status
 from sdvino.runtime.memory_plan import MemoryPlan, measure_parts, plan_memory
+from sdvino.runtime.plugins import register_plugins
 from sdvino.settings import (
     GuidanceMode,
     NoiseName,
@@ -101,6 +102,7 @@ class StableDiffusionPipeline:
         model: str | Path | None = None,
         *,
         device: str | Mapping[str, str] | None = None,
+        plugins: Mapping[str, str | Path] | None = None,
         settings: RunSettings | None = None,
         revision: str | None = None,
         cache_dir: str | Path | None = None,
@@ -112,12 +114,14 @@ class StableDiffusionPipeline:
         """Open a model folder, a hub id of a ready-made OpenVINO model, or the bundled demo model.
 
         ``device`` is one OpenVINO device name, or names by component, with ``default`` for the
-        rest; ``settings`` says everything else too. ``cache_dir`` is the hub's download cache.
+        rest; ``plugins`` makes devices of vendors' OpenVINO libraries first, name to path;
+        ``settings`` says everything else too. ``cache_dir`` is the hub's download cache.
         ``verify`` compares every file with the SHA-256 of the manifest. With ``profile``, what
         `sdvino tune` measured on this machine fills in what is left open. Nothing is compiled
         before the first call. Raises RequestError (ModelFolderError, DeviceError) for a wrong
         request.
         """
+        register_plugins({} if plugins is None else plugins)
         path = resolve_model(model, revision=revision, cache_dir=cache_dir, offline=offline)
         folder = ModelFolder.open(path)
         if verify:

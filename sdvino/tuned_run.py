@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 
 from sdvino.model_folder import ModelFolder
+from sdvino.runtime.acceleration import with_stored
 from sdvino.runtime.guard import Guard
 from sdvino.runtime.profile import ProfileMemory, ProfileStore, profile_key
+from sdvino.runtime.topology import read_cpu
 from sdvino.runtime.tuned import apply_profile
 from sdvino.settings import RunSettings
 
@@ -18,11 +20,14 @@ def tuned_run(
 ) -> tuple[RunSettings, Guard]:
     """Return the settings to run ``folder`` with, and what watches over its numbers.
 
+    What the folder stores for a device like this machine's comes last, where all leave a choice.
     With ``profile``, what `sdvino tune` found on this machine is put where ``settings`` leave a
     choice, which the log says once, and what the guard learns is kept for later runs.
     """
+    stored = () if folder.manifest is None else folder.manifest.accelerated
+    isa = read_cpu().isa
     if not profile:
-        return settings, Guard()
+        return with_stored(settings, stored, isa), Guard()
     memory = ProfileMemory(ProfileStore(), profile_key(folder), folder.name)
     found = memory.profile
     tuned = apply_profile(settings, found) if found.components else settings
@@ -32,4 +37,4 @@ def tuned_run(
             found.name,
             found.tuned,
         )
-    return tuned, Guard(memory)
+    return with_stored(tuned, stored, isa), Guard(memory)

@@ -21,9 +21,10 @@ if TYPE_CHECKING:
     "--recipe",
     default="int8",
     show_default=True,
-    metavar="fp16|int8-weights|int8-hybrid|int8|int4-weights|FILE.toml",
+    metavar="fp16|int8-weights|int8-hybrid|int8|int4-weights|global|local|FILE.toml",
     help="How small and fast: half precision; 8-bit weights; the same with 8-bit convolutions;"
-    " 8-bit weights and activations; 4-bit weights; or a recipe of your own.",
+    " 8-bit weights and activations; 4-bit weights; one 8-bit scheme for everything; each layer"
+    " of the UNet as it bears it, under a budget of bytes; or a recipe of your own.",
 )
 @click.option(
     "--target",
@@ -154,6 +155,7 @@ def convert_command(
     """
     from tqdm import tqdm
 
+    from sdvino.compress.local_report import read_tables
     from sdvino.compress.prompts import read_prompts
     from sdvino.convert.api import look_ahead, make_request, run
     from sdvino.convert.gating import GateSettings
@@ -189,6 +191,8 @@ def convert_command(
             progress=show,
             say=lambda line: tqdm.write(f"sdvino: {line}", file=sys.stderr),
         )
+    for line in read_tables(result.path, result.components):
+        click.echo(line, err=True)
     click.echo(summary(result.path))
 
 
@@ -276,6 +280,11 @@ def summary(folder: Path) -> str:
         from sdvino.compress.verdict import quality_line
 
         lines.append(f"  quality: {quality_line(model.manifest.quality)}")
+    if model.manifest is not None:
+        from sdvino.runtime.acceleration import accelerate
+
+        for entry in model.manifest.accelerated:
+            lines += [f"  for {line}" for line in accelerate(entry.kind).lines()[:1]]
     lines.append(f'Try it: sdvino generate -m {folder} "a prompt"')
     return "\n".join(lines)
 

@@ -7,11 +7,15 @@ from dataclasses import asdict
 
 import click
 
+from sdvino.cli.options import plugin_option
+
 
 @click.command("devices")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@plugin_option
 def devices_command(as_json: bool) -> None:
     """Show the devices that OpenVINO finds, the processor and the memory."""
+    from sdvino.runtime.acceleration import accelerate
     from sdvino.runtime.devices import describe_machine
 
     machine = describe_machine()
@@ -33,6 +37,7 @@ def devices_command(as_json: bool) -> None:
             click.echo(f"       {name}: {value}")
         for name, value in device.defaults.items():
             click.echo(f"       default {name}: {value}")
+        click.echo(f"       what pays: {accelerate(device.device, machine.cpu.isa).summary}")
     if machine.profiles:
         click.echo("\nprofiles of this machine and OpenVINO")
         for line in machine.profiles:

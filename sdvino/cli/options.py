@@ -56,8 +56,31 @@ def model_options(command: F) -> F:
     return command
 
 
+def plugin_option(command: F) -> F:
+    """Add ``--plugin``, which makes a vendor's library a device before the command runs."""
+    option = click.option(
+        "--plugin",
+        multiple=True,
+        metavar="NAME=LIBRARY",
+        expose_value=False,
+        is_eager=True,
+        callback=lambda context, _, words: _register(context, words),
+        help="Load a vendor's OpenVINO plugin, such as an FPGA board's, as the device NAME; may be"
+        " repeated.",
+    )
+    return option(command)
+
+
+def _register(context: click.Context, words: Sequence[str]) -> None:
+    if words and not context.resilient_parsing:
+        from sdvino.runtime.plugins import parse_plugin, register_plugin
+
+        for word in words:
+            register_plugin(*parse_plugin(word))
+
+
 def device_options(command: F) -> F:
-    """Add the options that `device_settings` reads."""
+    """Add the options that `run_settings` reads, and ``--plugin``."""
     for option in reversed(
         [
             click.option(
@@ -102,7 +125,7 @@ def device_options(command: F) -> F:
         ]
     ):
         command = option(command)
-    return command
+    return plugin_option(command)
 
 
 def run_settings(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from sdvino.cli.options import model_options
+from sdvino.cli.options import model_options, plugin_option
 from sdvino.errors import Cancelled, RequestError, SdvinoError
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ MAX_MINUTES = 24 * 60
 @click.option(
     "--plot", type=click.Path(path_type=Path), help="Draw what was tried into this picture."
 )
+@plugin_option
 @click.option("-q", "--quiet", is_flag=True, help="No progress.")
 def tune_command(
     model: str | None,

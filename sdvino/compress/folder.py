@@ -13,6 +13,9 @@ import openvino as ov
 
 from sdvino.compress.calibration import CalibrationInputs, CalibrationPlan, collect
 from sdvino.compress.float_pipeline import FloatPipeline
+from sdvino.compress.global_quantization import quantize_global
+from sdvino.compress.local_plan import LocalPlan
+from sdvino.compress.local_quantization import quantize_local
 from sdvino.compress.quantization import quantize
 from sdvino.compress.quiet import quiet
 from sdvino.compress.recipes import ComponentRecipe
@@ -50,27 +53,39 @@ def compress_component(
     target: Target | None = None,
     progress: Callable[[float], None] | None = None,
     scratch: Path | None = None,
+    planned: Callable[[LocalPlan], None] = lambda plan: None,
 ) -> ov.Model:
     """Return ``model``, the float IR of the component ``name``, as ``recipe`` has it stored.
 
     ``model`` is consumed; given as its .xml, the weights are mapped, and in memory only while they
     are worked on. ``samples`` are its calibration inputs; recipes that are not `calibrated` need
-    none. ``target`` None is this machine. ``scratch`` is a folder for what large models need
-    meanwhile; None: the system's. Raises RequestError when the recipe names layers
-    that the model has not, SdvinoError when NNCF or OpenVINO fail.
+    none, nor do the weights of local, which are then chosen by themselves. ``target`` None is this
+    machine. ``scratch`` is a folder for what large models need meanwhile; None: the system's.
+    ``planned`` is given the choices of local. Raises RequestError when the recipe names layers that
+    the model has not or a budget that nothing can meet, SdvinoError when NNCF or OpenVINO fail.
     """
     mapped = ov.Core().read_model(model) if isinstance(model, Path) else model
     if recipe.mode == "fp16":
         return mapped
     try:
-        if not recipe.calibrated:
-            return compress_weights(name, mapped, recipe)
-        if not samples:
+        if recipe.quantizes_activations and not samples:
             raise SdvinoError(
                 f"There are no calibration inputs for {name}, which {recipe.mode} needs;"
                 " choose int8-weights for it."
             )
         target = get_target("auto") if target is None else target
+        if recipe.mode == "global":
+            return quantize_global(
+                name, mapped, samples, recipe=recipe, target=target, progress=progress
+            )
+        if recipe.mode == "local":
+            mapped, plan = quantize_local(
+                name, mapped, samples, recipe=recipe, target=target, progress=progress
+            )
+            planned(plan)
+            return mapped
+        if not recipe.calibrated:
+            return compress_weights(name, mapped, recipe)
         del mapped
         return quantize(
             name,

@@ -13,8 +13,14 @@ quantized 6.6 %. So it stays in float.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+from sdvino.errors import RequestError
+
+if TYPE_CHECKING:
+    from sdvino.compress.recipes import ComponentRecipe
 
 
 def _modules(*names: str) -> tuple[str, ...]:
@@ -57,3 +63,36 @@ def fragile_nodes(component: str, nodes: Iterable[str]) -> list[str]:
     if component == "tiny_vae":
         return sorted({names[0], names[-1]}) if names else []
     return [name for name in names if is_fragile(component, name)]
+
+
+def float_nodes(
+    recipe: ComponentRecipe,
+    component: str,
+    weighted: Sequence[str],
+    others: Sequence[str] = (),
+    rest: Sequence[str] = (),
+) -> list[str]:
+    """Return the names of the operations that stay in float.
+
+    ``weighted`` are the names of those with weights, in graph order; ``others`` those that can be
+    compressed without; ``rest`` every operation, where an expression is at home that matches none
+    of the former. Raises RequestError for a regular expression that matches nothing.
+    """
+    found: dict[str, None] = {}
+    for pattern in recipe.float_layers:
+        matching = _matching(pattern, [*weighted, *others])
+        if not matching:
+            matching = _matching(pattern, rest)
+        if not matching:
+            raise RequestError(
+                f"float_layers of {component} has {pattern!r}, which matches no layer of this"
+                " model; correct it or leave it out."
+            )
+        found |= dict.fromkeys(matching)
+    if recipe.float_ends and weighted:
+        found |= dict.fromkeys((weighted[0], weighted[-1]))
+    return list(found)
+
+
+def _matching(pattern: str, names: Sequence[str]) -> list[str]:
+    return [name for name in names if re.search(pattern, name)]

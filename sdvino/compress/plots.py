@@ -69,6 +69,28 @@ def plot_layers(sensitivity: Sensitivity, path: Path, *, float_count: int = 0) -
     _save(figure, path)
 
 
+def draw_heat_map(
+    values: NDArray[np.float64],
+    rows: Sequence[str],
+    columns: Sequence[str],
+    taken: Sequence[int],
+    path: Path,
+    *,
+    title: str,
+    scale: str,
+) -> None:
+    """Draw ``values`` [rows, columns], NaN left blank, with a ring in the column each row takes."""
+    figure, axes = _figure(7.2, 1.6 + 0.15 * len(rows))
+    axes.grid(visible=False)
+    drawn = axes.imshow(values, aspect="auto", cmap="viridis", interpolation="nearest")
+    axes.scatter(taken, range(len(rows)), s=16, facecolors="none", edgecolors="red")
+    axes.set_xticks(range(len(columns)), columns, rotation=40, ha="right", fontsize=7)
+    axes.set_yticks(range(len(rows)), [_label(name, 1) for name in rows], fontsize=6)
+    axes.set_title(title, fontsize=9)
+    figure.colorbar(drawn, ax=axes, label=scale, shrink=0.6)
+    _save(figure, path)
+
+
 def draw_pictures(
     before: Sequence[NDArray[np.uint8]], after: Sequence[NDArray[np.uint8]], path: Path
 ) -> int:

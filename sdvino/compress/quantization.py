@@ -47,7 +47,7 @@ def quantize(
     part_bytes: int = PART_BYTES,
     scratch: Path | None = None,
 ) -> ov.Model:
-    """Return ``model`` quantized as ``recipe`` (int8 or int8-hybrid) says, for ``target``.
+    """Return ``model`` quantized as ``recipe`` (int8, int8-hybrid, global) says, for ``target``.
 
     ``samples`` are calibration inputs by tensor name; all are used, in order, so the result is
     the same each time. Weights get one scale for each output channel (or tensor), activations one
@@ -152,7 +152,6 @@ def _options(recipe: ComponentRecipe, target: Target, alpha: float | None) -> di
     from nncf.quantization.advanced_parameters import (
         AdvancedQuantizationParameters,
         AdvancedSmoothQuantParameters,
-        QuantizationParameters,
     )
 
     presets = nncf.QuantizationPreset
@@ -166,9 +165,22 @@ def _options(recipe: ComponentRecipe, target: Target, alpha: float | None) -> di
                 matmul=-1 if alpha is None else alpha, convolution=-1
             ),
             weights_quantization_params=(
-                QuantizationParameters(per_channel=False)
+                _one_scale(symmetric=recipe.mode == "global")
                 if recipe.granularity == "tensor"
                 else None
             ),
+            activations_quantization_params=(
+                _one_scale(symmetric=True) if recipe.mode == "global" else None
+            ),
         ),
     }
+
+
+def _one_scale(*, symmetric: bool) -> Any:
+    """Return NNCF's parameters for one scale over a tensor."""
+    from nncf.common.quantization.structs import QuantizationScheme
+    from nncf.quantization.advanced_parameters import QuantizationParameters
+
+    return QuantizationParameters(
+        per_channel=False, mode=QuantizationScheme.SYMMETRIC if symmetric else None
+    )

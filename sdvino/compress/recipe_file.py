@@ -28,10 +28,10 @@ _HEAD = """\
 # A recipe of sdvino: how each component is stored. sdvino convert SOURCE FOLDER --recipe FILE
 # A component that is not named stays in half precision. A key that is left out takes its default.
 #
-# mode                    fp16, int8-weights, int8-hybrid, int8 or int4-weights
+# mode                    fp16, int8-weights, int8-hybrid, int8, int4-weights, global or local
 # granularity             weights share a scale by tensor (int8), channel or group (int4-weights)
 # group_size              weights in a group: 16, 32, 64, 128 or 256
-# bits                    of a weight: 16, 8 or 4, as the mode has it
+# bits                    of a weight: 16, 8 or 4, as the mode has it; local: the fewest, 4 or 8
 # ratio                   int4-weights: share of the linears' weights in 4 bits, the least sensitive
 #                         first; 1.0
 # float_layers            regular expressions, searched in the names of operations: what stays in
@@ -40,6 +40,10 @@ _HEAD = """\
 # float_residual_sources  convolutions whose output is a block's residual in float; false
 # smooth_quant_alpha      int8: 0 to 1; without it SmoothQuant is off
 # quantize_attention      int8: attention's products in 8 bits; without it --target decides
+# budget                  local: up to 1 a share of the weights' bytes in half precision; above 1
+#                         the component's bytes; 0.3
+# measured_groups         local: groups of layers whose effect on the output is measured, 0 for none
+# activations             global, local: activations in 8 bits too; global true, local false
 #
 # calibration: prompts, a list, or prompts_file, a name (the model's own); trajectories, how many
 # of them are denoised; strata of timesteps, each denoised in one step; samples, inputs of the UNet

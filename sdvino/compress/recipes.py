@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Literal, get_args
 
 from sdvino.compress.fragile import FRAGILE_LAYERS
+from sdvino.compress.fragile import float_nodes as float_nodes
 from sdvino.compress.passes import SourcePass, check_order
 from sdvino.compress.prompts import check_prompts
 from sdvino.errors import RequestError
@@ -18,8 +20,11 @@ from sdvino.settings import COMPONENTS, check_choice
 #: fp16: half-precision weights, nothing quantized. int8-weights: weights in 8 bits, arithmetic in
 #: float. int4-weights: weights of linears in 4 bits where they bear it, else in 8. int8-hybrid:
 #: linears and embeddings as in int8-weights, convolutions as in int8. int8: weights and activations
-#: in 8 bits (W8A8).
-Treatment = Literal["fp16", "int8-weights", "int8-hybrid", "int8", "int4-weights"]
+#: in 8 bits (W8A8). global: 8 bits, one symmetric scale for each tensor, whatever is in it. local:
+#: each layer's bits, granularity and range from its own numbers, under a budget of bytes.
+Treatment = Literal[
+    "fp16", "int8-weights", "int8-hybrid", "int8", "int4-weights", "global", "local"
+]
 RecipeName = Treatment
 Granularity = Literal["tensor", "channel", "group"]
 
@@ -29,8 +34,17 @@ DEFAULT_RECIPE: RecipeName = "int8"
 #: Treatments that measure activations, and so need calibration inputs.
 CALIBRATED: frozenset[Treatment] = frozenset({"int8-hybrid", "int8"})
 
-_BITS: Mapping[Treatment, int] = MappingProxyType(
-    {"fp16": 16, "int8-weights": 8, "int8-hybrid": 8, "int8": 8, "int4-weights": 4}
+#: Bits of a weight, the default first.
+_BITS: Mapping[Treatment, tuple[int, ...]] = MappingProxyType(
+    {
+        "fp16": (16,),
+        "int8-weights": (8,),
+        "int8-hybrid": (8,),
+        "int8": (8,),
+        "int4-weights": (4,),
+        "global": (8,),
+        "local": (4, 8),
+    }
 )
 # What NNCF and OpenVINO's plugins take: weight compression knows channels (and groups in 4 bits),
 # quantization knows tensors and channels.
@@ -41,6 +55,8 @@ _GRANULARITIES: Mapping[Treatment, tuple[Granularity, ...]] = MappingProxyType(
         "int8-hybrid": ("channel",),
         "int8": ("channel", "tensor"),
         "int4-weights": ("group", "channel"),
+        "global": ("tensor",),
+        "local": (),
     }
 )
 #: From the strongest compression to none: where the next milder recipe is looked for.
@@ -50,10 +66,17 @@ _MILDER: Mapping[str, RecipeName] = MappingProxyType(
         "int8-hybrid": "int8-weights",
         "int4-weights": "int8-weights",
         "int8-weights": "fp16",
+        "global": "int8",
+        "local": "int8-weights",
     }
 )
+#: Of local: 4 bits for most layers, 8 and half precision for those that need them.
+DEFAULT_BUDGET = 0.3
+#: A budget between a share and this is a mistake: 30 for 30 %.
+_FEWEST_BYTES = 1024
 _GROUP_SIZES = (16, 32, 64, 128, 256)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._+-]{0,63}")
+_IMAGES = ("unet", "vae_decoder", "vae_encoder", "tiny_vae")
 _TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 
 
@@ -63,11 +86,13 @@ class ComponentRecipe:
 
     mode: Treatment
     #: Weights share a scale by tensor, by output channel, or (4 bits) by group within a channel.
-    granularity: Granularity = "channel"
+    #: None: by channel, in global by tensor; local chooses for each layer.
+    granularity: Granularity | None = None
     #: Weights in a group, for granularity group; a layer whose width it does not divide takes a
     #: smaller one, or stays in 8 bits.
     group_size: int | None = None
-    #: Bits of a weight: 16 for fp16, 4 for int4-weights, else 8. None: what the mode says.
+    #: Bits of a weight: 16 for fp16, 4 for int4-weights, else 8; local: the fewest of a layer, 4 or
+    #: 8. None: what the mode says, 4 for local.
     bits: int | None = None
     #: int4-weights: the share of the linears' weights that goes to 4 bits, those first that bear it
     #: best (by the error of their weights; no data); the rest, convolutions, embeddings: 8 bits.
@@ -84,25 +109,52 @@ class ComponentRecipe:
     smooth_quant_alpha: float | None = None
     #: int8: the products of attention in 8 bits; None: where the target is faster with it.
     quantize_attention: bool | None = None
+    #: local: what the weights may take: up to 1 a share of their bytes in half precision, above 1
+    #: the bytes of the whole component. None: `DEFAULT_BUDGET`.
+    budget: float | None = None
+    #: local: how many groups of layers have their effect on the output measured; None: every layer
+    #: by itself, groups of neighbours in large models; 0: none, weights alone decide.
+    measured_groups: int | None = None
+    #: global, local: activations in 8 bits too. None: in global they are, in local they are not.
+    activations: bool | None = None
 
     def __post_init__(self) -> None:
         check_choice("mode", self.mode, TREATMENTS)
         check_choice("granularity", self.granularity, get_args(Granularity))
         if self.bits is None:
-            object.__setattr__(self, "bits", _BITS[self.mode])
+            object.__setattr__(self, "bits", _BITS[self.mode][0])
+        if self.granularity is None and self.mode != "local":
+            granularity = "tensor" if self.mode == "global" else "channel"
+            object.__setattr__(self, "granularity", granularity)
         for problem in self._problems():
             raise RequestError(problem)
 
     @property
     def calibrated(self) -> bool:
         """Whether compressing needs calibration inputs."""
+        if self.mode == "local":
+            return self.quantizes_activations or self.measured_groups != 0
+        return self.mode in CALIBRATED or self.quantizes_activations
+
+    @property
+    def quantizes_activations(self) -> bool:
+        """Whether activations are in 8 bits, by the recipe's mode or its choice."""
+        if self.mode in ("global", "local"):
+            return self.mode == "global" if self.activations is None else self.activations
         return self.mode in CALIBRATED
+
+    @property
+    def _has_w8a8(self) -> bool:
+        return self.mode == "int8" or (self.mode == "local" and self.quantizes_activations)
 
     def _problems(self) -> Iterable[str]:
         mode, granularities = self.mode, _GRANULARITIES[self.mode]
-        if self.bits != _BITS[mode]:
-            yield f"{mode} goes with bits = {_BITS[mode]}, not {self.bits}."
-        if self.granularity not in granularities:
+        if self.bits not in _BITS[mode]:
+            bits = " or ".join(map(str, _BITS[mode]))
+            yield f"{mode} goes with bits = {bits}, not {self.bits}."
+        if mode == "local" and self.granularity is not None:
+            yield "local chooses each layer's granularity: leave granularity out."
+        elif mode != "local" and self.granularity not in granularities:
             yield (
                 f"{mode} goes with granularity {' or '.join(granularities)},"
                 f" not {self.granularity}."
@@ -117,10 +169,25 @@ class ComponentRecipe:
             yield f"ratio belongs to int4-weights, not {mode}."
         if self.smooth_quant_alpha is not None and not 0.0 <= self.smooth_quant_alpha <= 1.0:
             yield f"smooth_quant_alpha is {self.smooth_quant_alpha:g}; give a number from 0 to 1."
-        if mode != "int8" and self.smooth_quant_alpha is not None:
+        if not self._has_w8a8 and self.smooth_quant_alpha is not None:
             yield f"smooth_quant_alpha belongs to int8, not {mode}."
-        if mode != "int8" and self.quantize_attention:
+        if not self._has_w8a8 and self.quantize_attention:
             yield f"quantize_attention belongs to int8, not {mode}."
+        if mode != "local" and self.budget is not None:
+            yield f"budget belongs to local, not {mode}."
+        if mode != "local" and self.measured_groups is not None:
+            yield f"measured_groups belongs to local, not {mode}."
+        if mode not in ("global", "local") and self.activations is not None:
+            yield f"activations belongs to global and local, not {mode}."
+        if self.budget is not None and not (
+            0.0 < self.budget <= 1.0 or _FEWEST_BYTES <= self.budget < math.inf
+        ):
+            yield (
+                f"budget is {self.budget:g}; give a share of half precision's bytes, above 0 and up"
+                f" to 1, or a number of bytes, {_FEWEST_BYTES} or more."
+            )
+        if self.measured_groups is not None and not 0 <= self.measured_groups <= 10_000:
+            yield f"measured_groups is {self.measured_groups}; give a number from 0 to 10,000."
         for pattern in self.float_layers:
             if _compiled(pattern) is None:
                 yield f"float_layers has {pattern!r}, which is no regular expression."
@@ -217,46 +284,14 @@ class Recipe:
     def milder(self) -> Recipe | None:
         """Return the built-in recipe that compresses less than the strongest treatment here does.
 
-        int8 -> int8-hybrid -> int8-weights -> fp16 -> None. Calibration and passes stay.
+        global -> int8 -> int8-hybrid -> int8-weights -> fp16 -> None. Calibration and passes stay.
         """
-        for strongest in ("int8", "int8-hybrid", "int4-weights", "int8-weights"):
+        order = ("global", "int8", "int8-hybrid", "int4-weights", "local", "int8-weights")
+        for strongest in order:
             if any(entry.mode == strongest for entry in self.components.values()):
                 milder = _TABLE[_MILDER[strongest]]
                 return replace(milder, calibration=self.calibration, passes=self.passes)
         return None
-
-
-def float_nodes(
-    recipe: ComponentRecipe,
-    component: str,
-    weighted: Sequence[str],
-    others: Sequence[str] = (),
-    rest: Sequence[str] = (),
-) -> list[str]:
-    """Return the names of the operations that stay in float.
-
-    ``weighted`` are the names of those with weights, in graph order; ``others`` those that can be
-    compressed without; ``rest`` every operation, where an expression is at home that matches none
-    of the former. Raises RequestError for a regular expression that matches nothing.
-    """
-    found: dict[str, None] = {}
-    for pattern in recipe.float_layers:
-        matching = _matching(pattern, [*weighted, *others])
-        if not matching:
-            matching = _matching(pattern, rest)
-        if not matching:
-            raise RequestError(
-                f"float_layers of {component} has {pattern!r}, which matches no layer of this"
-                " model; correct it or leave it out."
-            )
-        found |= dict.fromkeys(matching)
-    if recipe.float_ends and weighted:
-        found |= dict.fromkeys((weighted[0], weighted[-1]))
-    return list(found)
-
-
-def _matching(pattern: str, names: Sequence[str]) -> list[str]:
-    return [name for name in names if re.search(pattern, name)]
 
 
 def _component(name: str, treatment: str) -> ComponentRecipe:
@@ -312,8 +347,14 @@ def _quantized(mode: Treatment, alpha: float | None = None) -> dict[str, Compone
             smooth_quant_alpha=alpha,
         )
 
-    images = ("unet", "vae_decoder", "vae_encoder", "tiny_vae")
-    return _TEXT | {component: entry(component) for component in images}
+    return _TEXT | {component: entry(component) for component in _IMAGES}
+
+
+def _global(component: str) -> ComponentRecipe:
+    """Return the one scheme; text encoders are not calibrated, so only their weights take it."""
+    if component in _TEXT_ENCODERS:
+        return ComponentRecipe(mode="global", activations=False)
+    return ComponentRecipe(mode="global", float_residual_sources=component != "tiny_vae")
 
 
 _TABLE: Mapping[str, Recipe] = MappingProxyType(
@@ -340,6 +381,17 @@ _TABLE: Mapping[str, Recipe] = MappingProxyType(
                 _everywhere(
                     _WEIGHTS, text_encoder=_FOUR_BITS, text_encoder_2=_FOUR_BITS, unet=_FOUR_BITS
                 ),
+            ),
+            Recipe(
+                "global",
+                "8 bits everywhere, one symmetric scale for each tensor: simple, and the least"
+                " faithful",
+                {component: _global(component) for component in COMPONENTS},
+            ),
+            Recipe(
+                "local",
+                "the UNet's layers in 4, 8 or 16 bits, each as its own measured error allows",
+                _everywhere(_WEIGHTS, unet=ComponentRecipe(mode="local")),
             ),
         )
     }

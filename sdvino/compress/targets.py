@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal, get_args
 
+from sdvino.runtime.acceleration import cpu_class
 from sdvino.runtime.topology import read_cpu
 from sdvino.settings import check_choice
 
@@ -79,12 +80,6 @@ _TABLE: Mapping[str, Target] = MappingProxyType(
         )
     }
 )
-#: Instruction set, as `CpuReport.isa` names it -> target; the first that is there counts.
-_BY_ISA: tuple[tuple[str, TargetName], ...] = (
-    ("AMX-INT8", "amx"),
-    ("AVX512-VNNI", "avx512-vnni"),
-    ("AVX-VNNI", "avx2-vnni"),
-)
 
 
 def get_target(name: str) -> Target:
@@ -103,4 +98,5 @@ def detect(isa: Collection[str]) -> TargetName:
     right everywhere: half the weights' range costs little where it is not needed, and an overflow
     costs the picture.
     """
-    return next((name for flag, name in _BY_ISA if flag in isa), "avx2")
+    kind = cpu_class(isa)
+    return "avx2" if kind == "arm" else kind

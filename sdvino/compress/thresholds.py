@@ -44,6 +44,8 @@ LIMITS: Mapping[str, TreatmentLimits] = MappingProxyType(
         "int8-hybrid": TreatmentLimits(psnr=32.0, ssim=0.92, error=0.15),
         "int8": TreatmentLimits(psnr=30.0, ssim=0.90, error=0.20),
         "int4-weights": TreatmentLimits(psnr=25.0, ssim=0.80, error=0.25),
+        "global": TreatmentLimits(psnr=25.0, ssim=0.80, error=0.35),
+        "local": TreatmentLimits(psnr=25.0, ssim=0.80, error=0.25),
     }
 )
 _UNKNOWN = LIMITS["int8"]

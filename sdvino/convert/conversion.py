@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from sdvino.compress.recipes import Recipe
+from sdvino.compress.targets import get_target
 from sdvino.convert.manifest import tool_versions, write_manifest
 from sdvino.convert.open_source import Source
 from sdvino.convert.processes import run_steps
@@ -19,6 +20,7 @@ from sdvino.convert.steps import Step, group
 from sdvino.convert.work import Work
 from sdvino.errors import OutputError, RequestError
 from sdvino.model_folder import ModelFolder
+from sdvino.runtime.acceleration import accelerate
 
 _log = logging.getLogger("sdvino")
 
@@ -132,6 +134,7 @@ class Conversion:
             baked=self.plan.request.baking.to_manifest(),
             quality=self._quality,
             passes=history_of(self.work.path, self.plan.recipe),
+            accelerated=[accelerate(get_target(self.plan.request.target).name).stored],
         )
         ModelFolder.open(self.work.model)  # what we would refuse to run is not delivered
         self.work.deliver(self._whole, overwrite=overwrite)

@@ -10,7 +10,7 @@ from typing import Any
 from sdvino import __version__
 from sdvino.compress.passes_report import PASSES_FILE, passes_report
 from sdvino.compress.recipes import Recipe
-from sdvino.manifest import MANIFEST_FILE, Manifest, ManifestComponent, Suggested
+from sdvino.manifest import MANIFEST_FILE, Accelerated, Manifest, ManifestComponent, Suggested
 
 _LIBRARIES = ("openvino", "nncf", "optimum-intel", "diffusers", "transformers", "torch")
 
@@ -26,12 +26,14 @@ def write_manifest(
     baked: Mapping[str, Any] | None = None,
     quality: Mapping[str, Any] | None = None,
     passes: Sequence[Mapping[str, Any]] = (),
+    accelerated: Iterable[Accelerated] = (),
 ) -> None:
     """Write sdvino.json into the finished ``folder``: precision, size and hashes of each component.
 
     ``source`` is a name, never a path. ``baked`` names the LoRAs and autoencoders that went in;
     ``quality`` is the gate's verdict; ``passes`` is what was done to the weights first, with
-    figures, which passes.md tells as well.
+    figures, which passes.md tells as well; ``accelerated`` what pays on the devices that it was
+    made for.
     """
     manifest = Manifest(
         source=source,
@@ -44,6 +46,7 @@ def write_manifest(
         passes=tuple(passes),
         suggested=Suggested(**suggested),
         baked={} if baked is None else baked,
+        accelerated=tuple(accelerated),
         versions=tool_versions(),
     )
     if passes:

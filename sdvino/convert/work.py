@@ -23,6 +23,8 @@ _QUANTIZE_PASSES = 3.0
 # Loading a component in torch, and the evaluations of a pass in it.
 _PASS = (10.0, 150.0)
 _GATHERED = 40
+# Local quantization looks at every weight, and compiles and runs the component for many layers.
+_LOCAL = (60.0, 900.0)
 # A step that says nothing is shown to go on, but never as done.
 _LONGEST_GUESS = 0.9
 
@@ -44,6 +46,8 @@ def expected_seconds(step: Step, plan: WorkPlan) -> float:
         return _cost(_COPY, step.bytes)
     if step.component not in plan.quantized:
         return _cost(_WEIGHTS, step.bytes)
+    if not plan.recipe.component(step.component).quantizes_activations:
+        return _cost(_LOCAL, step.bytes)
     calibration = plan.calibration
     samples = calibration.unet_samples if step.component == "unet" else len(calibration.prompts)
     evaluation = _VAE_EVALUATION if "vae" in step.component else _EVALUATION

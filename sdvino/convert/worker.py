@@ -166,6 +166,7 @@ def _compress(
     import openvino as ov
 
     from sdvino.compress.folder import compress_component
+    from sdvino.compress.local_report import write_plan
     from sdvino.compress.samples import load_samples
     from sdvino.compress.targets import get_target
 
@@ -180,7 +181,9 @@ def _compress(
         get_target(plan.request.target),
         progress,
         scratch=output.parent,
+        planned=partial(write_plan, output),
     )
+    model.set_friendly_name(component)  # a model put together from parts has another
     ov.save_model(model, output / "openvino_model.xml", compress_to_fp16=True)
     for file in source.iterdir():
         if file.suffix not in (".xml", ".bin"):

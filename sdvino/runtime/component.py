@@ -27,6 +27,8 @@ Array = NDArray[Any]
 
 #: Bytes of a constant that is a number of an edit rather than weights.
 _SMALL_CONSTANT = 64
+#: Devices that take blobs without weights.
+_WEIGHTLESS = ("CPU", "GPU", "AUTO", "HETERO")
 #: Milliseconds between looks at the keyboard while a graph runs.
 _WAIT_MS = 100
 
@@ -368,7 +370,7 @@ def _cache_properties(cache_dir: Path, device: str, weights: Path) -> dict[str, 
     of compiling, for graphs of every size. OpenVINO finds the weights of an edited graph again only
     when told where they are.
     """
-    if device.partition(".")[0] == "NPU":
+    if device.partition(".")[0].partition(":")[0] not in _WEIGHTLESS:
         return {"CACHE_DIR": str(cache_dir)}
     return {
         "CACHE_DIR": str(cache_dir),

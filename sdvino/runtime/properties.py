@@ -17,6 +17,8 @@ from sdvino.runtime.topology import CpuReport
 from sdvino.settings import DeviceSettings
 
 _VIRTUAL = ("AUTO", "HETERO")
+#: Devices whose properties are known; others are plugins of vendors.
+_KNOWN = ("CPU", "GPU", "NPU")
 _CORE_TYPES = {"any": "ANY_CORE", "performance": "PCORE_ONLY", "efficient": "ECORE_ONLY"}
 #: Which cores run the host's part of a GPU's work. Source: the GPU plugin's host_task_priority.
 _HOST_PRIORITIES = {"any": "MEDIUM", "performance": "HIGH", "efficient": "LOW"}
@@ -143,6 +145,8 @@ def _hardware_properties(
     precision = _precision(settings, kind, device, facts, chosen.precision)
     if precision is not None:
         properties["INFERENCE_PRECISION_HINT"] = precision
+    if kind not in _KNOWN:
+        properties = _of_plugin(settings, properties, facts)
     for name in properties:
         if name not in facts.supported:
             raise DeviceError(
@@ -162,6 +166,22 @@ def _hardware_properties(
         name: value
         for name, value in wished.items()
         if name in facts.supported and name not in properties
+    }
+
+
+def _of_plugin(
+    settings: DeviceSettings, properties: Mapping[str, Any], facts: DeviceFacts
+) -> dict[str, Any]:
+    """Return the properties for a vendor's plugin: defaults only where it takes them."""
+    asked = {
+        "PERFORMANCE_HINT": settings.performance_hint != DeviceSettings().performance_hint,
+        "NUM_STREAMS": settings.num_streams is not None,
+        "INFERENCE_PRECISION_HINT": settings.precision is not None,
+    }
+    return {
+        name: value
+        for name, value in properties.items()
+        if name in facts.supported or asked.get(name, True)
     }
 
 

@@ -15,7 +15,8 @@ import numpy as np
 import openvino as ov
 import pytest
 
-from sdvino.compress.recipes import RECIPES, get_recipe
+from sdvino.compress.recipes import RECIPES as EVERY_RECIPE
+from sdvino.compress.recipes import get_recipe
 from sdvino.convert.api import convert
 from sdvino.errors import Cancelled, SdvinoError
 from sdvino.model_folder import ModelFolder
@@ -26,6 +27,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),
 ]
 ROOT = Path(__file__).resolve().parents[2]
+#: global and local are converted by test_local.py.
+RECIPES = tuple(name for name in EVERY_RECIPE if name not in ("global", "local"))
 PROMPT = "a red circle on a blue background"
 COMPONENTS = ("text_encoder", "unet", "vae_decoder", "vae_encoder")
 
