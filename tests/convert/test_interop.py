@@ -156,6 +156,8 @@ LEAST = {
     "int4-weights": 30.0,
     "int8-hybrid": 18.0,
     "int8": 18.0,
+    "global": 18.0,
+    "local": 30.0,
 }
 
 
