@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -161,6 +162,7 @@ def test_ctrl_c_leaves_nothing_half_written(tmp_path: Path) -> None:
     )
     while not (tmp_path / "preview.png").exists():  # the loop is running
         assert process.poll() is None
+        time.sleep(0.02)
     os.kill(process.pid, signal.SIGINT)
     _, message = process.communicate(timeout=60)
     assert process.returncode == 130, message
