@@ -348,8 +348,9 @@ def _moments(
         for done, sample in enumerate(inputs, 1):
             call(module, sample)
             progress(0.5 * done / len(inputs))
-    # A layer that no input reached is judged by its weights.
-    return {name: moment for name, moment in moments.items() if moment.rows}
+    # A layer that fewer inputs reached than it is wide (what the timestep goes through) is judged
+    # by its weights: it would seem to be of as low a rank as there were timesteps.
+    return {name: one for name, one in moments.items() if one.rows >= len(one.sums)}
 
 
 def _empty(layer: Any) -> Moment:
