@@ -10,8 +10,8 @@ A row is a frozen dataclass, its fields the keys of the row in TOML::
 
 Passes of the level `source` change a component's weights, or what it consists of, before it is
 exported; each is a step of the conversion. Passes of the level `storage` say how a component is
-stored afterwards: they become its table in the recipe. Another kind is one class and one line in
-`_KINDS`.
+stored afterwards: they become its table in the recipe. Those of the level `device` say what it is
+made to run on. Another kind is one class and one line in `_KINDS`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from sdvino.compress.recipes import ComponentRecipe
     from sdvino.compress.structure import Structure
 
-Level = Literal["source", "storage"]
+Level = Literal["source", "storage", "device"]
 
 #: Sub-folders of a source that passes can change.
 SOURCE_COMPONENTS: tuple[str, ...] = ("unet", "text_encoder", "text_encoder_2", "vae")
@@ -47,6 +47,7 @@ _KINDS: Mapping[str, str] = MappingProxyType(
         "prune": "sdvino.compress.prune:Prune",
         "low_rank": "sdvino.compress.low_rank:LowRank",
         "quantize": "sdvino.compress.quantize_row:Quantize",
+        "accelerate": "sdvino.compress.accelerate_row:Accelerate",
     }
 )
 

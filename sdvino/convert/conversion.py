@@ -19,8 +19,9 @@ from sdvino.convert.state import STATE_FORMAT, Files, WorkFolder, describe_files
 from sdvino.convert.steps import Step, group
 from sdvino.convert.work import Work
 from sdvino.errors import OutputError, RequestError
+from sdvino.manifest import Accelerated
 from sdvino.model_folder import ModelFolder
-from sdvino.runtime.acceleration import accelerate
+from sdvino.runtime.acceleration import accelerate, isa_of
 
 _log = logging.getLogger("sdvino")
 
@@ -134,7 +135,7 @@ class Conversion:
             baked=self.plan.request.baking.to_manifest(),
             quality=self._quality,
             passes=history_of(self.work.path, self.plan.recipe),
-            accelerated=[accelerate(get_target(self.plan.request.target).name).stored],
+            accelerated=accelerated_for(self.plan),
         )
         ModelFolder.open(self.work.model)  # what we would refuse to run is not delivered
         self.work.deliver(self._whole, overwrite=overwrite)
@@ -154,6 +155,13 @@ class Conversion:
             run_steps(
                 self.work.path, steps, progress=work.update, finished=finished, tick=work.tick
             )
+
+
+def accelerated_for(plan: WorkPlan) -> list[Accelerated]:
+    """Return what pays on the recipe's devices, or on the target; CPU is the target's."""
+    target = get_target(plan.request.target).name
+    devices = plan.recipe.devices if plan.recipe.devices else (target,)
+    return [accelerate(name, isa_of(target)).stored for name in devices]
 
 
 def origin_of(plan: WorkPlan) -> str:

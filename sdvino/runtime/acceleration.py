@@ -176,6 +176,11 @@ def cpu_class(isa: Collection[str]) -> CpuClass:
     return next((name for flag, name in _BY_ISA if flag in isa), "avx2")
 
 
+def isa_of(kind: str) -> tuple[str, ...]:
+    """Return an instruction set that makes a processor of ``kind``; none for other devices."""
+    return tuple(flag for flag, name in _BY_ISA if name == kind)
+
+
 def accelerate(device: str, isa: Collection[str] = ()) -> Acceleration:
     """Return what pays on ``device``, a device's name or a kind of the table.
 
