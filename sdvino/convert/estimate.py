@@ -26,8 +26,9 @@ _WEIGHTS = (500_000_000, 1.6)
 _WHOLE_WEIGHTS, _WHOLE_PIXEL = 4.0, 1_000_000
 _EVALUATED_SHARE = 0.3
 _CALIBRATE = (500_000_000, 1.0)
-# In the end the parts are joined in memory.
-_QUANTIZE = (600_000_000, 0.6)
+# Beside a part; and in the end the parts are joined in memory.
+_QUANTIZE = 600_000_000
+_JOIN = (600_000_000, 2.3)
 # Bytes that flow between parts for each pixel of the latents of a calibration input: a UNet's
 # skips, an autoencoder's widest feature maps.
 _FLOW = {"unet": 7_000, "tiny_vae": 0}
@@ -132,7 +133,7 @@ def _needs_of(step: Step, plan: WorkPlan) -> StepNeeds:
     disk = int(_COMPRESSED_SIZE * size)
     if step.component not in plan.quantized:
         return StepNeeds(step, treatment, seconds, _peak(_WEIGHTS, size), disk)
-    memory = max(_peak(_QUANTIZE, size), _peak(_QUANTIZE, 0) + _part(plan, size))
+    memory = max(_peak(_JOIN, size), _PARENT + _QUANTIZE + _part(plan, size))
     return StepNeeds(step, treatment, seconds, memory, disk, _flow(step.component, plan))
 
 

@@ -21,13 +21,13 @@ from sdvino.runtime.memory import MemoryStatus
 SIZES = {"text_encoder": 246, "unet": 1719, "vae_decoder": 167, "vae_encoder": 167}
 MEGABYTE = 10**6
 #: Peaks of processes at Stable Diffusion 1.5's real size, resident, in bytes: Linux, OpenVINO
-#: 2026.4, NNCF 3.4. Of the compressions, the part that takes most.
+#: 2026.4, NNCF 3.4, by scripts/bench_convert.py. A UNet in parts takes most where they are joined.
 MEASURED = {
     "int8": {
         "export unet": 3.04e9,
         "export vae_decoder": 1.42e9,
         "calibrate": 3.01e9,
-        "compress unet": 3.10e9,
+        "compress unet": 4.58e9,
         "compress vae_decoder": 2.61e9,
     },
     "int8-weights": {"export unet": 3.04e9, "compress unet": 3.26e9},
@@ -139,7 +139,7 @@ def test_parts_bound_what_quantizing_takes() -> None:
     small, large = (
         work_out([Step("compress", "unet", size * MEGABYTE)], plan) for size in (1700, 5100)
     )
-    assert small.memory < large.memory < 4.5e9
+    assert small.memory < large.memory < 13e9  # as a whole, in float32, it would take 20 and more
     # For 256 inputs of the UNet, what flows between its parts waits on the disk.
     assert small.disk > 256 * 64 * 64 * 5_000
     assert small.steps[0].disk < 10**9
