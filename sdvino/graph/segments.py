@@ -22,6 +22,7 @@ from sdvino.graph.walk import (
     consumers,
     depending_on,
     drop_unused_inputs,
+    needed_nodes,
     new_input,
 )
 
@@ -47,7 +48,7 @@ def cut_at_skip(model: ov.Model, branch: int = 0) -> Segments:
         )
     join = joins[branch]
     everywhere = _everywhere(model)
-    shallow = _needed_without(model, join) - everywhere
+    shallow = needed_nodes(model, join) - everywhere
     after = depending_on(model, [join])
     return {
         node: (END if node in after else BEGINNING) if node in shallow else DEEP
@@ -174,19 +175,6 @@ def _joins(model: ov.Model) -> list[ov.Node]:
         and node.get_output_partial_shape(0).rank.get_length() == 4
     ]
     return found[::-1]
-
-
-def _needed_without(model: ov.Model, join: ov.Node) -> set[ov.Node]:
-    """Return what the outputs need besides the main path into ``join`` (its first input)."""
-    waiting: list[ov.Node] = list(model.get_results())
-    needed: set[ov.Node] = set()
-    while waiting:
-        node = waiting.pop()
-        if node not in needed:
-            needed.add(node)
-            sources = node.input_values()
-            waiting += [s.get_node() for s in (sources[1:] if node == join else sources)]
-    return needed
 
 
 def _weights(order: Iterable[ov.Node], everywhere: set[ov.Node]) -> list[int]:

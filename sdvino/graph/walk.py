@@ -74,15 +74,22 @@ def keep_outputs(model: ov.Model, wanted: dict[str, ov.Output]) -> None:
     model.validate_nodes_and_infer_types()
 
 
-def drop_unused_inputs(model: ov.Model) -> None:
-    """Remove the inputs that no output depends on."""
+def needed_nodes(model: ov.Model, besides: ov.Node | None = None) -> set[ov.Node]:
+    """Return what the outputs depend on, not counting the first input of ``besides``."""
     waiting: list[ov.Node] = list(model.get_results())
     needed: set[ov.Node] = set()
     while waiting:
         node = waiting.pop()
         if node not in needed:
             needed.add(node)
-            waiting += [source.get_node() for source in node.input_values()]
+            sources = node.input_values()
+            waiting += [s.get_node() for s in (sources[1:] if node == besides else sources)]
+    return needed
+
+
+def drop_unused_inputs(model: ov.Model) -> None:
+    """Remove the inputs that no output depends on."""
+    needed = needed_nodes(model)
     for parameter in model.get_parameters():
         if parameter not in needed:
             model.remove_parameter(parameter)
