@@ -62,7 +62,7 @@ class Accelerated:
     kind: str
     #: Arithmetic of float layers; None: the device's own choice.
     precision: Precision | None = None
-    #: Graph rewrites by name (see `sdvino.graph.registry`); unknown ones are left out.
+    #: Graph rewrites by name; unknown ones are left out.
     rewrites: tuple[str, ...] = ()
 
 

@@ -8,7 +8,9 @@ import pytest
 from sdvino.compress.recipes import RECIPES
 from sdvino.compress.targets import TARGETS, get_target
 from sdvino.errors import ModelFolderError, RequestError
-from sdvino.graph.registry import REWRITES, Rewrite, available
+from sdvino.graph.geglu import split_projections
+from sdvino.graph.scales import fold_scales
+from sdvino.graph.text_keys import take_text_keys
 from sdvino.manifest import Accelerated, Manifest
 from sdvino.runtime.acceleration import (
     TABLE,
@@ -23,6 +25,13 @@ from sdvino.settings import DeviceSettings, RunSettings
 LAPTOP = ("AVX2", "AVX-VNNI")
 SERVER = ("AVX2", "AVX-512", "AVX512-VNNI", "AMX-INT8")
 
+#: The names that the table speaks of, and what they stand for.
+EXACT = {
+    "split-projections": split_projections,
+    "fold-scales": fold_scales,
+    "text-keys": take_text_keys,
+}
+
 
 @pytest.mark.parametrize("kind", TABLE)
 def test_every_row_names_what_there_is(kind: str) -> None:
@@ -30,9 +39,7 @@ def test_every_row_names_what_there_is(kind: str) -> None:
     assert found.stored.kind == kind
     assert found.recipe in RECIPES
     assert found.target is None or found.target in TARGETS
-    assert set(found.stored.rewrites) <= set(REWRITES)
-    # Approximations are for people to choose.
-    assert all(REWRITES[name].exact for name in found.stored.rewrites)
+    assert set(found.stored.rewrites) <= set(EXACT)
     assert found.why
     assert all(line.strip() for line in found.lines())
     if found.target is not None and kind != "npu":
@@ -126,13 +133,6 @@ def test_the_manifest_keeps_it() -> None:
     for broken in wrong:
         with pytest.raises(ModelFolderError):
             Manifest.from_dict({**plain.to_dict(), "accelerated": broken})
-
-
-def test_rewrites_that_are_not_here_are_no_error() -> None:
-    assert Rewrite(name="x", summary="x", home="not_there:x").function() is None
-    assert Rewrite(name="x", summary="x", home="shapes:not_there").function() is None
-    assert callable(Rewrite(name="x", summary="x", home="shapes:reshape_static").function())
-    assert not available("unheard of")
 
 
 def test_lines_say_what_and_why() -> None:
