@@ -22,10 +22,11 @@ import openvino as ov
 from numpy.typing import NDArray
 
 from sdvino.compress.calibration import CalibrationInputs, make_plan
+from sdvino.compress.component_recipe import ComponentRecipe
 from sdvino.compress.folder import calibrate, compress_component
 from sdvino.compress.ir import read_ir
 from sdvino.compress.prompts import GENERAL_PROMPTS, read_prompts
-from sdvino.compress.recipes import CalibrationRecipe, ComponentRecipe, get_recipe
+from sdvino.compress.recipes import CalibrationRecipe, get_recipe
 from sdvino.compress.targets import Target, get_target
 from sdvino.errors import SdvinoError
 from sdvino.model_folder import ModelFolder

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from sdvino.errors import RequestError
 
 if TYPE_CHECKING:
-    from sdvino.compress.recipes import ComponentRecipe
+    from sdvino.compress.component_recipe import ComponentRecipe
 
 
 def _modules(*names: str) -> tuple[str, ...]:

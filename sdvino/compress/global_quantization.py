@@ -10,9 +10,10 @@ from collections.abc import Callable, Sequence
 
 import openvino as ov
 
+from sdvino.compress.component_recipe import ComponentRecipe
+from sdvino.compress.fragile import float_nodes
 from sdvino.compress.layers import embeddings, nodes_with_weights, operations
 from sdvino.compress.quantization import quantize
-from sdvino.compress.recipes import ComponentRecipe, float_nodes
 from sdvino.compress.stepwise import Sample
 from sdvino.compress.targets import Target
 from sdvino.compress.weight_coding import Coding

@@ -15,7 +15,9 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import openvino as ov
 
+from sdvino.compress.component_recipe import DEFAULT_BUDGET, ComponentRecipe
 from sdvino.compress.float_layers import group_layers
+from sdvino.compress.fragile import float_nodes
 from sdvino.compress.layers import embeddings, nodes_with_weights, operations
 from sdvino.compress.local_plan import (
     Candidate,
@@ -27,7 +29,6 @@ from sdvino.compress.local_plan import (
     in_half,
 )
 from sdvino.compress.quantization import quantize
-from sdvino.compress.recipes import DEFAULT_BUDGET, ComponentRecipe, float_nodes
 from sdvino.compress.sensitivity import Sample, run_model
 from sdvino.compress.similarity import relative_error
 from sdvino.compress.targets import Target

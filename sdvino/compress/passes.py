@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from sdvino.compress.recipes import ComponentRecipe
+    from sdvino.compress.component_recipe import ComponentRecipe
     from sdvino.compress.structure import Structure
 
 Level = Literal["source", "storage", "device"]

@@ -16,6 +16,8 @@ from typing import Any
 
 import openvino as ov
 
+from sdvino.compress.component_recipe import ComponentRecipe
+from sdvino.compress.fragile import float_nodes
 from sdvino.compress.layers import (
     PRODUCTS,
     attention_nodes,
@@ -27,7 +29,6 @@ from sdvino.compress.layers import (
 )
 from sdvino.compress.parts import choose_ends
 from sdvino.compress.quiet import quiet
-from sdvino.compress.recipes import ComponentRecipe, float_nodes
 from sdvino.compress.stepwise import PART_BYTES, Progress, Sample, compress_in_parts
 from sdvino.compress.targets import Target
 from sdvino.compress.weights import compress_linears

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+from sdvino.compress.component_recipe import TREATMENTS, ComponentRecipe
 from sdvino.compress.passes import Pass, StoragePass
-from sdvino.compress.recipes import TREATMENTS, ComponentRecipe, Recipe, get_recipe
+from sdvino.compress.recipes import Recipe, get_recipe
 from sdvino.settings import COMPONENTS, check_choice
 
 _EVERYTHING = "all"

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from sdvino.compress.accelerate_row import Accelerate
+from sdvino.compress.component_recipe import ComponentRecipe
 from sdvino.compress.passes import Pass, SourcePass, StoragePass, check_order, row_class
 from sdvino.compress.prompts import read_prompts
-from sdvino.compress.recipes import CalibrationRecipe, ComponentRecipe, Recipe
+from sdvino.compress.recipes import CalibrationRecipe, Recipe
 from sdvino.errors import RequestError
 from sdvino.settings import COMPONENTS
 

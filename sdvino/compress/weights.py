@@ -7,9 +7,10 @@ from typing import Any
 
 import openvino as ov
 
+from sdvino.compress.component_recipe import ComponentRecipe
+from sdvino.compress.fragile import float_nodes
 from sdvino.compress.layers import CONVOLUTIONS, embeddings, nodes_with_weights, operations
 from sdvino.compress.quiet import quiet
-from sdvino.compress.recipes import ComponentRecipe, float_nodes
 
 #: Groups smaller than this store more scales than they save weights; such layers stay in 8 bits.
 _SMALLEST_GROUP = 16

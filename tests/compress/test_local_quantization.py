@@ -9,6 +9,7 @@ import openvino as ov
 import pytest
 from openvino import opset13 as ops
 
+from sdvino.compress.component_recipe import ComponentRecipe
 from sdvino.compress.folder import compress_component
 from sdvino.compress.local_plan import (
     Candidate,
@@ -21,7 +22,6 @@ from sdvino.compress.local_plan import (
 )
 from sdvino.compress.local_quantization import plan_local, quantize_local
 from sdvino.compress.local_report import HEAT_MAP_FILE, read_tables, write_plan
-from sdvino.compress.recipes import ComponentRecipe
 from sdvino.compress.targets import get_target
 from sdvino.compress.weight_coding import Coding, Distribution
 from sdvino.compress.weight_graph import (

@@ -7,9 +7,10 @@ import openvino as ov
 import pytest
 from openvino import opset13 as ops
 
+from sdvino.compress.component_recipe import ComponentRecipe
 from sdvino.compress.parts import Cuts, Joiner, choose_ends
 from sdvino.compress.quantization import quantize
-from sdvino.compress.recipes import ComponentRecipe, get_recipe
+from sdvino.compress.recipes import get_recipe
 from sdvino.compress.stepwise import PartedModel
 from sdvino.compress.targets import get_target
 from tests.compress import nets

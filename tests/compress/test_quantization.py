@@ -5,9 +5,10 @@ from dataclasses import replace
 import openvino as ov
 import pytest
 
+from sdvino.compress.component_recipe import ComponentRecipe, Granularity
 from sdvino.compress.folder import compress_component
 from sdvino.compress.layers import attention_nodes, nodes_with_weights, residual_sources
-from sdvino.compress.recipes import ComponentRecipe, Granularity, get_recipe
+from sdvino.compress.recipes import get_recipe
 from sdvino.compress.targets import get_target
 from sdvino.errors import RequestError, SdvinoError
 from tests.compress import nets

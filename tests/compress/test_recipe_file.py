@@ -10,14 +10,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sdvino.cli.main import main
+from sdvino.compress.component_recipe import ComponentRecipe
 from sdvino.compress.recipe_file import from_toml, read_recipe, to_toml
-from sdvino.compress.recipes import (
-    RECIPES,
-    CalibrationRecipe,
-    ComponentRecipe,
-    Recipe,
-    get_recipe,
-)
+from sdvino.compress.recipes import RECIPES, CalibrationRecipe, Recipe, get_recipe
 from sdvino.errors import RequestError
 from sdvino.settings import COMPONENTS
 

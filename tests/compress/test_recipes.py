@@ -5,14 +5,9 @@ from typing import Any
 import measure_choices
 import pytest
 
-from sdvino.compress.recipes import (
-    RECIPES,
-    CalibrationRecipe,
-    ComponentRecipe,
-    Recipe,
-    float_nodes,
-    get_recipe,
-)
+from sdvino.compress.component_recipe import ComponentRecipe
+from sdvino.compress.fragile import float_nodes
+from sdvino.compress.recipes import RECIPES, CalibrationRecipe, Recipe, get_recipe
 from sdvino.compress.targets import get_target
 from sdvino.errors import RequestError
 from sdvino.settings import COMPONENTS
