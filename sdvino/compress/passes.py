@@ -16,6 +16,7 @@ made to run on. Another kind is one class and one line in `_KINDS`.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -65,7 +66,7 @@ class Outcome:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Pass:
+class Pass(ABC):
     """A row of a recipe. Raises RequestError for settings that cannot be."""
 
     kind: ClassVar[str]
@@ -107,6 +108,7 @@ class SourcePass(Pass):
             )
         return None
 
+    @abstractmethod
     def run(
         self,
         module: Any,
@@ -120,7 +122,6 @@ class SourcePass(Pass):
         argument name (see `sdvino.compress.source_inputs`), some if `needs_inputs`. ``progress``
         is called with the share done. Raises RequestError when the settings do not fit the module.
         """
-        raise NotImplementedError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,9 +130,9 @@ class StoragePass(Pass):
 
     level: ClassVar[Level] = "storage"
 
+    @abstractmethod
     def stored(self) -> Mapping[str, ComponentRecipe]:
         """Return the components that it speaks of, by our names, and how each is stored."""
-        raise NotImplementedError
 
 
 def row_class(kind: object) -> type[Pass]:
