@@ -40,6 +40,13 @@ from sdvino.convert.api import look_ahead, make_request
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLE_SECONDS = 0.1
 
+_ABOUT = (
+    "Random weights in the real architectures (`python scripts/make_synthetic.py --arch NAME"
+    " FOLDER`): neither time nor memory depends on what the weights are. Memory is the resident set"
+    " of the whole process tree, each process at its highest. Pages of files (mapped weights,"
+    " libraries) are in it, and the system drops them when it needs the room. The quality gate is"
+    " off."
+)
 #: What --few-samples calibrates on: one prompt, two timesteps with guidance.
 FEW = CalibrationRecipe(trajectories=1, strata=1, samples=2)
 
@@ -189,6 +196,38 @@ def table(runs: Sequence[Run]) -> str:
     return "\n".join(lines)
 
 
+@dataclass(frozen=True, slots=True)
+class Section:
+    """What one command measured."""
+
+    source: str
+    command: str
+    machine: dict[str, str]
+    runs: list[Run]
+
+
+def write_documents(folder: Path, section: Section) -> None:
+    """Write conversion.md and conversion.json; sections of other sources in the latter stay."""
+    file = folder / "conversion.json"
+    kept = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
+    found = {entry["source"]: entry for entry in [*kept, asdict(section)]}
+    file.write_text(json.dumps(list(found.values()), indent=2) + "\n", encoding="utf-8")
+    parts = ["# Converting: memory and time", "", _ABOUT, ""]
+    for entry in found.values():
+        runs = [Run(**run) for run in entry["runs"]]
+        facts = machine_line(entry["machine"])
+        parts += [f"## {entry['source']}", "", f"`{entry['command']}`, on {facts}.", ""]
+        parts += [table(runs), ""]
+    (folder / "conversion.md").write_text("\n".join(parts), encoding="utf-8")
+
+
+def _words(options: argparse.Namespace) -> str:
+    words = [f"--recipes {options.recipes}"]
+    words += ["--no-peers"] if options.no_peers else []
+    words += ["--few-samples"] if options.few_samples else []
+    return " ".join(words)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print the table and write the documents."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
@@ -207,24 +246,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         runs = run_all(options.source, recipes, Path(scratch), peers=peers, few=few)
     print(table(runs))
     if options.output is not None:
-        about = about_machine()
-        value = {
-            "source": options.source.name,
-            "machine": about,
-            "runs": [asdict(run) for run in runs],
-        }
-        text = json.dumps(value, indent=2) + "\n"
-        (options.output / "conversion.json").write_text(text, encoding="utf-8")
-        facts = machine_line(about)
-        words = ["--few-samples"] if few else []
-        command = " ".join(["python scripts/bench_convert.py", options.source.name, *words])
-        document = (
-            f"# Converting: memory and time\n\n{options.source.name}, printed by `{command}` on"
-            f" {facts}.\n\n{table(runs)}\n\nMemory is the resident set of the whole process"
-            " tree, each process at its highest. Pages of files (mapped weights, libraries) are in"
-            " it, and the system drops them when it needs the room. The quality gate is off.\n"
-        )
-        (options.output / "conversion.md").write_text(document, encoding="utf-8")
+        command = f"python scripts/bench_convert.py {options.source.name} {_words(options)}"
+        section = Section(options.source.name, command.rstrip(), about_machine(), runs)
+        write_documents(options.output, section)
     return 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import bench_convert
@@ -49,3 +50,18 @@ def test_a_table_tells_what_was_foreseen() -> None:
     lines = bench_convert.table([run]).splitlines()
     assert "| sdvino int8 | 12 | 3.00 | 2.00 | 1.00 |" in lines
     assert "| sdvino int8 | calibrate | 2.00 | 2.50 |" in lines
+
+
+def test_documents_keep_what_was_measured_of_other_sources(tmp_path: Path) -> None:
+    machine = {"cpu": "a processor", "openvino": "2026.4.1"}
+    run = bench_convert.Run("sdvino fp16", 12.0, 3 * 10**9, 10**9, 10**9, {"export": 10**9})
+    for name, seconds in (("sd15", 12.0), ("sdxl", 90.0), ("sd15", 34.0)):
+        runs = [replace(run, seconds=seconds)]
+        section = bench_convert.Section(name, f"bench {name}", machine, runs)
+        bench_convert.write_documents(tmp_path, section)
+    lines = (tmp_path / "conversion.md").read_text(encoding="utf-8").splitlines()
+    assert [line for line in lines if line.startswith("## ")] == ["## sd15", "## sdxl"]
+    second_cells = [
+        line.split("|")[2].strip() for line in lines if line.startswith("| sdvino fp16 | ")
+    ]
+    assert second_cells == ["34", "export", "90", "export"]
