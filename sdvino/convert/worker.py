@@ -39,6 +39,7 @@ def main(arguments: Sequence[str]) -> int:
     work, names = Path(arguments[0]).absolute(), arguments[1:]
     out = _take_stdout()
     _end_with_parent()
+    _send_nothing()
 
     def tell(message: Mapping[str, Any]) -> None:
         out.write(json.dumps(message) + "\n")
@@ -60,6 +61,15 @@ def main(arguments: Sequence[str]) -> int:
     finally:
         lock.release()
     return 0
+
+
+def _send_nothing() -> None:
+    """Keep NNCF and OpenVINO's converter from reporting to their makers what is converted.
+
+    They do without the package when it cannot be imported. Each report is a process forked from
+    this one, hundreds in a conversion.
+    """
+    sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
 
 
 def _tell_share(tell: Callable[[Mapping[str, Any]], None], name: str, share: float) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import textwrap
 import time
@@ -150,3 +151,28 @@ def test_the_work_folder_is_told_when_its_plan_is_gone(tmp_path: Path) -> None:
             finished=lambda step, files: None,
             tick=lambda: None,
         )
+
+
+@pytest.mark.slow
+def test_a_worker_reports_nothing_to_anybody(tmp_path: Path) -> None:
+    """NNCF and OpenVINO's converter send usage reports unless the package for it is not there."""
+    program = """
+    import os, sys
+    from sdvino.convert import worker
+    worker._end_with_parent = lambda: None
+    kept = os.fdopen(os.dup(1), "w")
+    assert worker.main([sys.argv[1], "export unet"]) == 1  # there is no plan
+    import nncf.telemetry
+    import openvino.tools.ovc.telemetry_utils as converter
+    print(type(nncf.telemetry.telemetry).__name__, converter.tm.__name__, file=kept, flush=True)
+    """
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST")}
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program), str(tmp_path)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    told = done.stdout.split()[-2:] if done.returncode == 0 else done.stderr
+    assert told == ["MagicMock", "openvino.tools.ovc.telemetry_stub"]
