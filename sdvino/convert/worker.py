@@ -10,12 +10,18 @@ needs them: compression does without torch's models, export without NNCF.
 
 from __future__ import annotations
 
+import sys
+
+if __name__ == "__main__":
+    # NNCF and OpenVINO's converter report to their makers what is converted, each report from a
+    # process forked from this one, hundreds in all; they do without when this cannot be imported.
+    sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
+
 import contextlib
 import json
 import os
 import shutil
 import signal
-import sys
 import threading
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -39,7 +45,6 @@ def main(arguments: Sequence[str]) -> int:
     work, names = Path(arguments[0]).absolute(), arguments[1:]
     out = _take_stdout()
     _end_with_parent()
-    _send_nothing()
 
     def tell(message: Mapping[str, Any]) -> None:
         out.write(json.dumps(message) + "\n")
@@ -61,15 +66,6 @@ def main(arguments: Sequence[str]) -> int:
     finally:
         lock.release()
     return 0
-
-
-def _send_nothing() -> None:
-    """Keep NNCF and OpenVINO's converter from reporting to their makers what is converted.
-
-    They do without the package when it cannot be imported. Each report is a process forked from
-    this one, hundreds in a conversion.
-    """
-    sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
 
 
 def _tell_share(tell: Callable[[Mapping[str, Any]], None], name: str, share: float) -> None:
