@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from sdvino.compress.passes_report import notes, passes_lines
 from sdvino.convert.api import Outlook, look_ahead, make_request
 from sdvino.convert.source import DiffusersFolder
-from sdvino.convert.source_passes import history_of, pass_steps, passed_folder
+from sdvino.convert.source_passes import PASSES, history_of, pass_steps, passed_folder
 from sdvino.convert.staging import staged
 from sdvino.convert.worker import run_step
 from sdvino.errors import RequestError, SdvinoError
@@ -63,6 +63,7 @@ def apply_passes(
 def _run(
     outlook: Outlook, work: Path, progress: Callable[[str, float], None]
 ) -> list[dict[str, Any]]:
+    (work / PASSES).mkdir()
     for step, _ in pass_steps(outlook.source, outlook.plan, ""):
         run_step(outlook.plan, work, step.name, lambda share, name=step.name: progress(name, share))
     return history_of(work, outlook.recipe)
