@@ -42,7 +42,7 @@ class Facts:
     #: Of the UNet's constants, and of all components' files.
     unet_bytes: int
     bytes: int
-    #: Of all components if every weight were stored in 32 bits.
+    #: Of all components' files if every number in them had 32 bits.
     float_bytes: int
     #: Median of what is left of the rank, over the layers that are of low rank; None: none is.
     rank_share: float | None
@@ -132,7 +132,9 @@ class Workshop:
             operations=sum(layer.multiply_adds for layer in planned_layers("unet", model)),
             unet_bytes=size,
             bytes=sum(part.bytes for part in folder.components.values()),
-            float_bytes=sum(float_bytes(part.xml) for part in folder.components.values()),
+            float_bytes=sum(
+                part.bytes + missing_bytes(part.xml) for part in folder.components.values()
+            ),
             rank_share=_rank_share(passes),
             bits=_bits(folder.components["unet"].xml.parent),
         )
@@ -149,10 +151,12 @@ def unet_bytes(folder: Path) -> int:
     return weight_bytes(read_ir(ModelFolder.open(folder).components["unet"].xml))
 
 
-def float_bytes(xml: Path) -> int:
-    """Return the bytes of a graph's constants with 32 bits for each number."""
-    constants = (op for op in read_ir(xml).get_ops() if op.get_type_name() == "Constant")
-    return _F32 * sum(math.prod(op.get_output_shape(0)) for op in constants)
+def missing_bytes(xml: Path) -> int:
+    """Return what a graph's files would grow by with 32 bits for each number of its constants."""
+    model = read_ir(xml)
+    constants = [op for op in model.get_ops() if op.get_type_name() == "Constant"]
+    numbers = sum(math.prod(op.get_output_shape(0)) for op in constants)
+    return _F32 * numbers - weight_bytes(model)
 
 
 def _rank_share(passes: Sequence[Mapping[str, Any]]) -> float | None:
