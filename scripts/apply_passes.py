@@ -14,7 +14,10 @@ import json
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +32,23 @@ from sdvino.convert.worker import run_step
 from sdvino.errors import RequestError, SdvinoError
 
 
+@dataclass(frozen=True, slots=True)
+class Done:
+    """What was done to a source."""
+
+    #: What each pass did, in order.
+    passes: list[dict[str, Any]]
+    #: Seconds of the processor that each step took; `gather` records what passes measure on.
+    cpu_seconds: dict[str, float]
+
+
 def apply_passes(
     source: Path,
     out: Path,
     recipe: str | Path,
     progress: Callable[[str, float], None] = lambda step, share: None,
-) -> list[dict[str, Any]]:
-    """Write ``source`` as the passes of ``recipe`` leave it to ``out``; return their history.
+) -> Done:
+    """Write ``source`` as the passes of ``recipe`` leave it to ``out``.
 
     ``progress`` is told the step and the share of it done. Raises RequestError for a source or a
     recipe that cannot be, and for an ``out`` that is not empty; then nothing is written.
@@ -43,30 +56,32 @@ def apply_passes(
     outlook = look_ahead(make_request(source, recipe=recipe), out)
     if not isinstance(outlook.source, DiffusersFolder) or not outlook.recipe.passes:
         raise RequestError("Give a diffusers folder, and a recipe that has passes over it.")
+    changed = {row.component for row in outlook.recipe.passes}
     with staged(out, overwrite=False) as folder, tempfile.TemporaryDirectory() as scratch:
         work = Path(scratch)
+        done = _run(outlook, work, progress)
         # Files alone: a folder of the source may be write-protected, and so would be its copy.
         for file in sorted(path for path in source.rglob("*") if path.is_file()):
-            copy = folder / file.relative_to(source)
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, copy)
-        history = _run(outlook, work, progress)
-        for name in sorted({row.component for row in outlook.recipe.passes}):
-            changed = passed_folder(work, outlook.recipe, name)
-            assert changed is not None
-            shutil.rmtree(folder / name)
-            shutil.copytree(changed, folder / name)
+            name = file.relative_to(source)
+            if name.parts[0] not in changed:
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(file, folder / name)
+        for component in sorted(changed):
+            made = passed_folder(work, outlook.recipe, component)
+            assert made is not None
+            shutil.copytree(made, folder / component)
         DiffusersFolder.open(folder)
-    return history
+    return done
 
 
-def _run(
-    outlook: Outlook, work: Path, progress: Callable[[str, float], None]
-) -> list[dict[str, Any]]:
+def _run(outlook: Outlook, work: Path, progress: Callable[[str, float], None]) -> Done:
     (work / PASSES).mkdir()
+    spent = {}
     for step, _ in pass_steps(outlook.source, outlook.plan, ""):
-        run_step(outlook.plan, work, step.name, lambda share, name=step.name: progress(name, share))
-    return history_of(work, outlook.recipe)
+        before = time.process_time()
+        run_step(outlook.plan, work, step.name, partial(progress, step.name))
+        spent[step.name] = time.process_time() - before
+    return Done(history_of(work, outlook.recipe), spent)
 
 
 def show(step: str, share: float) -> None:
@@ -83,7 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="write what each pass did here, too")
     options = parser.parse_args(arguments)
     try:
-        history = apply_passes(options.source, options.out, options.recipe, show)
+        done = apply_passes(options.source, options.out, options.recipe, show)
     except SdvinoError as problem:
         print(f"\napply_passes: {problem}", file=sys.stderr)
         return problem.exit_code
@@ -94,9 +109,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("\ninterrupted; nothing was written", file=sys.stderr)
         return 130
     if options.json is not None:
-        options.json.write_text(json.dumps(history, indent=1) + "\n", encoding="utf-8")
+        options.json.write_text(json.dumps(asdict(done), indent=1) + "\n", encoding="utf-8")
     print(file=sys.stderr)
-    print("\n".join([*passes_lines(history), *notes(history)]))
+    print("\n".join([*passes_lines(done.passes), *notes(done.passes)]))
     return 0
 
 

@@ -155,7 +155,7 @@ def missing_bytes(xml: Path) -> int:
     """Return what a graph's files would grow by with 32 bits for each number of its constants."""
     model = read_ir(xml)
     constants = [op for op in model.get_ops() if op.get_type_name() == "Constant"]
-    numbers = sum(math.prod(op.get_output_shape(0)) for op in constants)
+    numbers: int = sum(math.prod(op.get_output_shape(0)) for op in constants)
     return _F32 * numbers - weight_bytes(model)
 
 

@@ -92,7 +92,8 @@ def plot_curve(findings: Findings, path: Path) -> None:
 def _bars(shares: Sequence[Share]) -> NDArray[np.float64]:
     """Return the interval around each share as matplotlib wants it, percent [2, n]."""
     pairs = [(share.value - share.low, share.high - share.value) for share in shares]
-    return np.maximum(100 * np.array(pairs, np.float64).reshape(-1, 2).T, 0.0)
+    bars: NDArray[np.float64] = 100 * np.array(pairs, np.float64).reshape(-1, 2).T
+    return bars.clip(0.0)
 
 
 def draw_sheet(

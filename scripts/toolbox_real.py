@@ -119,14 +119,15 @@ def _run_pass(source: Path, folder: Path, name: str, rows: str) -> dict[str, Any
         last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
         raise SdvinoError(f"The pass {name} failed: {' '.join(last)}")
     after = os.times()
-    history = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
-    first, last_entry = history[0]["before"], history[-1]["after"]
+    told = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+    first, last_entry = told["passes"][0]["before"], told["passes"][-1]["after"]
     return {
         "seconds": time.monotonic() - began,
         "cpu_seconds": after.children_user
         + after.children_system
         - before.children_user
         - before.children_system,
+        "steps": told["cpu_seconds"],
         "peak_bytes": peak,
         "operations_left": last_entry["operations"] / first["operations"],
         "parameters_left": last_entry["parameters"] / first["parameters"],

@@ -250,22 +250,22 @@ def test_a_small_run_goes_on_and_writes_the_page(
         manifest = json.loads((folder / "sdvino.json").read_text(encoding="utf-8"))
         text = json.dumps({**manifest, "recipe": name})
         (folder / "sdvino.json").write_text(text, encoding="utf-8")
-    arguments = ["--record", str(record), "--out", str(out), "--rounds", "2"]
+    arguments = ["--record", str(record), "--out", str(out), "--rounds", "1"]
     arguments += ["--variant", "int8", "--variant", FEW_STEPS]
-    assert measure_toolbox.main([*arguments, "--prompts", "2", "--only", "adherence"]) == 0
-    assert "2/2 pictures" in capsys.readouterr().err
-    assert measure_toolbox.main([*arguments, "--prompts", "3"]) == 0
-    assert "int8: 3 pictures, 20 steps, guidance 3" in capsys.readouterr().err
+    assert measure_toolbox.main([*arguments, "--prompts", "1", "--only", "adherence"]) == 0
+    assert "1/1 pictures" in capsys.readouterr().err
+    assert measure_toolbox.main([*arguments, "--prompts", "2"]) == 0
+    assert "int8: 2 pictures, 20 steps, guidance 3" in capsys.readouterr().err
     found = Findings.load(out / "compression.json")
     assert list(found.adherence) == list(found.times) == [REFERENCE, FEW_STEPS, "int8"]
-    assert {one.prompts for one in found.adherence.values()} == {3}
+    assert {one.prompts for one in found.adherence.values()} == {2}
     assert found.adherence["int8"].psnr == 99.0  # the same model
     assert found.adherence[FEW_STEPS].psnr is None  # other pictures
     assert found.adherence[FEW_STEPS].difference is not None
-    assert [len(one.picture) for one in found.times.values()] == [2, 2, 2]
+    assert [len(one.picture) for one in found.times.values()] == [1, 1, 1]
     assert found.times[REFERENCE].picture[0] > found.times[FEW_STEPS].picture[0] > 0
     page = (out / "compression.md").read_text(encoding="utf-8")
     for line in page.splitlines():
         assert "![" not in line or (out / line.rpartition("(")[2].strip(")")).is_file()
-    assert "python scripts/measure_toolbox.py --prompts 3" in page
+    assert "python scripts/measure_toolbox.py --prompts 2" in page
     assert str(tmp_path) not in page + (out / "compression.json").read_text(encoding="utf-8")
