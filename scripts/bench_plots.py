@@ -21,7 +21,7 @@ def plot_bars(
 ) -> None:
     """Draw a panel of bars for each title: (name, group, value), the shortest is the best."""
     heights = [0.6 + 0.28 * len(bars) for _, bars in panels]
-    figure = _figure(7.2, 0.3 + sum(heights))
+    figure = new_figure(7.2, 0.3 + sum(heights))
     axes = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
     for one, (title, bars) in zip(axes, panels, strict=True):
         rows = range(len(bars))
@@ -32,7 +32,7 @@ def plot_bars(
         one.invert_yaxis()
         one.set_xlim(0, max(values) * 1.12)
         one.set_title(textwrap.fill(title, 88), fontsize=9, loc="left")
-        _plain(one)
+        plain(one)
     axes[-1].set_xlabel(label)
     figure.savefig(path, format="png")
 
@@ -44,7 +44,7 @@ def plot_growth(
 
     Times above, memory below; both axes of the times are logarithmic, so that a power is a line.
     """
-    figure = _figure(3.3 * len(panels), 5.2)
+    figure = new_figure(3.3 * len(panels), 5.2)
     axes = figure.subplots(2, len(panels), squeeze=False)
     for column, (name, points, fit) in enumerate(panels):
         upper, lower = axes[0][column], axes[1][column]
@@ -58,13 +58,14 @@ def plot_growth(
         for one in (upper, lower):
             one.set_xticks(xs, [f"{x:g}" for x in xs], fontsize=8)
             one.minorticks_off()
-            _plain(one)
+            plain(one)
     axes[0][0].set_ylabel("seconds, without loading")
     axes[1][0].set_ylabel("peak memory, GB")
     figure.savefig(path, format="png")
 
 
-def _figure(width: float, height: float) -> Any:
+def new_figure(width: float, height: float) -> Any:
+    """Return an empty figure of so many inches that saves itself as PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -73,7 +74,8 @@ def _figure(width: float, height: float) -> Any:
     return figure
 
 
-def _plain(axes: Any) -> None:
+def plain(axes: Any) -> None:
+    """Take the frame off ``axes`` and put a light grid behind what they show."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
     axes.set_axisbelow(True)

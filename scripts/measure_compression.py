@@ -104,18 +104,23 @@ def prepare(recipe: str, scratch: Path) -> Path:
 
 
 def draw(
-    folder: Path, tasks: Sequence[Task], pictures: Pictures, record: Path, steps: int
+    folder: Path,
+    tasks: Sequence[Task],
+    pictures: Pictures,
+    record: Path,
+    steps: int,
+    guidance_scale: float = GUIDANCE_SCALE,
 ) -> Verdicts:
     """Draw and judge every task with ``folder``; pictures that an earlier run drew are kept."""
     settings = RunSettings(default=DeviceSettings(precision="f32"))
-    generate = runtime_backend(folder, steps, GUIDANCE_SCALE, settings=settings)
+    generate = runtime_backend(folder, steps, guidance_scale, settings=settings)
 
     def drawn(prompts: list[str], seed: int) -> list[Image.Image]:
         found = generate(prompts, seed)
         pictures.save(seed, found)  # seeds are the numbers of the tasks
         return found
 
-    key = {"model": weights_of(folder), "steps": steps, "guidance_scale": GUIDANCE_SCALE}
+    key = {"model": weights_of(folder), "steps": steps, "guidance_scale": guidance_scale}
     return evaluate(drawn, tasks, batch=CHUNK, record=record, key=key)
 
 

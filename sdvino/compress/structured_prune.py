@@ -154,8 +154,9 @@ def choose_blocks(
 ) -> tuple[str, ...]:
     """Return the blocks to take out: least damage for an operation first, until ``wanted`` go.
 
-    What turns out not to be needed for it is put back, the most damaging first. Raises
-    RequestError when all are not enough.
+    Damages add up as squares, so that a few small ones together are less than a large one. What
+    turns out not to be needed is put back, the most damaging first. Raises RequestError when all
+    are not enough.
     """
     reachable = sum(saved.values())
     if reachable < wanted:
@@ -164,7 +165,7 @@ def choose_blocks(
             " that the share asks for; choose a smaller share."
         )
     gone: list[str] = []
-    for name in sorted(damage, key=lambda name: damage[name] / max(saved[name], 1)):
+    for name in sorted(damage, key=lambda name: damage[name] ** 2 / max(saved[name], 1)):
         if sum(saved[one] for one in gone) >= wanted:
             break
         gone.append(name)

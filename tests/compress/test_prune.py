@@ -131,6 +131,8 @@ def test_blocks_that_are_not_needed_are_put_back() -> None:
     assert choose_blocks(damage, saved, 20) == ("a", "b")
     assert choose_blocks({**damage, "c": 0.29}, {**saved, "c": 40}, 40) == ("c",)
     assert choose_blocks(damage, saved, 0) == ()
+    small_and_large = {"a": 0.04, "b": 0.04, "c": 0.32}
+    assert choose_blocks(small_and_large, {"a": 1, "b": 1, "c": 10}, 2) == ("a", "b")
     with pytest.raises(RequestError, match="smaller share"):
         choose_blocks(damage, saved, 46)
 

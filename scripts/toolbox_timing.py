@@ -1,0 +1,150 @@
+"""How fast each variant is: all in one process, taken in turn, under the same settings.
+
+Each round runs every variant once, in another order: what the machine does meanwhile meets all of
+them alike. A UNet's time is one evaluation, for one branch of guidance; a picture's is text, all
+steps and decoding, without loading.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import random
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openvino as ov
+from evaluate_demo import Task, held_out_tasks
+from measure_compression import weights_of
+from numpy.typing import NDArray
+from toolbox_adherence import settings_of
+from toolbox_variants import Variant
+
+from sdvino import DeviceSettings, RunSettings, StableDiffusionPipeline
+from sdvino.components import Components
+from sdvino.unet import unet_shapes
+
+#: Evaluations of the UNet that one variant does in a round; their median counts.
+_AT_ONCE = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Times:
+    """Seconds of one variant, one a round."""
+
+    weights: str
+    steps: int
+    guidance_scale: float
+    #: One evaluation of the UNet: the median of some.
+    evaluation: list[float] = field(default_factory=list)
+    #: One picture: text, steps and decoding, without loading.
+    picture: list[float] = field(default_factory=list)
+
+
+class _Runner:
+    """One variant, loaded."""
+
+    def __init__(self, variant: Variant, folder: Path, settings: RunSettings) -> None:
+        self._pipe = StableDiffusionPipeline.from_pretrained(
+            folder, settings=settings, profile=False
+        )
+        opened = self._pipe.folder
+        self.times = Times(weights_of(folder), *settings_of(variant, folder))
+        scale = opened.vae_scale_factor
+        size = (opened.height // scale, opened.width // scale)
+        # The graph that the pipeline makes for one branch, held by nobody else.
+        self._unet = Components(opened, settings).unet(*size)
+        self._inputs = random_inputs(unet_shapes(opened, *size))
+
+    def warm_up(self, task: Task) -> None:
+        """Load everything, and run it once."""
+        self.evaluate(1)
+        self.draw(task)
+
+    def evaluate(self, times: int = _AT_ONCE) -> float:
+        """Return the seconds of one evaluation of the UNet, the median of several."""
+        spent = []
+        for _ in range(times):
+            began = time.perf_counter()
+            self._unet.infer(self._inputs)
+            spent.append(time.perf_counter() - began)
+        return statistics.median(spent)
+
+    def draw(self, task: Task) -> float:
+        """Return the seconds of a picture: text, steps and decoding."""
+        spent = self._pipe(
+            task.prompt.text,
+            seed=task.seed,
+            num_inference_steps=self.times.steps,
+            guidance_scale=self.times.guidance_scale,
+        ).timings
+        return spent.total - spent.load
+
+
+def random_inputs(shapes: Mapping[str, Sequence[int]]) -> dict[str, NDArray[np.float32]]:
+    """Return inputs of a UNet, always the same: what they hold does not matter to its time."""
+    rng = np.random.default_rng(0)
+    inputs = {name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
+    return inputs | {"timestep": np.full(shapes["timestep"], 500.0, np.float32)}
+
+
+def measure_times(
+    folders: Mapping[Variant, Path], rounds: int, threads: int | None, say: Callable[[str], None]
+) -> dict[str, Times]:
+    """Return the times of every variant, by name, from ``rounds`` rounds over all of them.
+
+    ``threads``: of the processor, for all; None: sdvino's own choice.
+    """
+    settings = run_settings(threads)
+    runners = {}
+    tasks = held_out_tasks(rounds + 1)
+    for variant, folder in folders.items():
+        runner = runners[variant.name] = _Runner(variant, folder, settings)
+        runner.warm_up(tasks[-1])
+    order = list(runners)
+    shuffle = random.Random(0).shuffle
+    began = time.monotonic()
+    for done, task in enumerate(tasks[:-1], 1):
+        shuffle(order)
+        for name in order:
+            runners[name].times.evaluation.append(runners[name].evaluate())
+        for name in order:
+            runners[name].times.picture.append(runners[name].draw(task))
+        left = (time.monotonic() - began) / done * (rounds - done)
+        say(f"times: round {done} of {rounds}, {left / 60:.1f} min left")
+    return {name: runner.times for name, runner in runners.items()}
+
+
+def run_settings(threads: int | None) -> RunSettings:
+    """Return how everything here is run: in f32, whatever the machine would rather do."""
+    return RunSettings(default=DeviceSettings(precision="f32", num_threads=threads, cache=False))
+
+
+def times_faster(before: Sequence[float], after: Sequence[float]) -> float:
+    """Return how many times ``after`` is as fast as ``before``, the median over their rounds."""
+    return statistics.median(a / b for a, b in zip(before, after, strict=True))
+
+
+def machine(threads: int | None) -> dict[str, Any]:
+    """Return what the times depend on."""
+    core = ov.Core()
+    return {
+        "processor": str(core.get_property("CPU", "FULL_DEVICE_NAME")),
+        "cores": os.cpu_count(),
+        "usable_cores": usable_cores(),
+        "threads": threads,
+        "openvino": ov.get_version(),
+        "system": platform.system(),
+    }
+
+
+def usable_cores() -> int | None:
+    """Return how many of the machine's cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()
