@@ -72,7 +72,7 @@ class Run:
         """Draw with every variant."""
         prompts = self.options.prompts
         counts = prompts_for(self.chosen, prompts, self.options.curve_prompts)
-        gallery = Gallery(self.record, prompts, say)
+        gallery = Gallery(self.record, prompts, self.findings.adherence, say)
         left = TimeLeft({one.name: evaluations(one, counts[one.name]) for one in self.chosen})
         for one in self.chosen:
             found = gallery.draw(one, self.folder(one), counts[one.name])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from evaluate_demo import (
     wilson,
 )
 from measure_compression import CAP, Pictures, draw, hashed, weights_of
+from numpy.typing import NDArray
 from toolbox_variants import REFERENCE, STEPS, Variant
 
 from sdvino.compress.similarity import psnr
@@ -60,8 +62,16 @@ class _Drawn:
 class Gallery:
     """Draws variants one after another, into ``record``; what is there is not drawn again."""
 
-    def __init__(self, record: Path, prompts: int, say: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        record: Path,
+        prompts: int,
+        known: Mapping[str, Adherence],
+        say: Callable[[str], None],
+    ) -> None:
+        """``known``: what earlier runs found, by variant; their records are below ``record``."""
         self._record = record
+        self._known = known
         self._say = say
         self._tasks = held_out_tasks(prompts)
         self._drawn: dict[str, _Drawn] = {}
@@ -89,7 +99,7 @@ class Gallery:
         self._drawn[variant.name] = found
         reference = self._drawn[REFERENCE]
         near = None if variant.name == REFERENCE or not found.whole else likeness(reference, found)
-        other = None if variant.versus is None else self._drawn.get(variant.versus)
+        other = None if variant.versus is None else self._right(variant.versus)
         right = column(found.verdicts, "right")
         return Adherence(
             weights=weights,
@@ -98,11 +108,24 @@ class Gallery:
             guidance_scale=guidance,
             prompts=len(right),
             right=wilson(int(right.sum()), len(right)),
-            difference=None if variant.name == REFERENCE else paired(reference, found),
-            versus=None if other is None else paired(other, found),
+            difference=None
+            if variant.name == REFERENCE
+            else paired(column(reference.verdicts, "right"), right),
+            versus=None if other is None else paired(other, right),
             psnr=None if near is None else near[0],
             psnr_tenth=None if near is None else near[1],
         )
+
+    def _right(self, name: str) -> NDArray[np.bool_] | None:
+        """Return which pictures of another variant are right; None where it has none yet."""
+        if name in self._drawn:
+            return column(self._drawn[name].verdicts, "right")
+        known = self._known.get(name)
+        path = None if known is None else self._record / f"{known.stem}.record"
+        if path is None or not path.is_file():
+            return None
+        lines = path.read_text(encoding="utf-8").splitlines()
+        return column(np.array([json.loads(line) for line in lines[1:]], bool), "right")
 
 
 def settings_of(variant: Variant, folder: Path) -> tuple[int, float]:
@@ -130,11 +153,10 @@ def stem_of(folder: Path, weights: str, steps: int, guidance_scale: float) -> st
     return f"{folder.name}-{steps}{guided}-{hashed(weights)}"
 
 
-def paired(before: _Drawn, after: _Drawn) -> Share:
-    """Return the paired difference over the prompts that both have."""
-    right = [column(one.verdicts, "right") for one in (before, after)]
-    count = min(map(len, right))
-    return paired_difference(right[0][:count], right[1][:count])
+def paired(before: NDArray[np.bool_], after: NDArray[np.bool_]) -> Share:
+    """Return the paired difference over the prompts that both have; bool [n] each."""
+    count = min(len(before), len(after))
+    return paired_difference(before[:count], after[:count])
 
 
 def likeness(reference: _Drawn, other: _Drawn) -> tuple[float, float]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import measure_toolbox
 import pytest
 from evaluate_demo import Share
-from toolbox_adherence import Adherence, TimeLeft, prompts_for
+from toolbox_adherence import Adherence, Gallery, TimeLeft, prompts_for
 from toolbox_goals import curve, goals, pays_from
 from toolbox_models import Facts, Workshop, digest_of
 from toolbox_record import Findings
@@ -262,6 +263,9 @@ def test_a_small_run_goes_on_and_writes_the_page(
     assert found.adherence["int8"].psnr == 99.0  # the same model
     assert found.adherence[FEW_STEPS].psnr is None  # other pictures
     assert found.adherence[FEW_STEPS].difference is not None
+    gallery = Gallery(record, 2, found.adherence, print)
+    variant = replace(VARIANTS[0], versus=FEW_STEPS)
+    assert gallery.draw(variant, record / "models" / "fp16", 2).versus is not None
     assert [len(one.picture) for one in found.times.values()] == [1, 1, 1]
     assert found.times[REFERENCE].picture[0] > found.times[FEW_STEPS].picture[0] > 0
     page = (out / "compression.md").read_text(encoding="utf-8")
