@@ -81,7 +81,8 @@ def take_peak() -> tuple[int, int]:
     """Return this process's peak since the last call, and what it holds now, in bytes."""
     peak = _peak()
     Path("/proc/self/clear_refs").write_text(_RESET_PEAK, encoding="utf-8")
-    return peak, _peak()
+    rest = _peak()
+    return max(peak, rest), rest
 
 
 def _peak() -> int:
