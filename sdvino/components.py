@@ -141,6 +141,7 @@ class Components:
             lambda model: prepare_unet(model, shapes, plan, number),
             settings=settings,
             load=plan.pieces == 1,
+            keep_graph=plan.pieces > 1,
         )
 
     def vae_decoder(self, height: int, width: int, *, pixels: bool) -> Component:
@@ -200,10 +201,11 @@ class Components:
         *,
         settings: DeviceSettings | None = None,
         load: bool = True,
+        keep_graph: bool = False,
     ) -> Component:
         entry = self._loaded.get(name)
         if entry is None or entry[0] != variant:
-            component = self._component(name, prepare, settings)
+            component = self._component(name, prepare, settings, keep_graph=keep_graph)
             if entry is not None:
                 entry[1].unload()
             entry = self._loaded[name] = (variant, component)
@@ -212,7 +214,12 @@ class Components:
         return entry[1] if self.observe is None else self.observe(name, entry[1])
 
     def _component(
-        self, name: str, prepare: Callable[[Any], None], settings: DeviceSettings | None = None
+        self,
+        name: str,
+        prepare: Callable[[Any], None],
+        settings: DeviceSettings | None = None,
+        *,
+        keep_graph: bool = False,
     ) -> Component:
         part = name.partition(".")[0]
         files = self.folder.components.get(part)
@@ -228,6 +235,6 @@ class Components:
             settings = replace(settings, num_streams=1)
         if self.guard is not None:
             settings = self.guard.settings(part, settings)
-        component = Component(part, files.xml, settings, prepare=prepare)
+        component = Component(part, files.xml, settings, prepare=prepare, keep_graph=keep_graph)
         component.guard = self.guard
         return component

@@ -21,6 +21,8 @@ _DATA = re.compile(rb"<data\b[^>]*>")
 _OFFSET = re.compile(rb'\boffset\s*=\s*["\'](\d{1,18})["\']')
 _SIZE = re.compile(rb'\bsize\s*=\s*["\'](\d{1,18})["\']')
 _SHAPE = re.compile(rb'\bshape\s*=\s*["\']([^"\']*)["\']')
+_ELEMENT = re.compile(rb'\belement_type\s*=\s*["\'](\w{1,16})["\']')
+_QUANTIZED = re.compile(rb'\btype\s*=\s*["\']FakeQuantize["\']')
 _NAMES = re.compile(rb'\bnames\s*=\s*["\']([^"\']*)["\']')
 _NAME = re.compile(rb'\bname\s*=\s*["\']([^"\']*)["\']')
 _INPUT = re.compile(rb'<layer\b[^>]*\btype\s*=\s*["\']Parameter["\'][^>]*>')
@@ -36,6 +38,11 @@ class IrSummary:
     input_names: tuple[frozenset[str], ...]
     #: The weights end at this byte of the .bin.
     weights_end: int
+    #: Bytes of constants by element type (f16, i8 ...), and whether they are of convolutions: of
+    #: four dimensions or more.
+    weights: dict[tuple[str, bool], int]
+    #: Whether activations are quantized anywhere.
+    quantized: bool
 
 
 def read_ir(xml: Path, weights: Path, what: str) -> IrSummary:
@@ -103,12 +110,15 @@ def _check_xml(raw: bytes, what: str) -> None:
 
 def _summarize(raw: bytes, what: str) -> IrSummary:
     end = 0
+    weights: dict[tuple[str, bool], int] = {}
     for match in _DATA.finditer(raw):
         tag = match.group()
         offset = _OFFSET.search(tag)
         size = _SIZE.search(tag)
         if offset is not None and size is not None:
             end = max(end, int(offset.group(1)) + int(size.group(1)))
+            kind = _constant_kind(tag)
+            weights[kind] = weights.get(kind, 0) + int(size.group(1))
     inputs: dict[str, tuple[int | None, ...]] = {}
     groups: list[frozenset[str]] = []
     for match in _INPUT.finditer(raw):
@@ -120,7 +130,20 @@ def _summarize(raw: bytes, what: str) -> IrSummary:
             inputs |= dict.fromkeys(names, _dimensions(shape.group(1)))
     if not groups:
         raise ModelFolderError(f"{what}/openvino_model.xml has no input; get the model again.")
-    return IrSummary(inputs=inputs, input_names=tuple(groups), weights_end=end)
+    return IrSummary(
+        inputs=inputs,
+        input_names=tuple(groups),
+        weights_end=end,
+        weights=weights,
+        quantized=_QUANTIZED.search(raw) is not None,
+    )
+
+
+def _constant_kind(tag: bytes) -> tuple[str, bool]:
+    """Return a constant's element type, and whether it has four dimensions or more."""
+    element, shape = _ELEMENT.search(tag), _SHAPE.search(tag)
+    name = "" if element is None else element.group(1).decode("ascii")
+    return name, shape is not None and shape.group(1).count(b",") >= 3
 
 
 def _tensor_names(layer: bytes) -> list[str]:

@@ -231,17 +231,19 @@ class StableDiffusionPipeline:
         latents: Array | None = None,
         embeddings: Embeddings | None = None,
         timings: Timings | None = None,
+        once: bool = False,
     ) -> Iterator[StepEvent | PictureEvent]:
         """Yield a `StepEvent` after each denoising step and a `PictureEvent` for each picture.
 
-        Whoever iterates shows progress, draws previews, and cancels by no longer iterating.
+        Whoever iterates shows progress, draws previews, and cancels by no longer iterating. With
+        ``once`` nothing is drawn afterwards: a single picture's models are released one by one.
         """
         timings = Timings() if timings is None else timings
         embeddings = Embeddings() if embeddings is None else embeddings
         factor = self.folder.vae_scale_factor
         size = (request.height // factor, request.width // factor)
         schedule = self.schedule(request)
-        memory = self.memory_plan(request)
+        memory = self.memory_plan(request, once=once)
         shape = (1, self.folder.latent_channels, *size)
         given = given_latents(latents, (len(request.jobs), *shape[1:]))
         sample = get_sampler(schedule.sampler)
@@ -334,8 +336,8 @@ class StableDiffusionPipeline:
             recipe=None if manifest is None else manifest.recipe,
         )
 
-    def memory_plan(self, request: ResolvedRequest) -> MemoryPlan:
-        """Return what is held in memory when, for the pictures asked for.
+    def memory_plan(self, request: ResolvedRequest, *, once: bool = False) -> MemoryPlan:
+        """Return what is held in memory when, for the pictures asked for; ``once`` as in `stream`.
 
         Raises RequestError when they cannot fit into this machine's memory, or under the limit.
         """
@@ -350,6 +352,7 @@ class StableDiffusionPipeline:
             free if limit is None else limit,
             tiling=self.vae_tiling,
             low_memory=self.settings.low_memory,
+            once=once and len(request.jobs) == 1,
             strict=limit is not None,
         )
         check_memory(plan.peak, status)

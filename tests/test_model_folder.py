@@ -18,6 +18,7 @@ from sdvino.errors import ModelFolderError
 from sdvino.ir import read_ir
 from sdvino.manifest import Manifest, ManifestComponent, Suggested
 from sdvino.model_folder import ModelFolder
+from tests.conftest import SHAPES
 from tests.tiny_folder import edit_json, make_tiny_folder, write_json
 
 
@@ -52,8 +53,21 @@ def test_a_folder_says_what_it_is(folder: Path) -> None:
     assert unet.bytes == unet.xml.stat().st_size + unet.bin.stat().st_size
     assert unet.ir.inputs["sample"] == (None, 4, None, None)
     assert unet.ir.weights_end == unet.bin.stat().st_size
+    assert sum(unet.ir.weights.values()) <= unet.bin.stat().st_size
+    assert not unet.ir.quantized
     assert model.tokenizer() == folder / "tokenizer"
     assert model.tokenizer("text_encoder_2") == folder / "tokenizer_2"
+
+
+def test_what_weights_are_stored_as_is_read() -> None:
+    folder = ModelFolder.open(SHAPES)
+    unet, text = folder.components["unet"].ir, folder.components["text_encoder"].ir
+    assert unet.quantized
+    assert not text.quantized
+    # About half of the demo's 8-bit weights are convolutions'.
+    assert unet.weights["i8", True] > 2_000_000 > unet.weights["i8", False] > 1_000_000
+    assert unet.weights["f16", True] > 300_000
+    assert max(text.weights, key=lambda kind: text.weights[kind])[1] is False
 
 
 def test_the_defaults_are_those_of_diffusers(folder: Path) -> None:

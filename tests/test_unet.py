@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -113,6 +114,21 @@ def test_pieces_in_turn_give_the_same_picture(pipe: StableDiffusionPipeline) -> 
     assert not any(part.loaded for _, part in lean.components._loaded.values())
     with pytest.raises(RequestError, match="caching"):
         run(lean, speed=SpeedSettings(cache_interval=2))
+
+
+def test_a_picture_drawn_once_is_the_same_and_leaves_nothing_loaded(
+    pipe: StableDiffusionPipeline,
+) -> None:
+    request = GenerationRequest(prompts=(PROMPT,), num_inference_steps=1, seed=1)
+    drawn = [
+        [e for e in pipe.stream(request.resolve(pipe.folder), once=once) if hasattr(e, "pixels")]
+        for once in (False, True)
+    ]
+    parts = {name: part.loaded for name, (_, part) in pipe.components._loaded.items()}
+    assert not any(parts[name] for name in ("text_encoder", "unet", "vae_decoder"))
+    np.testing.assert_array_equal(drawn[0][0].pixels, drawn[1][0].pixels)
+    many = replace(request, num_images_per_prompt=2).resolve(pipe.folder)
+    assert not pipe.memory_plan(many, once=True).release_models
 
 
 def test_a_limit_that_nothing_meets_is_refused() -> None:

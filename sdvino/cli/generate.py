@@ -230,7 +230,7 @@ class _Sink:
         # disable=None: no bar where stderr is not a terminal.
         with tqdm(total=steps, unit="step", disable=True if self._quiet else None) as bar:
             try:
-                for event in pipe.stream(request, timings=self.timings):
+                for event in pipe.stream(request, timings=self.timings, once=True):
                     if isinstance(event, StepEvent):
                         bar.update()
                         self._show(pipe, event)

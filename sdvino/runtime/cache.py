@@ -18,7 +18,9 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
+
+import openvino as ov
 
 from sdvino.files import sha256_of
 
@@ -27,6 +29,8 @@ _CHECKSUMS = "checksums.json"
 _TEMPORARY = ".writing-"
 #: What a crashed process left behind is removed after a day.
 _STALE_SECONDS = 86400.0
+#: Bytes of a constant that is a number of an edit rather than weights.
+_SMALL_CONSTANT = 64
 
 T = TypeVar("T")
 #: Compiles with this CACHE_DIR, or without a cache for None.
@@ -60,6 +64,35 @@ def default_cache_dir(
 def cache_key(*parts: object) -> str:
     """Return a folder name for what ``parts`` say, each by its repr."""
     return hashlib.sha256("\0".join(repr(part) for part in parts).encode()).hexdigest()[:32]
+
+
+def graph_key(
+    model: ov.Model, xml_path: Path, device: str, properties: Mapping[str, Any], more: str
+) -> str:
+    """Say which blob this is: the files, the edits as ``model`` shows them, the device.
+
+    OpenVINO's own hash of the graph (constants included) stands behind it, in the file's name.
+    """
+    files = [
+        (path.stat().st_size, path.stat().st_mtime_ns)
+        for path in (xml_path, xml_path.with_suffix(".bin"))
+    ]
+    ports = [
+        (sorted(port.get_names()), str(port.get_partial_shape()), str(port.get_element_type()))
+        for port in (*model.inputs, *model.outputs)
+    ]
+    nodes = [_describe(node) for node in model.get_ordered_ops()]
+    described = sorted(properties.items())
+    where = str(xml_path.resolve())
+    return cache_key(ov.get_version(), where, files, ports, nodes, device, described, more)
+
+
+def _describe(node: ov.Node) -> tuple[object, ...]:
+    """Return what of ``node`` tells edits apart; names that OpenVINO makes up differ every time."""
+    kind = node.get_type_name()
+    if kind == "Constant" and node.get_byte_size() <= _SMALL_CONSTANT:
+        return kind, bytes(node.get_data().tobytes())
+    return kind, node.get_output_size()
 
 
 class CompiledCache:

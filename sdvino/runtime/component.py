@@ -12,8 +12,9 @@ import openvino as ov
 from numpy.typing import NDArray
 
 from sdvino.errors import DeviceError, ModelFolderError, SdvinoError
-from sdvino.runtime.cache import CompiledCache, cache_key, default_cache_dir
+from sdvino.runtime.cache import CompiledCache, default_cache_dir, graph_key
 from sdvino.runtime.core import device_facts, shared_core, short_reason
+from sdvino.runtime.mapped import pages_dropped
 from sdvino.runtime.properties import (
     compile_properties,
     hardware_of,
@@ -25,8 +26,6 @@ from sdvino.settings import DeviceSettings
 
 Array = NDArray[Any]
 
-#: Bytes of a constant that is a number of an edit rather than weights.
-_SMALL_CONSTANT = 64
 #: Devices that take blobs without weights.
 _WEIGHTLESS = ("CPU", "GPU", "AUTO", "HETERO")
 #: Milliseconds between looks at the keyboard while a graph runs.
@@ -63,11 +62,14 @@ class Component:
         core: ov.Core | None = None,
         prepare: Callable[[ov.Model], None] | None = None,
         cache_key: str = "",
+        keep_graph: bool = False,
     ) -> None:
         """Describe the component; nothing is read before `load`.
 
         ``prepare`` edits the graph in memory before it is compiled (see sdvino.graph). The cache
         tells edited graphs apart by themselves; ``cache_key`` separates what they do not show.
+        ``keep_graph`` is for what is loaded often: the edited graph stays after `unload`, without
+        its weights, which are a mapped file.
         """
         self.name = name
         self.xml_path = Path(xml_path)
@@ -75,6 +77,8 @@ class Component:
         self._core = core
         self._prepare = prepare
         self._cache_key = cache_key
+        self._keep_graph = keep_graph
+        self._graph: ov.Model | None = None
         #: Sees every result before the caller does, and may run the graph elsewhere instead.
         self.guard: Checks | None = None
         self._hardware: tuple[str, ...] = ()
@@ -308,7 +312,10 @@ class Component:
 
         def compile_model(cache_dir: Path | None) -> ov.CompiledModel:
             own = {} if cache_dir is None else _cache_properties(cache_dir, device, weights)
-            return core.compile_model(model, device, {**properties, **own})
+            # Other devices may read what is mapped where it lies, each time.
+            mapped = [weights] if cache_dir is None else [weights, cache_dir]
+            with pages_dropped(mapped if self._hardware == ("CPU",) else []):
+                return core.compile_model(model, device, {**properties, **own})
 
         try:
             if not self.settings.cache:
@@ -317,7 +324,8 @@ class Component:
             cache = CompiledCache(
                 default_cache_dir() if folder is None else folder, self.settings.cache_limit_bytes
             )
-            return cache.compile(self._key(model, device, properties), compile_model)
+            key = graph_key(model, self.xml_path, device, properties, self._cache_key)
+            return cache.compile(key, compile_model)
         except RuntimeError as error:
             raise DeviceError(
                 f"{device} cannot run the {self.name} ({short_reason(error)});"
@@ -325,6 +333,8 @@ class Component:
             ) from error
 
     def _read(self, core: ov.Core) -> ov.Model:
+        if self._graph is not None:
+            return self._graph
         try:
             model = core.read_model(self.xml_path, self.xml_path.with_suffix(".bin"))
             if self._prepare is not None:
@@ -334,33 +344,9 @@ class Component:
                 f"The graph of the {self.name} cannot be read ({short_reason(error)});"
                 " get the model again, or update OpenVINO."
             ) from error
+        if self._keep_graph:
+            self._graph = model
         return model
-
-    def _key(self, model: ov.Model, device: str, properties: Mapping[str, Any]) -> str:
-        """Say which blob this is: the files, the edits as the graph shows them, the device.
-
-        OpenVINO's own hash of the graph (constants included) stands behind it, in the file's name.
-        """
-        files = [
-            (path.stat().st_size, path.stat().st_mtime_ns)
-            for path in (self.xml_path, self.xml_path.with_suffix(".bin"))
-        ]
-        ports = [
-            (sorted(port.get_names()), str(port.get_partial_shape()), str(port.get_element_type()))
-            for port in (*model.inputs, *model.outputs)
-        ]
-        nodes = [_describe(node) for node in model.get_ordered_ops()]
-        described = sorted(properties.items())
-        return cache_key(
-            ov.get_version(),
-            str(self.xml_path.resolve()),
-            files,
-            ports,
-            nodes,
-            device,
-            described,
-            self._cache_key,
-        )
 
 
 def _cache_properties(cache_dir: Path, device: str, weights: Path) -> dict[str, Any]:
@@ -377,14 +363,6 @@ def _cache_properties(cache_dir: Path, device: str, weights: Path) -> dict[str, 
         "CACHE_MODE": "OPTIMIZE_SIZE",
         "WEIGHTS_PATH": str(weights),
     }
-
-
-def _describe(node: ov.Node) -> tuple[object, ...]:
-    """Return what of ``node`` tells edits apart; names that OpenVINO makes up differ every time."""
-    kind = node.get_type_name()
-    if kind == "Constant" and node.get_byte_size() <= _SMALL_CONSTANT:
-        return kind, bytes(node.get_data().tobytes())
-    return kind, node.get_output_size()
 
 
 def _readable(name: str) -> tuple[bool, int, str]:

@@ -16,10 +16,14 @@ from sdvino.runtime.topology import read_text
 
 _log = logging.getLogger("sdvino")
 
-#: Python, OpenVINO and their libraries.
-_PROCESS_BYTES = 300 * 10**6
-#: The CPU plugin holds folded and packed copies (measured: 2.1 GB for 0.86 GB of 8-bit weights).
-_WEIGHT_COPIES = 2.5
+#: Python, OpenVINO and their libraries, and what the C library keeps of freed memory.
+_PROCESS_BYTES = 200 * 10**6
+#: What the CPU plugin holds for a byte of weights (docs/memory.md): one copy packed for the kernels
+#: where it takes them as they are, and one folded to float32 before that where it does not.
+_PACKED = 1.05
+_FOLDED = {"f16": 4.0, "bf16": 4.0}
+#: 8-bit weights of a convolution whose input is not quantized are folded to float32 too.
+_FOLDED_CONVOLUTION = 8.0
 #: Feature maps alive at once where a convolution network is widest: input, output, shortcut.
 _LIVE_MAPS = 3
 #: More of the machine's memory than this is not there, whatever is swapped out.
@@ -46,15 +50,26 @@ def estimate_memory(
     pixels, of the tiles that the autoencoder works in; None: the whole picture at once.
     Nothing is allocated.
     """
-    weights = sum(part.bytes for part in folder.components.values()) * _WEIGHT_COPIES
+    weights = held_bytes(folder, *folder.components)
     maps = max(decoder_bytes(folder, height, width, tile), unet_bytes(folder, height, width, batch))
     return int(_PROCESS_BYTES + weights + batch * picture_bytes(height, width) + maps)
 
 
 def held_bytes(folder: ModelFolder, *parts: str) -> int:
     """Estimate the bytes that ``parts`` take while they are loaded; those not there take none."""
-    files = [folder.components[part] for part in parts if part in folder.components]
-    return int(sum(part.bytes for part in files) * _WEIGHT_COPIES)
+    irs = [folder.components[part].ir for part in parts if part in folder.components]
+    return sum(
+        int(size * _copies(kind, convolution, ir.quantized))
+        for ir in irs
+        for (kind, convolution), size in ir.weights.items()
+    )
+
+
+def _copies(kind: str, convolution: bool, quantized: bool) -> float:
+    """Return the bytes held on a CPU for a byte of weights of the element type ``kind``."""
+    if kind in ("i8", "u8") and convolution and not quantized:
+        return _FOLDED_CONVOLUTION
+    return _FOLDED.get(kind, _PACKED)
 
 
 def process_bytes() -> int:

@@ -23,6 +23,9 @@ PIECES = (2, 3, 4, 6, 8, 12, 16)
 LOW_MEMORY_PIECES = 8
 #: A piece may be so much larger than its share: cuts lie where little crosses them.
 _UNEVEN = 1.3
+#: Activations while the UNet runs in pieces, to those of the whole: what one piece gives the others
+#: is held for both predictions, where it was computed and between the pieces.
+_PIECES_MAPS = 2.5
 #: Text encoders smaller than this share of the peak stay: loading them again is not worth it.
 _WORTH_RELEASING = 0.05
 
@@ -88,17 +91,19 @@ def plan_memory(
     *,
     tiling: bool | None = None,
     low_memory: bool = False,
+    once: bool = False,
     strict: bool = True,
 ) -> MemoryPlan:
     """Return the plan of least cost in time whose peak is at most ``limit`` bytes.
 
     In the order of what they cost: text encoders are released, UNet and decoder take turns, the
     decoder works in tiles, the UNet runs in pieces. ``tiling`` demands tiles, or forbids them;
-    ``low_memory`` starts with all of it. When nothing fits, RequestError is raised, or if not
-    ``strict`` the leanest plan with a whole UNet is returned.
+    ``low_memory`` starts with all of it. With ``once`` a single picture is drawn and no other after
+    it, so that releasing what is done with costs nothing. When nothing fits, RequestError is
+    raised, or if not ``strict`` the leanest plan with a whole UNet is returned.
     """
     leanest: MemoryPlan | None = None
-    for plan in _candidates(sizes, tiling, low_memory):
+    for plan in _candidates(sizes, tiling, low_memory, once):
         plan = replace(plan, peak=_peak(sizes, plan))
         if limit is None or plan.peak <= limit:
             return plan
@@ -116,7 +121,9 @@ def plan_memory(
     return leanest
 
 
-def _candidates(sizes: PartSizes, tiling: bool | None, low_memory: bool) -> Iterator[MemoryPlan]:
+def _candidates(
+    sizes: PartSizes, tiling: bool | None, low_memory: bool, once: bool
+) -> Iterator[MemoryPlan]:
     """Yield every plan, the cheapest first."""
     tiles = [side for side, _ in sizes.decoder_maps if side is not None and tiling is not False]
     whole: list[int | None] = [tiles[0] if tiling and tiles else None]
@@ -126,9 +133,10 @@ def _candidates(sizes: PartSizes, tiling: bool | None, low_memory: bool) -> Iter
             yield MemoryPlan(release_text=True, release_models=True, tile=last, pieces=pieces)
         return
     everything = MemoryPlan(tile=whole[0])
-    worth = sizes.text > _WORTH_RELEASING * _peak(sizes, everything)
-    yield replace(everything, release_text=worth)
-    yield replace(everything, release_text=True)
+    if not once:
+        worth = sizes.text > _WORTH_RELEASING * _peak(sizes, everything)
+        yield replace(everything, release_text=worth)
+        yield replace(everything, release_text=True)
     for tile in [*whole, *(side for side in tiles if side not in whole)]:
         yield MemoryPlan(release_text=True, release_models=True, tile=tile)
     for pieces in PIECES:
@@ -137,11 +145,13 @@ def _candidates(sizes: PartSizes, tiling: bool | None, low_memory: bool) -> Iter
 
 def _peak(sizes: PartSizes, plan: MemoryPlan) -> int:
     text = 0 if plan.release_text else sizes.text
-    unet = int(sizes.unet * (1.0 if plan.pieces == 1 else _UNEVEN / plan.pieces))
+    unet, unet_maps = sizes.unet, sizes.unet_maps
+    if plan.pieces > 1:
+        unet, unet_maps = int(unet * _UNEVEN / plan.pieces), int(unet_maps * _PIECES_MAPS)
     maps = dict(sizes.decoder_maps)[plan.tile]
     if plan.release_models:
-        denoising, decoding = unet + sizes.unet_maps, sizes.decoder + maps
+        denoising, decoding = unet + unet_maps, sizes.decoder + maps
     else:
         both = unet + sizes.decoder
-        denoising, decoding = both + sizes.unet_maps, both + maps
+        denoising, decoding = both + unet_maps, both + maps
     return sizes.process + max(sizes.text, text + denoising, text + decoding)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from sdvino.runtime.memory import (
     MemoryStatus,
     check_memory,
     estimate_memory,
+    held_bytes,
     linux_status,
     memory_status,
 )
@@ -50,8 +52,25 @@ def test_attention_over_every_latent_needs_most(tmp_path: Path) -> None:
 
 
 def test_the_weights_count(folder: ModelFolder) -> None:
-    weights = sum(part.bytes for part in folder.components.values())
-    assert estimate_memory(folder, 64, 64) > 2 * weights
+    part = folder.components["unet"]
+    weights = part.bin.stat().st_size
+    assert held_bytes(folder, "unet") > weights
+    assert held_bytes(folder, "unet", "no such part") == held_bytes(folder, "unet")
+    assert estimate_memory(folder, 64, 64) > held_bytes(folder, *folder.components)
+
+
+def test_what_the_cpu_folds_is_held_twice(folder: ModelFolder) -> None:
+    def held(kind: str, *, convolution: bool, quantized: bool) -> int:
+        part = folder.components["unet"]
+        ir = replace(part.ir, weights={(kind, convolution): 10**6}, quantized=quantized)
+        parts = {"unet": replace(part, ir=ir)}
+        return held_bytes(replace(folder, components=parts), "unet")
+
+    packed = held("i8", convolution=True, quantized=True)
+    assert packed == held("f32", convolution=True, quantized=False)
+    assert packed == held("u8", convolution=False, quantized=False)
+    assert 3 * packed < held("f16", convolution=False, quantized=True)
+    assert 6 * packed < held("u8", convolution=True, quantized=False)
 
 
 def test_an_absurd_size_is_refused(folder: ModelFolder) -> None:

@@ -14,12 +14,12 @@ from tests.conftest import SHAPES
 GB = 10**9
 #: About those of Stable Diffusion 1.5 in 8 bits, 512 x 512.
 SIZES = PartSizes(
-    process=GB // 3,
-    text=GB * 3 // 10,
-    unet=GB * 21 // 10,
-    decoder=GB * 2 // 10,
-    unet_maps=GB // 8,
-    decoder_maps=[(None, GB), (32, GB // 4)],
+    process=GB // 5,
+    text=GB * 14 // 100,
+    unet=GB * 135 // 100,
+    decoder=GB * 75 // 1000,
+    unet_maps=GB * 12 // 100,
+    decoder_maps=[(None, GB * 8 // 10), (32, GB // 5)],
 )
 
 
@@ -33,13 +33,21 @@ def test_without_a_limit_only_the_text_encoder_goes() -> None:
 
 def test_what_costs_least_comes_first() -> None:
     seen = []
-    for tenths in range(40, 8, -1):
+    for tenths in range(40, 7, -1):
         plan = plan_memory(SIZES, tenths * GB // 10)
         assert plan.peak <= tenths * GB // 10
         seen.append((plan.release_models, plan.tile is not None, plan.pieces))
     assert seen == sorted(seen)
     assert seen[0] == (False, False, 1)
     assert seen[-1][2] > 1
+
+
+def test_a_picture_drawn_once_keeps_nothing_that_is_done_with() -> None:
+    plan = plan_memory(SIZES, None, once=True)
+    assert (plan.release_text, plan.release_models, plan.tile, plan.pieces) == (True, True, None, 1)
+    assert plan.peak < plan_memory(SIZES, None).peak - GB // 2
+    assert plan_memory(SIZES, None, once=True, low_memory=True).pieces >= 8
+    assert plan_memory(SIZES, None, once=True, tiling=True).tile == 32
 
 
 def test_what_cannot_be_is_said() -> None:
