@@ -1,0 +1,258 @@
+"""A distillation from beginning to end: what is learnt from is made, then the student learns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sdvino.compress.distillation.features import Features
+from sdvino.compress.distillation.loop import Trainer
+from sdvino.compress.distillation.models import Models, check_fits, choose_device, is_large, place
+from sdvino.compress.distillation.noise_levels import NoiseLevels
+from sdvino.compress.distillation.objectives import (
+    Consistency,
+    FoldGuidance,
+    FollowWays,
+    Objective,
+    Recover,
+)
+from sdvino.compress.distillation.pictures import find_pictures
+from sdvino.compress.distillation.pool import (
+    Pool,
+    Texts,
+    Ways,
+    draw_ways,
+    make_pool,
+    make_texts,
+    unique_texts,
+)
+from sdvino.compress.distillation.settings import FEW_STEPS, USUAL_GUIDANCE, DistillSettings
+from sdvino.compress.distillation.store import stage_folder
+from sdvino.errors import RequestError
+from sdvino.runtime.peak import peak_memory
+
+#: Called with the stage (texts, pictures, drawing, training) and the share of it done.
+Progress = Callable[[str, float], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Material:
+    """What is learnt from: prompts, which the teacher draws, or pictures with captions."""
+
+    prompts: tuple[str, ...] = ()
+    pictures: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.pictures is None and not any(prompt.strip() for prompt in self.prompts):
+            raise RequestError(
+                "There are no prompts to learn from; give at least one, or pictures with captions."
+            )
+
+
+@dataclass(slots=True)
+class Distilled:
+    """What came out."""
+
+    #: The student, float32, on the CPU, changed in place.
+    module: Any
+    #: Figures for people and for JSON.
+    figures: dict[str, Any] = field(default_factory=dict)
+    #: Where loss.jsonl stands.
+    folder: Path = Path()
+
+
+def distill_unet(
+    models: Models,
+    material: Material,
+    settings: DistillSettings,
+    work: Path,
+    *,
+    origin: Sequence[Any] = (),
+    guidance_scale: float = USUAL_GUIDANCE,
+    progress: Progress = lambda stage, share: None,
+) -> Distilled:
+    """Let ``models.student`` learn from ``models.teacher``; see `DistillSettings`.
+
+    What takes time is kept in ``work``, and the same call goes on from it. ``origin`` is what
+    JSON holds and tells teacher and student from others. ``guidance_scale`` is the teacher's where
+    the settings give none.
+    Raises RequestError for a student that does not fit, and KeyboardInterrupt after Ctrl-C, when
+    all that was done is in ``work``.
+    """
+    check_fits(models.teacher.config, models.student.config)
+    device = choose_device(settings.device)
+    levels = NoiseLevels(models.scheduler, device)
+    if settings.guidance_scale is not None:
+        guidance_scale = settings.guidance_scale
+    source = _Source(models, material, settings, work, list(origin), guidance_scale, progress)
+    models.teacher = place(models.teacher, device).eval().requires_grad_(False)
+    made = source.make(levels, device)
+    models.text_encoder = models.vae = None  # their memory is the training's
+    student = place(models.student, device)
+    objective = _objective(settings, models.teacher, student, levels, made, guidance_scale)
+    checkpointing = settings.gradient_checkpointing
+    if is_large(student) if checkpointing is None else checkpointing:
+        student.enable_gradient_checkpointing()
+    folder = stage_folder(work, "training", *source.key, _training(settings), guidance_scale)
+    trainer = Trainer(student, settings, folder, device)
+    try:
+        module = trainer.run(objective, lambda share: progress("training", share))
+    finally:
+        if isinstance(objective, Recover):
+            objective.features.close()
+    module.disable_gradient_checkpointing()
+    models.student.load_state_dict(module.state_dict())
+    figures = {
+        "objective": settings.objective,
+        "guidance_scale": guidance_scale,
+        "iterations": trainer.iteration,
+        "batch": settings.batch,
+        "training_seconds": round(trainer.seconds, 1),
+        "peak_memory_bytes": peak_memory(),
+        "device": device.type,
+    }
+    kept = models.student.to("cpu").eval().requires_grad_(False)
+    return Distilled(kept, figures, folder)
+
+
+@dataclass(slots=True)
+class _Made:
+    texts: Texts
+    pool: Pool
+    ways: Ways | None
+
+
+@dataclass(slots=True)
+class _Source:
+    """Makes what is learnt from."""
+
+    models: Models
+    material: Material
+    settings: DistillSettings
+    work: Path
+    origin: list[Any]
+    guidance_scale: float
+    progress: Progress
+
+    @property
+    def key(self) -> list[Any]:
+        """Return what tells this material from another."""
+        pictures = self.material.pictures
+        folder = None if pictures is None else str(pictures.absolute())
+        return [*self.origin, list(self.material.prompts), folder]
+
+    def make(self, levels: NoiseLevels, device: Any) -> _Made:
+        """Encode or draw it, or read what an earlier run made."""
+        entries = []
+        captions = list(self.material.prompts)
+        if self.material.pictures is not None:
+            entries = find_pictures(self.material.pictures)
+            captions = [entry.caption for entry in entries]
+        unique, indices = unique_texts(captions)
+        key = [*self.key, captions, [str(entry.path) for entry in entries]]
+        folder = stage_folder(self.work, "texts", *key)
+        self.progress("texts", 0.0)
+        texts = make_texts(self.models, unique, folder, device)
+        if entries and self.settings.objective != "steps":
+            folder = stage_folder(self.work, "pictures", *key)
+            pool = make_pool(
+                self.models,
+                entries,
+                indices,
+                folder,
+                device,
+                lambda share: self.progress("pictures", share),
+            )
+            return _Made(texts, pool, None)
+        ways = self._draw(levels, texts, key, device)
+        return _Made(texts, ways.pool, ways)
+
+    def _draw(self, levels: NoiseLevels, texts: Texts, key: list[Any], device: Any) -> Ways:
+        settings = self.settings
+        kept = settings.student_steps if settings.objective == "steps" else 1
+        how = [settings.drawn, settings.teacher_steps, kept, self.guidance_scale, settings.seed]
+        return draw_ways(
+            self.models.teacher,
+            levels,
+            texts,
+            stage_folder(self.work, "drawn", *key, how),
+            shape=self.models.latent_shape,
+            count=settings.drawn,
+            steps=settings.teacher_steps,
+            kept=kept,
+            guidance_scale=self.guidance_scale,
+            seed=settings.seed,
+            device=device,
+            progress=lambda share: self.progress("drawing", share),
+        )
+
+
+def _objective(
+    settings: DistillSettings,
+    teacher: Any,
+    student: Any,
+    levels: NoiseLevels,
+    made: _Made,
+    guidance_scale: float,
+) -> Objective:
+    if settings.objective in FEW_STEPS:
+        levels.grid(settings.student_steps)
+    if settings.objective == "steps":
+        assert made.ways is not None
+        return FollowWays(
+            teacher, levels, made.texts, ways=made.ways, steps=settings.student_steps
+        )
+    if settings.objective == "consistency":
+        return Consistency(
+            teacher,
+            levels,
+            made.texts,
+            pool=made.pool,
+            steps=settings.student_steps,
+            teacher_steps=settings.teacher_steps,
+            guidance_scale=guidance_scale,
+        )
+    if settings.objective == "guidance":
+        return FoldGuidance(
+            teacher, levels, made.texts, pool=made.pool, guidance_scale=guidance_scale
+        )
+    return Recover(
+        teacher,
+        levels,
+        made.texts,
+        pool=made.pool,
+        feature_weight=settings.feature_weight,
+        features=Features(teacher, student),
+    )
+
+
+def _training(settings: DistillSettings) -> Mapping[str, Any]:
+    """Return the settings that another training has."""
+    without = ("device", "checkpoint_seconds", "gradient_checkpointing")
+    return {name: value for name, value in asdict(settings).items() if name not in without}
+
+
+def few_step_scheduler(scheduler: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the scheduler_config.json of a student of few steps: DDIM on the very timesteps.
+
+    Its steps are trailing, each ends where the next begins, and the last at the picture.
+    """
+    kept = (
+        "num_train_timesteps",
+        "beta_start",
+        "beta_end",
+        "beta_schedule",
+        "trained_betas",
+        "prediction_type",
+        "rescale_betas_zero_snr",
+    )
+    return {
+        **{name: scheduler[name] for name in kept if scheduler.get(name) is not None},
+        "_class_name": "DDIMScheduler",
+        "clip_sample": False,
+        "set_alpha_to_one": True,
+        "steps_offset": 0,
+        "timestep_spacing": "trailing",
+    }
