@@ -103,8 +103,8 @@ def open_teacher(path: Path) -> DiffusersFolder:
     plain = len(source.family.text_encoders) == 1 and source.family.runs
     if not plain or source.configs["unet"].get("time_cond_proj_dim") is not None:
         raise RequestError(
-            f"{source.name} is {source.family.title}, which cannot teach yet; give a model of Stable"
-            " Diffusion 1.x or 2.x that makes pictures from text."
+            f"{source.name} is {source.family.title}, which cannot teach yet; give a model of"
+            " Stable Diffusion 1.x or 2.x that makes pictures from text."
         )
     return source
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -49,9 +50,6 @@ class Curve:
 def read_log(path: Path) -> list[dict[str, float]]:
     """Return the lines of a log; none where there is no log, or what is left of a damaged one."""
     lines = []
-    try:
-        for line in path.read_text(encoding="utf-8").splitlines():
-            lines.append(json.loads(line))
-    except (OSError, ValueError):
-        pass
+    with contextlib.suppress(OSError, ValueError):
+        lines.extend(map(json.loads, path.read_text(encoding="utf-8").splitlines()))
     return [line for line in lines if isinstance(line, dict) and "iteration" in line]

@@ -26,6 +26,7 @@ from sdvino.compress.distillation.pool import (
     draw_ways,
     make_pool,
     make_texts,
+    texts_for,
     unique_texts,
 )
 from sdvino.compress.distillation.settings import FEW_STEPS, USUAL_GUIDANCE, DistillSettings
@@ -150,24 +151,29 @@ class _Source:
         if self.material.pictures is not None:
             entries = find_pictures(self.material.pictures)
             captions = [entry.caption for entry in entries]
+        drawn = not entries or self.settings.objective == "steps"
         unique, indices = unique_texts(captions)
-        key = [*self.key, captions, [str(entry.path) for entry in entries]]
-        folder = stage_folder(self.work, "texts", *key)
-        self.progress("texts", 0.0)
-        texts = make_texts(self.models, unique, folder, device)
-        if entries and self.settings.objective != "steps":
-            folder = stage_folder(self.work, "pictures", *key)
-            pool = make_pool(
-                self.models,
-                entries,
-                indices,
-                folder,
-                device,
-                lambda share: self.progress("pictures", share),
-            )
-            return _Made(texts, pool, None)
-        ways = self._draw(levels, texts, key, device)
-        return _Made(texts, ways.pool, ways)
+        if drawn:
+            unique = texts_for(unique, self.settings.drawn)
+        texts = make_texts(
+            self.models,
+            unique,
+            stage_folder(self.work, "texts", *self.origin, unique),
+            device,
+            lambda share: self.progress("texts", share),
+        )
+        if drawn:
+            ways = self._draw(levels, texts, [*self.origin, unique], device)
+            return _Made(texts, ways.pool, ways)
+        pool = make_pool(
+            self.models,
+            entries,
+            indices,
+            stage_folder(self.work, "pictures", *self.key, [str(one.path) for one in entries]),
+            device,
+            lambda share: self.progress("pictures", share),
+        )
+        return _Made(texts, pool, None)
 
     def _draw(self, levels: NoiseLevels, texts: Texts, key: list[Any], device: Any) -> Ways:
         settings = self.settings
@@ -201,9 +207,7 @@ def _objective(
         levels.grid(settings.student_steps)
     if settings.objective == "steps":
         assert made.ways is not None
-        return FollowWays(
-            teacher, levels, made.texts, ways=made.ways, steps=settings.student_steps
-        )
+        return FollowWays(teacher, levels, made.texts, ways=made.ways, steps=settings.student_steps)
     if settings.objective == "consistency":
         return Consistency(
             teacher,

@@ -36,9 +36,7 @@ _PRUNED = 0.01
 class Trainer:
     """Trains a student. Ctrl-C keeps a checkpoint, and another run in the same folder goes on."""
 
-    def __init__(
-        self, student: Any, settings: DistillSettings, folder: Path, device: Any
-    ) -> None:
+    def __init__(self, student: Any, settings: DistillSettings, folder: Path, device: Any) -> None:
         """``student``: on the device already; ``folder`` takes checkpoint and curves."""
         import torch
 

@@ -63,7 +63,7 @@ def place(module: Any, device: Any) -> Any:
 
 def is_large(unet: Any) -> bool:
     """Tell whether activations of ``unet`` are recomputed unless it is said otherwise."""
-    return sum(one.numel() for one in unet.parameters()) > _LARGE_UNET
+    return bool(sum(one.numel() for one in unet.parameters()) > _LARGE_UNET)
 
 
 def mixed_precision(device: Any) -> AbstractContextManager[Any]:
@@ -71,7 +71,8 @@ def mixed_precision(device: Any) -> AbstractContextManager[Any]:
     import torch
 
     if device.type == "cuda":
-        return torch.autocast("cuda", torch.bfloat16)
+        context: AbstractContextManager[Any] = torch.autocast("cuda", torch.bfloat16)
+        return context
     return contextlib.nullcontext()
 
 

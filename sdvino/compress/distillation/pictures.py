@@ -107,6 +107,8 @@ def load_pictures(entries: Sequence[Captioned], size: tuple[int, int]) -> Any:
         except (OSError, ValueError, Image.DecompressionBombError) as error:
             if isinstance(error, RequestError):
                 raise
-            raise RequestError(f"{entry.path} is no picture that can be read; remove it.") from error
+            raise RequestError(
+                f"{entry.path} is no picture that can be read; remove it."
+            ) from error
         rows.append(np.asarray(fitted, np.float32) / np.float32(127.5) - np.float32(1.0))
     return torch.from_numpy(np.stack(rows)).permute(0, 3, 1, 2).contiguous()

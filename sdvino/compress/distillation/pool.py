@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from sdvino.compress.distillation.noise_levels import NoiseLevels
 from sdvino.compress.distillation.pictures import Captioned, load_pictures
 from sdvino.compress.distillation.store import in_chunks
 
+_TEXTS_IN_CHUNK = 256
 _PICTURES_IN_CHUNK = 32
 # Latents of the teacher's in a chunk, all denoised together.
 _DRAWN_IN_CHUNK = 16
@@ -38,14 +40,14 @@ Progress = Callable[[float], None]
 class Texts:
     """What the UNet is told of texts, each of them once."""
 
-    #: float32 [texts, tokens, width].
+    #: float16 [texts, tokens, width].
     states: Any
     #: float32 [tokens, width], of no text.
     empty: Any
 
     def of(self, indices: Any, device: Any) -> Any:
-        """Return the states of the texts ``indices``, int64 [n], on ``device``."""
-        return self.states[indices].to(device)
+        """Return the states of the texts ``indices``, int64 [n], float32 on ``device``."""
+        return self.states[indices].to(device).float()
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +60,7 @@ class Pool:
 
 @dataclass(frozen=True, slots=True)
 class Ways:
-    """The teacher's ways: float32 [n, steps + 1, C, h, w] from noise to latents, texts int64 [n]."""
+    """The teacher's ways: float32 [n, steps + 1, C, h, w], noise first, and texts, int64 [n]."""
 
     x: Any
     text: Any
@@ -76,14 +78,18 @@ def unique_texts(texts: Sequence[str]) -> tuple[list[str], list[int]]:
     return list(places), indices
 
 
-def make_texts(models: Models, texts: Sequence[str], folder: Path, device: Any) -> Texts:
-    """Encode ``texts`` and no text, or read what an earlier run left in ``folder``."""
+def make_texts(
+    models: Models, texts: Sequence[str], folder: Path, device: Any, progress: Progress
+) -> Texts:
+    """Encode ``texts`` and no text, in chunks kept in ``folder``."""
+    everything = ["", *texts]
 
     def make(part: range) -> dict[str, Any]:
-        return {"states": encode_texts(models, ["", *texts], device)}
+        states = encode_texts(models, [everything[i] for i in part], device)
+        return {"states": states.half()}  # as exact as the weights that made them, mostly
 
-    states = in_chunks(folder, 1, 1, make, lambda share: None)["states"]
-    return Texts(states[1:], states[0])
+    states = in_chunks(folder, len(everything), _TEXTS_IN_CHUNK, make, progress)["states"]
+    return Texts(states[1:], states[0].float())
 
 
 def make_pool(
@@ -134,12 +140,12 @@ def draw_ways(
     empty = texts.empty.to(device)
 
     def make(part: range) -> dict[str, Any]:
-        text = torch.tensor([_spread(i, count, len(texts.states)) for i in part])
+        text = torch.tensor([i % len(texts.states) for i in part])
         states = texts.of(text, device)
         noise = torch.Generator().manual_seed((_SEED + seed * 1_000_003 + part.start) % _MOST_SEEDS)
         x = torch.randn(len(part), *shape, generator=noise).to(device)
         found = [x]
-        for step, (t, to) in enumerate(zip(grid, grid[1:], strict=False), 1):
+        for step, (t, to) in enumerate(pairwise(grid), 1):
             at = torch.full((len(part),), t, device=device)
             output = ask_guided(teacher, x, at, states, empty, guidance_scale)
             x = levels.jump(output, x, at, torch.full_like(at, to))
@@ -153,6 +159,8 @@ def draw_ways(
     return Ways(found["x"], found["text"])
 
 
-def _spread(i: int, count: int, texts: int) -> int:
-    """Return the text of way ``i``: evenly from the whole list, or round it."""
-    return i * texts // count if count < texts else i % texts
+def texts_for(texts: Sequence[str], count: int) -> list[str]:
+    """Return the texts that ``count`` ways are drawn of: evenly from a longer list."""
+    if len(texts) <= count:
+        return list(texts)
+    return [texts[i * len(texts) // count] for i in range(count)]

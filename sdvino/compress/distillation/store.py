@@ -13,7 +13,9 @@ from sdvino.errors import SdvinoError
 Tensors = dict[str, Any]
 
 
-def save_tensors(path: Path, tensors: Mapping[str, Any], note: Mapping[str, Any] | None = None) -> None:
+def save_tensors(
+    path: Path, tensors: Mapping[str, Any], note: Mapping[str, Any] | None = None
+) -> None:
     """Write ``tensors`` and a ``note`` of what JSON holds to ``path``; it appears complete."""
     from safetensors.torch import save_file
 
