@@ -6,11 +6,14 @@ import contextlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 LOG_FILE = "loss.jsonl"
 PLOT_FILE = "loss.png"
 #: Iterations in a line of the log.
 _EVERY = 10
+#: What a line holds beside losses.
+_NO_LOSS = ("iteration", "seconds", "rate", "gradient")
 
 
 class Curve:
@@ -45,6 +48,24 @@ class Curve:
         part = self._path.with_name(self._path.name + ".part")
         part.write_text("".join(line + "\n" for line in self._lines), encoding="utf-8")
         part.replace(self._path)
+
+    def draw(self) -> None:
+        """Draw the curves; without matplotlib there are none."""
+        try:
+            from sdvino.compress.plots import plot_losses
+
+            lines: list[dict[str, Any]] = [json.loads(line) for line in self._lines]
+            last = lines[-1] if lines else {}
+            names = [name for name in last if name not in _NO_LOSS]
+            plot_losses(
+                {
+                    name: [(line["iteration"], line[name]) for line in lines if name in line]
+                    for name in names
+                },
+                self._path.with_name(PLOT_FILE),
+            )
+        except ImportError:
+            return
 
 
 def read_log(path: Path) -> list[dict[str, float]]:

@@ -86,6 +86,7 @@ class Trainer:
                     saved = now
                 progress(self.share)
         self.save()
+        self.curve.draw()
         if interrupted.is_set():
             raise KeyboardInterrupt
         return self.average.eval().requires_grad_(False)
