@@ -16,6 +16,9 @@ from sdvino.errors import RequestError
 MAX_PROMPTS = 10_000
 MAX_CHARACTERS = 2_000
 
+#: Where a source keeps prompts of its own, beside model_index.json.
+PROMPTS_FILE = "calibration_prompts.txt"
+
 GENERAL_PROMPTS: tuple[str, ...] = (
     "a lighthouse on a cliff at dusk, long exposure photograph",
     "portrait of an old fisherman with a white beard, oil painting",
@@ -66,6 +69,12 @@ GENERAL_PROMPTS: tuple[str, ...] = (
     "a woman in a yellow raincoat walking a dog, seen from behind",
     "a pagoda beside a pond with koi, ukiyo-e woodblock print",
 )
+
+
+def prompts_of(source: Path) -> tuple[str, ...]:
+    """Return the prompts that the folder ``source`` brings, or the general ones."""
+    own = source / PROMPTS_FILE
+    return read_prompts(own) if own.is_file() else GENERAL_PROMPTS
 
 
 def read_prompts(path: Path) -> tuple[str, ...]:

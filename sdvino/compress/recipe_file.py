@@ -56,6 +56,8 @@ _HEAD = """\
 #                      (of each layer) or global; keep, regular expressions of layers left alone
 #   kind = 'low_rank'  one of energy to keep, budget (share of the weights left) or rank; whiten,
 #                      by what the layers are fed (true); keep
+#   kind = 'distill'   objective recover, guidance, steps or consistency; iterations or minutes;
+#                      batch, learning_rate, student_steps, ... ; prompts or pictures, a folder
 #   kind = 'quantize'  scheme, a mode as above; component, or all: short for tables of components
 # component is unet (the default), text_encoder, text_encoder_2 or vae.
 """

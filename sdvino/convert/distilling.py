@@ -10,22 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from sdvino.compress.distillation.curves import LOG_FILE, PLOT_FILE
-from sdvino.compress.distillation.engine import (
-    Distilled,
-    Material,
-    Progress,
-    distill_unet,
-    few_step_scheduler,
-)
+from sdvino.compress.distillation.engine import Distilled, Material, Progress, distill_unet
 from sdvino.compress.distillation.models import Models, check_fits
-from sdvino.compress.distillation.settings import FEW_STEPS, DistillSettings
-from sdvino.compress.prompts import GENERAL_PROMPTS, check_prompts, read_prompts
+from sdvino.compress.distillation.settings import DistillSettings
+from sdvino.compress.prompts import PROMPTS_FILE, check_prompts, prompts_of
 from sdvino.compress.quiet import quiet
 from sdvino.compress.structure import Structure, load_component, save_component
-from sdvino.convert.source import PROMPTS_FILE, DiffusersFolder
+from sdvino.convert.source import DiffusersFolder
 from sdvino.convert.staging import check_target, staged
 from sdvino.convert.state import FileLock, describe_files
-from sdvino.convert.suggestions import suggestions
+from sdvino.convert.suggestions import TRAINED_STEPS, suggestions
 from sdvino.errors import Cancelled, OutputError, RequestError
 from sdvino.manifest import MANIFEST_FILE
 
@@ -137,10 +131,7 @@ def _material(
         if prompts is not None:
             raise RequestError("A student learns from prompts or from pictures; give one of them.")
         return Material(pictures=Path(pictures))
-    own = source.path / PROMPTS_FILE
-    if prompts is None:
-        prompts = read_prompts(own) if own.is_file() else GENERAL_PROMPTS
-    return Material(prompts=check_prompts(prompts))
+    return Material(prompts=prompts_of(source.path) if prompts is None else check_prompts(prompts))
 
 
 def _lock(folder: Path) -> FileLock:
@@ -207,26 +198,19 @@ def _write(
         _copy(source.folder(name), folder / name)
     if (source.path / PROMPTS_FILE).is_file():
         shutil.copyfile(source.path / PROMPTS_FILE, folder / PROMPTS_FILE)
-    index, scheduler = dict(source.model_index), dict(source.configs["scheduler"])
-    if settings.objective in FEW_STEPS:
-        scheduler = few_step_scheduler(scheduler)
+    index = dict(source.model_index)
+    scheduler = settings.scheduler_after(source.configs["scheduler"])
+    if settings.few_steps:
         index["scheduler"] = ["diffusers", scheduler["_class_name"]]
     _write_json(folder / "model_index.json", index)
     _write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
-    hints = {**suggestions(source, {}), **suggested_after(settings)}
-    _write_json(folder / MANIFEST_FILE, {"suggested": hints})
+    hints = {**suggestions(source, {}), **settings.suggested_after()}
+    trained = {TRAINED_STEPS: settings.student_steps} if settings.few_steps else {}
+    _write_json(folder / MANIFEST_FILE, {"suggested": hints, **trained})
     _write_json(folder / RECORD_FILE, {**found.figures, "teacher": source.name})
     for name in (LOG_FILE, PLOT_FILE):
         if (found.folder / name).is_file():
             shutil.copyfile(found.folder / name, folder / name)
-
-
-def suggested_after(settings: DistillSettings) -> dict[str, Any]:
-    """Return what a student suggests in its teacher's place."""
-    if settings.objective in FEW_STEPS:
-        steps = settings.student_steps
-        return {"num_inference_steps": steps, "guidance_scale": 1.0, "scheduler": "ddim"}
-    return {"guidance_scale": 1.0} if settings.objective == "guidance" else {}
 
 
 def _copy(source: Path, folder: Path) -> None:

@@ -70,7 +70,7 @@ class Curve:
 
 def read_log(path: Path) -> list[dict[str, float]]:
     """Return the lines of a log; none where there is no log, or what is left of a damaged one."""
-    lines = []
+    lines: list[Any] = []
     with contextlib.suppress(OSError, ValueError):
         lines.extend(map(json.loads, path.read_text(encoding="utf-8").splitlines()))
     return [line for line in lines if isinstance(line, dict) and "iteration" in line]

@@ -29,7 +29,7 @@ from sdvino.compress.distillation.pool import (
     texts_for,
     unique_texts,
 )
-from sdvino.compress.distillation.settings import FEW_STEPS, USUAL_GUIDANCE, DistillSettings
+from sdvino.compress.distillation.settings import USUAL_GUIDANCE, DistillSettings
 from sdvino.compress.distillation.store import stage_folder
 from sdvino.errors import RequestError
 from sdvino.runtime.peak import peak_memory
@@ -203,7 +203,7 @@ def _objective(
     made: _Made,
     guidance_scale: float,
 ) -> Objective:
-    if settings.objective in FEW_STEPS:
+    if settings.few_steps:
         levels.grid(settings.student_steps)
     if settings.objective == "steps":
         assert made.ways is not None
@@ -236,27 +236,3 @@ def _training(settings: DistillSettings) -> Mapping[str, Any]:
     """Return the settings that another training has."""
     without = ("device", "checkpoint_seconds", "gradient_checkpointing")
     return {name: value for name, value in asdict(settings).items() if name not in without}
-
-
-def few_step_scheduler(scheduler: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the scheduler_config.json of a student of few steps: DDIM on the very timesteps.
-
-    Its steps are trailing, each ends where the next begins, and the last at the picture.
-    """
-    kept = (
-        "num_train_timesteps",
-        "beta_start",
-        "beta_end",
-        "beta_schedule",
-        "trained_betas",
-        "prediction_type",
-        "rescale_betas_zero_snr",
-    )
-    return {
-        **{name: scheduler[name] for name in kept if scheduler.get(name) is not None},
-        "_class_name": "DDIMScheduler",
-        "clip_sample": False,
-        "set_alpha_to_one": True,
-        "steps_offset": 0,
-        "timestep_spacing": "trailing",
-    }

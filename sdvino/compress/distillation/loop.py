@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import json
 import math
 import signal
 import threading
@@ -19,16 +20,19 @@ from typing import Any
 
 import numpy as np
 
+from sdvino.compress.component_weights import write_weights
 from sdvino.compress.distillation.curves import Curve
 from sdvino.compress.distillation.objectives import Batch, Objective, describe
 from sdvino.compress.distillation.settings import DistillSettings
-from sdvino.compress.distillation.store import load_tensors, save_tensors
+from sdvino.compress.distillation.store import reading
 from sdvino.errors import SdvinoError
 
 CHECKPOINT = "checkpoint.safetensors"
 _BETAS = (0.9, 0.99)
 _WEIGHT_DECAY = 1e-2
 _GRADIENT_NORM = 1.0
+# Training lasts so many times as long as writing the checkpoint before it.
+_SAVING = 20.0
 # From this share of exact zeros on, a matrix was pruned, and its zeros are kept.
 _PRUNED = 0.01
 
@@ -74,16 +78,18 @@ class Trainer:
         Raises KeyboardInterrupt, the checkpoint saved, after Ctrl-C; SdvinoError when the loss is
         no number.
         """
-        saved = time.monotonic()
+        saved, pause = time.monotonic(), self.settings.checkpoint_seconds
         with _interrupts() as interrupted:
             while self.share < 1.0 and not interrupted.is_set():
                 began = time.monotonic()
                 self._iterate(objective)
                 now = time.monotonic()
                 self.seconds += now - began
-                if now - saved > self.settings.checkpoint_seconds:
+                if now - saved > pause:
                     self.save()
-                    saved = now
+                    saved = time.monotonic()
+                    # Gigabytes take a while to write: not more of it than of training.
+                    pause = max(self.settings.checkpoint_seconds, _SAVING * (saved - now))
                 progress(self.share)
         self.save()
         self.curve.draw()
@@ -143,12 +149,10 @@ class Trainer:
     def _update_average(self) -> None:
         import torch
 
-        if self.average is self.student:
-            return
         # A young average forgets where it began.
         decay = min(self.settings.ema, (1 + self.iteration) / (10 + self.iteration))
         with torch.no_grad():
-            for name, value in self.average.named_parameters():
+            for name, value in self._averages().items():
                 value.lerp_(self.parameters[name], 1 - decay)
 
     # --- checkpoints
@@ -156,40 +160,37 @@ class Trainer:
     def save(self) -> None:
         """Write the checkpoint and the curves; a crash meanwhile leaves the earlier ones."""
         tensors = {f"weight.{name}": value for name, value in self.parameters.items()}
-        if self.average is not self.student:
-            averages = dict(self.average.named_parameters())
-            tensors |= {f"average.{name}": value for name, value in averages.items()}
+        tensors |= {f"average.{name}": value for name, value in self._averages().items()}
         for name, value in self.parameters.items():
             for key, state in self.optimizer.state.get(value, {}).items():
                 tensors[f"{key}.{name}"] = state
         note = {"iteration": self.iteration, "seconds": self.seconds}
         self.curve.write()
-        save_tensors(self.folder / CHECKPOINT, tensors, note)
+        write_weights(self.folder / CHECKPOINT, tensors, "float32", {"training": json.dumps(note)})
 
     def _load(self) -> None:
         import torch
 
-        tensors, note = load_tensors(self.folder / CHECKPOINT)
-        averages = {} if self.average is self.student else dict(self.average.named_parameters())
+        averages = self._averages()
         state: dict[int, dict[str, Any]] = {}
-        try:
-            with torch.no_grad():
-                for index, (name, value) in enumerate(self.parameters.items()):
-                    value.copy_(tensors[f"weight.{name}"])
-                    if name in averages:
-                        averages[name].copy_(tensors[f"average.{name}"])
-                    if f"step.{name}" in tensors:
-                        state[index] = {"step": tensors[f"step.{name}"]}
-                        for key in ("exp_avg", "exp_avg_sq"):
-                            kept = torch.empty_like(value, memory_format=torch.preserve_format)
-                            state[index][key] = kept.copy_(tensors[f"{key}.{name}"])
-            whole = self.optimizer.state_dict()
-            self.optimizer.load_state_dict({**whole, "state": state})
+        with reading(self.folder / CHECKPOINT) as file, torch.no_grad():
+            note = json.loads(file.metadata()["training"])
+            stepped = f"step.{next(iter(self.parameters))}" in file.keys()  # noqa: SIM118
+            for index, (name, value) in enumerate(self.parameters.items()):
+                value.copy_(file.get_tensor(f"weight.{name}"))
+                if name in averages:
+                    averages[name].copy_(file.get_tensor(f"average.{name}"))
+                if stepped:
+                    state[index] = {"step": file.get_tensor(f"step.{name}")}
+                    for key in ("exp_avg", "exp_avg_sq"):
+                        # Laid out as the weights are: otherwise sums may round otherwise.
+                        kept = torch.empty_like(value, memory_format=torch.preserve_format)
+                        state[index][key] = kept.copy_(file.get_tensor(f"{key}.{name}"))
             self.iteration, self.seconds = int(note["iteration"]), float(note["seconds"])
-        except (KeyError, RuntimeError, TypeError, ValueError) as error:
-            raise SdvinoError(
-                f"{self.folder / CHECKPOINT} is of another training; delete it and run again."
-            ) from error
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
+
+    def _averages(self) -> dict[str, Any]:
+        return {} if self.average is self.student else dict(self.average.named_parameters())
 
 
 def held_zeros(parameters: dict[str, Any]) -> dict[str, Any]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from sdvino.errors import RequestError
 from sdvino.settings import check_choice
@@ -14,6 +15,18 @@ OBJECTIVES: tuple[Objective, ...] = get_args(Objective)
 #: After these a picture takes a few steps of DDIM.
 FEW_STEPS: tuple[Objective, ...] = ("steps", "consistency")
 DEVICES = ("auto", "cpu", "cuda")
+# Seconds of a forward pass of a large UNet, for telling how long a training in minutes is.
+_SECONDS = 5.0
+# What of a scheduler_config.json describes the process, rather than the way through it.
+_PROCESS = (
+    "num_train_timesteps",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "trained_betas",
+    "prediction_type",
+    "rescale_betas_zero_snr",
+)
 #: Guidance of a teacher whose folder suggests none.
 USUAL_GUIDANCE = 7.5
 
@@ -78,3 +91,49 @@ class DistillSettings:
                 f"{self.teacher_steps} steps of the teacher cannot be shared out over"
                 f" {self.student_steps} of the student; give a multiple."
             )
+
+    @property
+    def few_steps(self) -> bool:
+        """Tell whether the student is made for ``student_steps`` steps."""
+        return self.objective in FEW_STEPS
+
+    @property
+    def drawing_evaluations(self) -> int:
+        """Return how many forward passes of a picture the teacher draws with, from prompts."""
+        return 2 * self.drawn * self.teacher_steps
+
+    @property
+    def evaluations(self) -> int:
+        """Return how many forward passes of a picture everything takes, about."""
+        # Backward is as long as two of them; the teacher's own.
+        each = {"recover": 4, "guidance": 5, "steps": 3, "consistency": 6}[self.objective]
+        iterations = self.iterations
+        if self.minutes is not None:
+            iterations = max(1, round(60 * self.minutes / (_SECONDS * self.batch * each)))
+        return self.drawing_evaluations + iterations * self.batch * each
+
+    def scheduler_after(self, scheduler: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return the scheduler_config.json that the student is used with."""
+        return few_step_scheduler(scheduler) if self.few_steps else scheduler
+
+    def suggested_after(self) -> dict[str, Any]:
+        """Return what the student suggests in its teacher's place."""
+        if self.few_steps:
+            steps = self.student_steps
+            return {"num_inference_steps": steps, "guidance_scale": 1.0, "scheduler": "ddim"}
+        return {"guidance_scale": 1.0} if self.objective == "guidance" else {}
+
+
+def few_step_scheduler(scheduler: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the scheduler_config.json of a student of few steps: DDIM on the very timesteps.
+
+    Its steps are trailing, each ends where the next begins, and the last at the picture.
+    """
+    return {
+        **{name: scheduler[name] for name in _PROCESS if scheduler.get(name) is not None},
+        "_class_name": "DDIMScheduler",
+        "clip_sample": False,
+        "set_alpha_to_one": True,
+        "steps_offset": 0,
+        "timestep_spacing": "trailing",
+    }

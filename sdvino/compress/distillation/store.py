@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -13,30 +14,34 @@ from sdvino.errors import SdvinoError
 Tensors = dict[str, Any]
 
 
-def save_tensors(
-    path: Path, tensors: Mapping[str, Any], note: Mapping[str, Any] | None = None
-) -> None:
-    """Write ``tensors`` and a ``note`` of what JSON holds to ``path``; it appears complete."""
+def save_tensors(path: Path, tensors: Mapping[str, Any]) -> None:
+    """Write ``tensors``, of any type, to ``path``; it appears complete."""
     from safetensors.torch import save_file
 
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(plain, part, metadata={"note": json.dumps({} if note is None else dict(note))})
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part)
     part.replace(path)
 
 
-def load_tensors(path: Path) -> tuple[Tensors, dict[str, Any]]:
+def load_tensors(path: Path) -> Tensors:
     """Return what `save_tensors` wrote; raises SdvinoError for a damaged file."""
+    with reading(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[Any]:
+    """Open safetensors; raises SdvinoError for a damaged file, or one of other tensors."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="pt") as file:
-            names = list(file.keys())
-            note = json.loads((file.metadata() or {}).get("note", "{}"))
-            return {name: file.get_tensor(name) for name in names}, note
-    except (OSError, ValueError, SafetensorError) as error:
-        raise SdvinoError(f"{path} is damaged ({error}); delete it and run again.") from error
+            yield file
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise SdvinoError(
+            f"{path} is damaged, or of something else ({error}); delete it and run again."
+        ) from error
 
 
 def stage_folder(work: Path, stage: str, *parts: Any) -> Path:
@@ -67,7 +72,7 @@ def in_chunks(
         path = folder / f"{index:05}.safetensors"
         if not path.is_file():
             save_tensors(path, make(part))
-        chunks.append(load_tensors(path)[0])
+        chunks.append(load_tensors(path))
         progress(part.stop / count)
     return {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
 
