@@ -139,7 +139,7 @@ def distill_command(
 def summary(found: DistilledFolder) -> str:
     """Return the lines that `sdvino distill` ends with."""
     figures = found.figures
-    peak = figures["peak_memory_bytes"]
+    peak = figures.get("peak_memory_bytes")
     memory = "" if peak is None else f", {peak / 1e9:.1f} GB at most"
     lines = [
         f"{found.path}",

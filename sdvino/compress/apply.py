@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -50,7 +49,7 @@ def apply_pass(
         "kind": row.kind,
         "component": row.component,
         "what": row.what,
-        "settings": _settings(row),
+        "settings": row.told(),
         "before": before,
         "after": after,
         "output_error": None if moved is None else round(moved, 5),
@@ -71,13 +70,4 @@ def _figures(
         "parameters": sum(one.numel() for one in parameters),
         "nonzero": sum(int(one.count_nonzero()) for one in parameters),
         "operations": sum(counts.values()),
-    }
-
-
-def _settings(row: SourcePass) -> dict[str, Any]:
-    values = {entry.name: getattr(row, entry.name) for entry in dataclasses.fields(row)}
-    return {
-        name: list(value) if isinstance(value, tuple) else value
-        for name, value in values.items()
-        if value is not None and name != "component"
     }

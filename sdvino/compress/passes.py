@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from importlib import import_module
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -105,6 +105,15 @@ class Pass(ABC):
         """Return what it does, in a few words, for tables."""
         return self.kind
 
+    def told(self) -> dict[str, Any]:
+        """Return the settings for people and for JSON, without those that say nothing."""
+        values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in values.items()
+            if value is not None and name != "component"
+        }
+
     def refusal(self, earlier: Pass) -> str | None:
         """Return why this pass cannot come after ``earlier``, or None when it can."""
         return None
@@ -131,6 +140,13 @@ class SourcePass(Pass):
     def needs_origin(self) -> bool:
         """Tell whether it learns from the source as it was before any pass."""
         return False
+
+    def check(self, scheduler: Mapping[str, Any]) -> None:
+        """Raise RequestError for what can be told to be wrong before anything is begun.
+
+        ``scheduler`` is the source's scheduler_config.json.
+        """
+        return
 
     @property
     def evaluations(self) -> int:

@@ -95,10 +95,10 @@ def read_prompts(path: Path) -> tuple[str, ...]:
 def check_prompts(prompts: Sequence[str]) -> tuple[str, ...]:
     """Return ``prompts`` as a tuple; raises RequestError when there are none, or absurd ones."""
     if isinstance(prompts, str) or not prompts:
-        raise RequestError("There are no prompts to calibrate on; give at least one.")
+        raise RequestError("There are no prompts; give at least one.")
     if len(prompts) > MAX_PROMPTS or any(len(prompt) > MAX_CHARACTERS for prompt in prompts):
         raise RequestError(
-            f"Calibration takes up to {MAX_PROMPTS:,} prompts of up to {MAX_CHARACTERS:,}"
+            f"There may be up to {MAX_PROMPTS:,} prompts of up to {MAX_CHARACTERS:,}"
             " characters; leave some out."
         )
     return tuple(prompts)

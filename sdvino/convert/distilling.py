@@ -12,6 +12,7 @@ from typing import Any
 from sdvino.compress.distillation.curves import LOG_FILE, PLOT_FILE
 from sdvino.compress.distillation.engine import Distilled, Material, Progress, distill_unet
 from sdvino.compress.distillation.models import Models, check_fits
+from sdvino.compress.distillation.pictures import find_pictures
 from sdvino.compress.distillation.settings import DistillSettings
 from sdvino.compress.prompts import PROMPTS_FILE, check_prompts, prompts_of
 from sdvino.compress.quiet import quiet
@@ -64,6 +65,7 @@ def distill(
     target = Path(out).absolute()
     source = open_teacher(Path(teacher))
     own = None if student is None else open_student(Path(student), source)
+    settings.check(source.configs["scheduler"])
     material = _material(source, prompts, pictures)
     check_target(target, overwrite=overwrite)
     if target == source.path.absolute() or target in source.path.absolute().parents:
@@ -130,6 +132,7 @@ def _material(
     if pictures is not None:
         if prompts is not None:
             raise RequestError("A student learns from prompts or from pictures; give one of them.")
+        find_pictures(Path(pictures))  # what is wrong with them, before anything is loaded
         return Material(pictures=Path(pictures))
     return Material(prompts=prompts_of(source.path) if prompts is None else check_prompts(prompts))
 

@@ -52,6 +52,7 @@ def check_passes(source: Source, recipe: Recipe) -> None:
             raise RequestError(
                 f"{source.name} has no {row.component} for {row.kind} to work on; correct the pass."
             )
+        row.check(source.configs["scheduler"])
     plain = len(source.family.text_encoders) == 1 and source.family.runs
     plain = plain and source.configs["unet"].get("time_cond_proj_dim") is None
     if any(row.needs_origin for row in recipe.passes) and not plain:

@@ -103,19 +103,20 @@ def distill_unet(
     finally:
         if isinstance(objective, Recover):
             objective.features.close()
-    module.disable_gradient_checkpointing()
-    models.student.load_state_dict(module.state_dict())
+    student.disable_gradient_checkpointing()
+    student.load_state_dict(module.state_dict())
     figures = {
         "objective": settings.objective,
         "guidance_scale": guidance_scale,
         "iterations": trainer.iteration,
         "batch": settings.batch,
         "training_seconds": round(trainer.seconds, 1),
-        "peak_memory_bytes": peak_memory(),
         "device": device.type,
     }
-    kept = models.student.to("cpu").eval().requires_grad_(False)
-    return Distilled(kept, figures, folder)
+    peak = peak_memory()
+    if peak is not None:
+        figures["peak_memory_bytes"] = peak
+    return Distilled(student.to("cpu").eval().requires_grad_(False), figures, folder)
 
 
 @dataclass(slots=True)

@@ -82,7 +82,7 @@ class Trainer:
         with _interrupts() as interrupted:
             while self.share < 1.0 and not interrupted.is_set():
                 began = time.monotonic()
-                self._iterate(objective)
+                self.iterate(objective)
                 now = time.monotonic()
                 self.seconds += now - began
                 if now - saved > pause:
@@ -103,7 +103,8 @@ class Trainer:
         warm = min(1.0, (self.iteration + 1) / max(settings.warmup, 1))
         return settings.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * self.share))
 
-    def _iterate(self, objective: Objective) -> None:
+    def iterate(self, objective: Objective) -> None:
+        """Do one iteration: forward, backward, update."""
         import torch
 
         rate = self.rate()

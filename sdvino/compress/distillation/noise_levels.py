@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sdvino.compress.distillation.settings import check_steps
 from sdvino.diffusion.grids import train_alphas_cumprod
 from sdvino.diffusion.scheduler_config import SchedulerConfig
 from sdvino.errors import RequestError
@@ -44,11 +45,7 @@ class NoiseLevels:
         They are those of `sdvino.diffusion.layout` for timestep_spacing trailing: each step of the
         sampler ends where the next begins. Raises RequestError where they do not divide evenly.
         """
-        if self.train_timesteps % steps:
-            raise RequestError(
-                f"{steps} steps do not divide the model's {self.train_timesteps} timesteps evenly;"
-                " give a number that does, such as 4 or 20."
-            )
+        check_steps(steps, self.train_timesteps)
         stride = self.train_timesteps // steps
         return [stride * i - 1 for i in range(steps, -1, -1)]
 

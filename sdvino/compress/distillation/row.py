@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from sdvino.compress.calls import outputs_of, relative_error, spread
+from sdvino.compress.distillation.pictures import find_pictures
 from sdvino.compress.distillation.settings import DistillSettings, Objective
 from sdvino.compress.passes import Outcome, SourcePass, Surroundings
 from sdvino.compress.prompts import check_prompts
@@ -16,6 +18,8 @@ from sdvino.errors import RequestError
 if TYPE_CHECKING:
     from sdvino.compress.structure import Structure
 
+# Calls that the distance from the teacher is measured on.
+_SAMPLES = 4
 _OF_THE_ROW = ("component", "prompts", "pictures")
 
 
@@ -71,10 +75,23 @@ class Distill(SourcePass):
         steps = f" {settings.student_steps}" if settings.few_steps else ""
         return f"{self.kind} {settings.objective}{steps}"
 
+    def told(self) -> dict[str, Any]:
+        """Return the settings for people and for JSON: of paths the name alone."""
+        found = SourcePass.told(self)
+        if self.pictures is not None:
+            found["pictures"] = Path(self.pictures).name
+        return {name: value for name, value in found.items() if value != []}
+
     @property
     def needs_origin(self) -> bool:
         """Tell that it learns from the source as it was."""
         return True
+
+    def check(self, scheduler: Mapping[str, Any]) -> None:
+        """Raise RequestError for steps that do not suit the source, and missing pictures."""
+        self.settings().check(scheduler)
+        if self.pictures is not None:
+            find_pictures(Path(self.pictures))
 
     @property
     def evaluations(self) -> int:
@@ -104,11 +121,14 @@ class Distill(SourcePass):
         origin = around.origin
         if origin is None:
             raise RequestError("distill needs the source that it learns from; use sdvino distill.")
-        pictures = None if self.pictures is None else Path(self.pictures).expanduser()
+        pictures = None if self.pictures is None else Path(self.pictures)
         settings = self.settings()
+        teacher, samples = origin.load("unet"), spread(around.inputs, _SAMPLES)
+        references = outputs_of(teacher, samples)
+        before = round(relative_error(outputs_of(module, samples), references), 5)
         found = distill_unet(
             Models(
-                teacher=origin.load("unet"),
+                teacher=teacher,
                 student=module,
                 text_encoder=origin.load("text_encoder"),
                 tokenizer=origin.tokenizer,
@@ -122,4 +142,7 @@ class Distill(SourcePass):
             guidance_scale=origin.guidance_scale,
             progress=whole(settings, progress),
         )
+        if references:
+            after = relative_error(outputs_of(found.module, samples), references)
+            found.figures["distance_from_teacher"] = {"before": before, "after": round(after, 5)}
         return Outcome(found.module, structure, found.figures)

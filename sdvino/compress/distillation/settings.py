@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from sdvino.diffusion.scheduler_config import SchedulerConfig
 from sdvino.errors import RequestError
 from sdvino.settings import check_choice
 
@@ -92,6 +93,11 @@ class DistillSettings:
                 f" {self.student_steps} of the student; give a multiple."
             )
 
+    def check(self, scheduler: Mapping[str, Any]) -> None:
+        """Raise RequestError where the steps do not suit a model of this scheduler_config.json."""
+        train = SchedulerConfig.from_dict(dict(scheduler)).for_sampler("ddim").num_train_timesteps
+        check_steps(self.teacher_steps, train)
+
     @property
     def few_steps(self) -> bool:
         """Tell whether the student is made for ``student_steps`` steps."""
@@ -122,6 +128,15 @@ class DistillSettings:
             steps = self.student_steps
             return {"num_inference_steps": steps, "guidance_scale": 1.0, "scheduler": "ddim"}
         return {"guidance_scale": 1.0} if self.objective == "guidance" else {}
+
+
+def check_steps(steps: int, train: int) -> None:
+    """Raise RequestError unless ``steps`` divide ``train`` timesteps: each ends at another."""
+    if train % steps:
+        raise RequestError(
+            f"{steps} steps do not divide the model's {train} timesteps evenly; give a number that"
+            " does, such as 4 or 20."
+        )
 
 
 def few_step_scheduler(scheduler: Mapping[str, Any]) -> dict[str, Any]:
