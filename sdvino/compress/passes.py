@@ -79,8 +79,9 @@ class Origin:
     prompts: tuple[str, ...]
     #: A folder that stays when the pass is interrupted, until the conversion ends.
     work: Path
-    #: Tells the source, and what earlier passes made of it, from others.
+    #: Tells the source from others, and what earlier passes made of it.
     key: str
+    passed_key: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

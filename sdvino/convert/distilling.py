@@ -67,9 +67,9 @@ def distill(
     own = None if student is None else open_student(Path(student), source)
     settings.check(source.configs["scheduler"])
     material = _material(source, prompts, pictures)
-    check_target(target, overwrite=overwrite)
     if target == source.path.absolute() or target in source.path.absolute().parents:
         raise RequestError(f"{target} is, or holds, the teacher; choose another name.")
+    check_target(target, overwrite=overwrite)
     kept = work is not None
     folder = Path(work).absolute() if work is not None else work_folder(target)
     lock = _lock(folder)
@@ -173,7 +173,8 @@ def _learn(
         material,
         settings,
         work,
-        origin=[describe_files(unet), None if own is None else describe_files(own)],
+        origin=describe_files(source.path),
+        student_origin=[] if own is None else describe_files(own),
         guidance_scale=suggestions(source, {})["guidance_scale"],
         progress=progress,
     )

@@ -71,13 +71,15 @@ def distill_unet(
     work: Path,
     *,
     origin: Sequence[Any] = (),
+    student_origin: Sequence[Any] = (),
     guidance_scale: float = USUAL_GUIDANCE,
     progress: Progress = lambda stage, share: None,
 ) -> Distilled:
     """Let ``models.student`` learn from ``models.teacher``; see `DistillSettings`.
 
     What takes time is kept in ``work``, and the same call goes on from it. ``origin`` is what
-    JSON holds and tells teacher and student from others. ``guidance_scale`` is the teacher's where
+    JSON holds and tells the teacher from others, ``student_origin`` the student: what the teacher
+    draws serves all of its students. ``guidance_scale`` is the teacher's where
     the settings give none.
     Raises RequestError for a student that does not fit, and KeyboardInterrupt after Ctrl-C, when
     all that was done is in ``work``.
@@ -96,7 +98,8 @@ def distill_unet(
     checkpointing = settings.gradient_checkpointing
     if is_large(student) if checkpointing is None else checkpointing:
         student.enable_gradient_checkpointing()
-    folder = stage_folder(work, "training", *source.key, _training(settings), guidance_scale)
+    told = [*source.key, list(student_origin), _training(settings), guidance_scale]
+    folder = stage_folder(work, "training", *told)
     trainer = Trainer(student, settings, folder, device)
     try:
         module = trainer.run(objective, lambda share: progress("training", share))

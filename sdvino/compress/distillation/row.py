@@ -139,6 +139,7 @@ class Distill(SourcePass):
             settings,
             origin.work,
             origin=[origin.key],
+            student_origin=[origin.passed_key],
             guidance_scale=origin.guidance_scale,
             progress=whole(settings, progress),
         )

@@ -59,7 +59,13 @@ def models(student: Any = None, *, vae: bool = False) -> Models:
     )
 
 
-def learn(work: Path, taught: Models | None = None, progress: Any = None, **how: Any) -> Distilled:
+def learn(
+    work: Path,
+    taught: Models | None = None,
+    progress: Any = None,
+    student_origin: tuple[str, ...] = (),
+    **how: Any,
+) -> Distilled:
     """Distil with small numbers, but for those given."""
     settings: dict[str, Any] = {
         "iterations": 20,
@@ -67,7 +73,7 @@ def learn(work: Path, taught: Models | None = None, progress: Any = None, **how:
         "drawn": 8,
         "teacher_steps": 4,
         "student_steps": 2,
-        "learning_rate": 3e-3,
+        "learning_rate": 1e-3,
         "warmup": 2,
         "ema": 0.9,
         "guidance_scale": 3.0,
@@ -79,5 +85,6 @@ def learn(work: Path, taught: Models | None = None, progress: Any = None, **how:
         Material(prompts=PROMPTS),
         DistillSettings(**settings),
         work,
+        student_origin=student_origin,
         progress=(lambda stage, share: None) if progress is None else progress,
     )
