@@ -25,6 +25,7 @@ from sdvino.errors import Cancelled, SdvinoError
 COMMANDS = {
     "generate": ("sdvino.cli.generate:generate_command", "Make pictures from a prompt."),
     "convert": ("sdvino.cli.convert:convert_command", "Turn a checkpoint into a model folder."),
+    "distill": ("sdvino.cli.distill:distill_command", "Let a student learn from a model."),
     "tune": ("sdvino.cli.tune:tune_command", "Measure how a model runs fastest here."),
     "bench": ("sdvino.cli.bench:bench_command", "Measure a model on this machine."),
     "devices": ("sdvino.cli.devices:devices_command", "Show the devices that can run a model."),

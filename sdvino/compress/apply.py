@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from sdvino.compress.calls import Inputs, operations, outputs_of, relative_error, spread
-from sdvino.compress.passes import SourcePass
+from sdvino.compress.calls import operations, outputs_of, relative_error, spread
+from sdvino.compress.passes import SourcePass, Surroundings
 from sdvino.compress.quiet import quiet
 from sdvino.compress.structure import Structure, save_component
 from sdvino.errors import RequestError
@@ -25,7 +24,7 @@ def apply_pass(
     module: Any,
     structure: Structure,
     config: Mapping[str, Any],
-    inputs: Sequence[Inputs],
+    around: Surroundings,
     output: Path,
     progress: Callable[[float], None] = lambda share: None,
 ) -> dict[str, Any]:
@@ -33,14 +32,14 @@ def apply_pass(
 
     ``output``/COMPONENT takes what `sdvino.compress.structure.load_component` loads,
     ``output``/history.json what is returned: the row, weights and operations before and after,
-    and how far the output moved on ``inputs``, where there are any.
+    and how far the output moved on the inputs of ``around``, where there are any.
     Raises RequestError when the row does not fit the component.
     """
-    samples = spread(inputs, _SAMPLES)
+    samples = spread(around.inputs, _SAMPLES)
     before = _figures(row.component, module, config, structure)
     references = outputs_of(module, samples)
     try:
-        found = row.run(module, structure, inputs, lambda share: progress(0.05 + 0.85 * share))
+        found = row.run(module, structure, around, lambda share: progress(0.05 + 0.85 * share))
     except RequestError as error:
         raise RequestError(f"{row.what} of {row.component}: {error}") from error
     after = _figures(row.component, found.module, config, found.structure)
@@ -50,7 +49,7 @@ def apply_pass(
         "kind": row.kind,
         "component": row.component,
         "what": row.what,
-        "settings": _settings(row),
+        "settings": row.told(),
         "before": before,
         "after": after,
         "output_error": None if moved is None else round(moved, 5),
@@ -71,13 +70,4 @@ def _figures(
         "parameters": sum(one.numel() for one in parameters),
         "nonzero": sum(int(one.count_nonzero()) for one in parameters),
         "operations": sum(counts.values()),
-    }
-
-
-def _settings(row: SourcePass) -> dict[str, Any]:
-    values = {entry.name: getattr(row, entry.name) for entry in dataclasses.fields(row)}
-    return {
-        name: list(value) if isinstance(value, tuple) else value
-        for name, value in values.items()
-        if value is not None and name != "component"
     }

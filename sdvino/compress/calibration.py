@@ -128,13 +128,14 @@ def make_plan(
     guidance_scale: float,
     shape: tuple[int, int, int],
     distilled: SamplerName | None = None,
+    few_steps: tuple[int, ...] = FEW_STEPS,
     embedded_guidance: bool = False,
 ) -> CalibrationPlan:
     """Return the plan of ``recipe`` for a UNet with so many bytes of weights.
 
     ``prompts`` are the texts for a recipe that names none. Those denoised are taken evenly from
     the whole list, which may be sorted. ``shape`` is that of the latents, (C, h, w). ``distilled``
-    is the sampler of a model made for a few steps; a recipe that gives strata has them instead.
+    is the sampler of a model made for ``few_steps``; a recipe that gives strata has them instead.
     """
     texts = tuple(prompts) if recipe.prompts is None else recipe.prompts
     by_size = _LARGE if unet_bytes >= _LARGE_UNET_BYTES else _SMALL
@@ -148,7 +149,7 @@ def make_plan(
     few = distilled is not None and recipe.strata is None
     return CalibrationPlan(
         prompts=tuple(texts[i * len(texts) // count] for i in range(count)),
-        few_steps=FEW_STEPS if few else (),
+        few_steps=few_steps if few else (),
         sampler=distilled if distilled in _ONCE_A_STEP else "euler",
         guidance_scale=guidance_scale,
         embedded_guidance=embedded_guidance,

@@ -7,6 +7,7 @@ import math
 import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 from sdvino.errors import RequestError
@@ -82,12 +83,17 @@ def _assign(module: Any, name: str, tensor: Any) -> None:
         owner._buffers[own] = tensor
 
 
-def write_weights(path: Path, tensors: Mapping[str, Any], dtype: Dtype) -> None:
+def write_weights(
+    path: Path,
+    tensors: Mapping[str, Any],
+    dtype: Dtype,
+    metadata: Mapping[str, str] = MappingProxyType({}),
+) -> None:
     """Write ``tensors``, torch's, as the safetensors file ``path``, floats in ``dtype``.
 
     The file appears when it is complete. Source: the format section of the safetensors README.
     """
-    table: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    table: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
     place = 0
     for name, tensor in tensors.items():
         kind = _kind(tensor, dtype)

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from sdvino.compress.calls import Inputs, call
 from sdvino.compress.layer_names import chosen, compile_patterns
-from sdvino.compress.passes import Outcome, Pass, SourcePass, check_share
+from sdvino.compress.passes import Outcome, Pass, SourcePass, Surroundings, check_share
 from sdvino.errors import RequestError
 
 if TYPE_CHECKING:
@@ -98,11 +98,11 @@ class LowRank(SourcePass):
         self,
         module: Any,
         structure: Structure,
-        inputs: Sequence[Mapping[str, NDArray[Any]]],
+        around: Surroundings,
         progress: Callable[[float], None],
     ) -> Outcome:
         """Make the layers of ``module`` thin, in place; see `SourcePass.run`."""
-        return make_low_rank(module, structure, self, inputs, progress)
+        return make_low_rank(module, structure, self, around.inputs, progress)
 
 
 @dataclass(slots=True)

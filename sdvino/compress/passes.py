@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from importlib import import_module
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -28,6 +28,7 @@ from sdvino.settings import check_choice
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from numpy.typing import NDArray
 
@@ -38,15 +39,12 @@ Level = Literal["source", "storage", "device"]
 
 #: Sub-folders of a source that passes can change.
 SOURCE_COMPONENTS: tuple[str, ...] = ("unet", "text_encoder", "text_encoder_2", "vae")
-#: What a recipe may name that is not here yet.
-_LATER: Mapping[str, str] = MappingProxyType(
-    {"distill": "train the smaller model first, and convert what comes out"}
-)
 #: Kind -> the module and the class of its row.
 _KINDS: Mapping[str, str] = MappingProxyType(
     {
         "prune": "sdvino.compress.prune:Prune",
         "low_rank": "sdvino.compress.low_rank:LowRank",
+        "distill": "sdvino.compress.distillation.row:Distill",
         "quantize": "sdvino.compress.quantize_row:Quantize",
         "accelerate": "sdvino.compress.accelerate_row:Accelerate",
     }
@@ -66,6 +64,37 @@ class Outcome:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Origin:
+    """The source as it was before any pass, for passes that learn from it."""
+
+    #: Returns a component by its sub-folder, a torch module in float32, as it was.
+    load: Callable[[str], Any]
+    #: Folder of the tokenizer.
+    tokenizer: Path
+    #: Its scheduler_config.json.
+    scheduler: Mapping[str, Any]
+    #: What it suggests.
+    guidance_scale: float
+    #: What pictures of it are made of.
+    prompts: tuple[str, ...]
+    #: A folder that stays when the pass is interrupted, until the conversion ends.
+    work: Path
+    #: Tells the source from others, and what earlier passes made of it.
+    key: str
+    passed_key: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Surroundings:
+    """What a pass is given beside its component."""
+
+    #: Calls of the component, by argument name (see `sdvino.compress.source_inputs`).
+    inputs: Sequence[Mapping[str, NDArray[Any]]] = ()
+    #: None where there is no source: of a module alone.
+    origin: Origin | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Pass(ABC):
     """A row of a recipe. Raises RequestError for settings that cannot be."""
 
@@ -76,6 +105,15 @@ class Pass(ABC):
     def what(self) -> str:
         """Return what it does, in a few words, for tables."""
         return self.kind
+
+    def told(self) -> dict[str, Any]:
+        """Return the settings for people and for JSON, without those that say nothing."""
+        values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in values.items()
+            if value is not None and name != "component"
+        }
 
     def refusal(self, earlier: Pass) -> str | None:
         """Return why this pass cannot come after ``earlier``, or None when it can."""
@@ -99,6 +137,31 @@ class SourcePass(Pass):
         """Tell whether it measures activations on the pipeline's own inputs."""
         return False
 
+    @property
+    def needs_origin(self) -> bool:
+        """Tell whether it learns from the source as it was before any pass."""
+        return False
+
+    def check(self, scheduler: Mapping[str, Any]) -> None:
+        """Raise RequestError for what can be told to be wrong before anything is begun.
+
+        ``scheduler`` is the source's scheduler_config.json.
+        """
+        return
+
+    @property
+    def evaluations(self) -> int:
+        """Return how often the component is run, where that is what takes the time."""
+        return 0
+
+    def scheduler_after(self, scheduler: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return the scheduler_config.json that what it makes is used with."""
+        return scheduler
+
+    def suggested_after(self) -> Mapping[str, Any]:
+        """Return what it makes suggests in the source's place: steps, guidance, scheduler."""
+        return {}
+
     def refusal(self, earlier: Pass) -> str | None:
         """Refuse to change weights that are stored already."""
         if earlier.level == "storage":
@@ -113,14 +176,14 @@ class SourcePass(Pass):
         self,
         module: Any,
         structure: Structure,
-        inputs: Sequence[Mapping[str, NDArray[Any]]],
+        around: Surroundings,
         progress: Callable[[float], None],
     ) -> Outcome:
         """Change ``module``, a torch module in float32 and eval mode, in place.
 
-        ``structure`` is what earlier passes made of it; ``inputs`` are calls of the component, by
-        argument name (see `sdvino.compress.source_inputs`), some if `needs_inputs`. ``progress``
-        is called with the share done. Raises RequestError when the settings do not fit the module.
+        ``structure`` is what earlier passes made of it; ``around`` has calls of it if
+        `needs_inputs`. ``progress`` is called with the share done. Raises RequestError when the
+        settings do not fit the module.
         """
 
 
@@ -137,10 +200,6 @@ class StoragePass(Pass):
 
 def row_class(kind: object) -> type[Pass]:
     """Return the class of the rows of ``kind``; raises RequestError for an unknown one."""
-    if isinstance(kind, str) and kind in _LATER:
-        raise RequestError(
-            f"The pass {kind!r} cannot be part of a recipe yet; leave it out, {_LATER[kind]}."
-        )
     if not isinstance(kind, str) or kind not in _KINDS:
         raise RequestError(f"Unknown pass {kind!r}; choose one of: {', '.join(_KINDS)}.")
     module, _, name = _KINDS[kind].partition(":")

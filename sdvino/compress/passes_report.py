@@ -54,6 +54,8 @@ def _figures(figures: Mapping[str, Any]) -> Iterator[str]:
         if isinstance(value, Mapping):
             yield from ("", f"| layer | {key.replace('_', ' ')} |", "|---|---|")
             yield from (f"| `{layer}` | {_cell(cell)} |" for layer, cell in value.items())
+        elif key.endswith("_bytes"):
+            yield f"- {key.removesuffix('_bytes').replace('_', ' ')}: {value / 1e9:.2f} GB"
         elif key != "note":
             shown = ", ".join(map(str, value)) if isinstance(value, list) else value
             yield f"- {key.replace('_', ' ')}: {shown}"

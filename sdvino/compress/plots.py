@@ -6,7 +6,7 @@ matplotlib is used through its Figure and the Agg canvas alone: no pyplot, no st
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,6 +88,21 @@ def draw_heat_map(
     axes.set_yticks(range(len(rows)), [_label(name, 1) for name in rows], fontsize=6)
     axes.set_title(title, fontsize=9)
     figure.colorbar(drawn, ax=axes, label=scale, shrink=0.6)
+    _save(figure, path)
+
+
+def plot_losses(curves: Mapping[str, Sequence[tuple[int, float]]], path: Path) -> None:
+    """Draw losses by name, each [(iteration, value)], on a logarithmic scale."""
+    figure, axes = _figure(6.4, 3.6)
+    for name, points in curves.items():
+        positive = [point for point in points if point[1] > 0]
+        if positive:
+            axes.plot(*zip(*positive, strict=True), linewidth=1.2, label=name)
+    axes.set_yscale("log")
+    axes.set_xlabel("iteration")
+    axes.set_title("What the student is away from its teacher", fontsize=10)
+    if curves:
+        axes.legend(frameon=False, fontsize=9)
     _save(figure, path)
 
 

@@ -16,6 +16,9 @@ from sdvino.errors import RequestError
 MAX_PROMPTS = 10_000
 MAX_CHARACTERS = 2_000
 
+#: Where a source keeps prompts of its own, beside model_index.json.
+PROMPTS_FILE = "calibration_prompts.txt"
+
 GENERAL_PROMPTS: tuple[str, ...] = (
     "a lighthouse on a cliff at dusk, long exposure photograph",
     "portrait of an old fisherman with a white beard, oil painting",
@@ -68,6 +71,12 @@ GENERAL_PROMPTS: tuple[str, ...] = (
 )
 
 
+def prompts_of(source: Path) -> tuple[str, ...]:
+    """Return the prompts that the folder ``source`` brings, or the general ones."""
+    own = source / PROMPTS_FILE
+    return read_prompts(own) if own.is_file() else GENERAL_PROMPTS
+
+
 def read_prompts(path: Path) -> tuple[str, ...]:
     """Return the prompts in a UTF-8 text file: one on each line; empty lines and `#` are skipped.
 
@@ -86,10 +95,10 @@ def read_prompts(path: Path) -> tuple[str, ...]:
 def check_prompts(prompts: Sequence[str]) -> tuple[str, ...]:
     """Return ``prompts`` as a tuple; raises RequestError when there are none, or absurd ones."""
     if isinstance(prompts, str) or not prompts:
-        raise RequestError("There are no prompts to calibrate on; give at least one.")
+        raise RequestError("There are no prompts; give at least one.")
     if len(prompts) > MAX_PROMPTS or any(len(prompt) > MAX_CHARACTERS for prompt in prompts):
         raise RequestError(
-            f"Calibration takes up to {MAX_PROMPTS:,} prompts of up to {MAX_CHARACTERS:,}"
+            f"There may be up to {MAX_PROMPTS:,} prompts of up to {MAX_CHARACTERS:,}"
             " characters; leave some out."
         )
     return tuple(prompts)

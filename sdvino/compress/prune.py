@@ -8,11 +8,9 @@ makes a model smaller and faster is structured pruning: see `sdvino.compress.str
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, get_args
-
-from numpy.typing import NDArray
 
 from sdvino.compress.layer_names import chosen, compile_patterns
 from sdvino.compress.magnitude import (
@@ -23,7 +21,7 @@ from sdvino.compress.magnitude import (
     nncf_masks,
     nncf_needs,
 )
-from sdvino.compress.passes import Outcome, Pass, SourcePass, check_share
+from sdvino.compress.passes import Outcome, Pass, SourcePass, Surroundings, check_share
 from sdvino.errors import RequestError
 from sdvino.settings import check_choice
 
@@ -96,7 +94,7 @@ class Prune(SourcePass):
         self,
         module: Any,
         structure: Structure,
-        inputs: Sequence[Mapping[str, NDArray[Any]]],
+        around: Surroundings,
         progress: Callable[[float], None],
     ) -> Outcome:
         """Prune ``module`` in place; see `SourcePass.run`."""
@@ -109,7 +107,7 @@ class Prune(SourcePass):
 
         if self.method == "blocks":
             found = structured.prune_blocks(
-                module, structure, self.share, inputs, keep=self.keep, progress=progress
+                module, structure, self.share, around.inputs, keep=self.keep, progress=progress
             )
         else:
             found = structured.prune_widths(
@@ -117,7 +115,7 @@ class Prune(SourcePass):
                 structure,
                 self.method,
                 self.share,
-                inputs,
+                around.inputs,
                 scope=self.scope,
                 keep=self.keep,
                 progress=progress,

@@ -56,6 +56,8 @@ _HEAD = """\
 #                      (of each layer) or global; keep, regular expressions of layers left alone
 #   kind = 'low_rank'  one of energy to keep, budget (share of the weights left) or rank; whiten,
 #                      by what the layers are fed (true); keep
+#   kind = 'distill'   objective recover, guidance, steps or consistency; iterations or minutes;
+#                      batch, learning_rate, student_steps, ... ; prompts or pictures, a folder
 #   kind = 'quantize'  scheme, a mode as above; component, or all: short for tables of components
 # component is unet (the default), text_encoder, text_encoder_2 or vae.
 """
@@ -64,6 +66,7 @@ _ALWAYS = frozenset({"mode", "granularity", "bits", "float_layers", "seed"})
 _CALIBRATION = "calibration"
 _PROMPTS_FILE = "prompts_file"
 _PASSES = "passes"
+_PICTURES = "pictures"
 #: More rows than this are no recipe.
 _MOST_PASSES = 32
 
@@ -84,7 +87,8 @@ def to_toml(recipe: Recipe) -> str:
 def from_toml(text: str, *, name: str = "recipe", folder: Path | None = None) -> Recipe:
     """Return the recipe that ``text`` describes.
 
-    ``name`` is for files that give none. ``folder`` is where a relative prompts_file lies.
+    ``name`` is for files that give none. ``folder`` is where a relative prompts_file, or folder of
+    pictures, lies.
     Raises RequestError, one sentence, for anything that is not a recipe: what is no TOML, unknown
     keys and components, wrong types, and choices that do not go together.
     """
@@ -101,7 +105,7 @@ def from_toml(text: str, *, name: str = "recipe", folder: Path | None = None) ->
     if _PROMPTS_FILE in calibration:
         calibration["prompts"] = _prompts(calibration, folder)
     components = {key: _component(key, value) for key, value in table.items() if key in COMPONENTS}
-    rows = _rows(table.get(_PASSES, []))
+    rows = _rows(table.get(_PASSES, []), folder)
     for row in rows:
         if isinstance(row, StoragePass):
             _add_stored(components, row)
@@ -157,8 +161,11 @@ def _toml() -> tuple[Callable[[str], dict[str, Any]], type[Exception]]:
     return library.loads, library.TOMLDecodeError
 
 
-def _rows(rows: list[Any]) -> list[Pass]:
-    """Return the passes that the rows describe, their order checked."""
+def _rows(rows: list[Any], folder: Path | None) -> list[Pass]:
+    """Return the passes that the rows describe, their order checked.
+
+    A relative folder of pictures lies beside the recipe, in ``folder``.
+    """
     if len(rows) > _MOST_PASSES:
         raise RequestError(f"The recipe has {len(rows)} passes; write up to {_MOST_PASSES}.")
     found = []
@@ -168,6 +175,8 @@ def _rows(rows: list[Any]) -> list[Pass]:
                 f"Pass {place} of the recipe has no kind; write one, such as kind = 'prune'."
             )
         values = {key: value for key, value in row.items() if key != "kind"}
+        if folder is not None and isinstance(values.get(_PICTURES), str):
+            values[_PICTURES] = str(folder.absolute() / Path(values[_PICTURES]).expanduser())
         taken: Pass = _take(row_class(row["kind"]), values, f"passes {place}, {row['kind']}")
         found.append(taken)
     check_order(found)

@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sdvino.compress.calibration import CalibrationPlan, make_plan
-from sdvino.compress.prompts import GENERAL_PROMPTS, check_prompts, read_prompts
-from sdvino.compress.recipes import DEFAULT_RECIPE, RECIPES, CalibrationRecipe, Recipe
+from sdvino.compress.calibration import FEW_STEPS, CalibrationPlan, make_plan
+from sdvino.compress.prompts import check_prompts, prompts_of
+from sdvino.compress.recipes import DEFAULT_RECIPE, RECIPES, Recipe
 from sdvino.compress.targets import get_target
 from sdvino.convert.baking import baking_request
 from sdvino.convert.conversion import Conversion, origin_of, steps_of
@@ -21,11 +21,10 @@ from sdvino.convert.open_source import Source, is_here, resolve_source
 from sdvino.convert.progress import Progress, silent
 from sdvino.convert.request import Request, WorkPlan
 from sdvino.convert.scheduler import is_distilled
-from sdvino.convert.source import PROMPTS_FILE
-from sdvino.convert.source_passes import check_passes
+from sdvino.convert.source_passes import check_passes, suggested_after
 from sdvino.convert.staging import check_target
 from sdvino.convert.state import WorkFolder, recorded_steps
-from sdvino.convert.suggestions import suggestions
+from sdvino.convert.suggestions import check_suggestions, suggestions, trained_steps
 from sdvino.errors import Cancelled, RequestError, SdvinoError
 from sdvino.model_folder import ModelFolder
 
@@ -242,11 +241,12 @@ def _decide(request: Request, recipe: Recipe, source: Source) -> tuple[WorkPlan,
     """Return what the worker processes are to do, and what the folder will suggest."""
     check_passes(source, recipe)
     _check_calibration(source, recipe)
-    hints = suggestions(source, {} if request.suggested is None else request.suggested)
+    given = {} if request.suggested is None else request.suggested
+    hints = suggestions(source, {**suggested_after(recipe), **check_suggestions(given)})
     plan = WorkPlan(
         request=request,
         recipe=recipe,
-        calibration=_plan(source, recipe.calibration, request.prompts, hints),
+        calibration=_plan(source, recipe, request.prompts, hints),
         components=tuple(source.components),
     )
     return plan, hints
@@ -289,7 +289,7 @@ def _check_calibration(source: Source, recipe: Recipe) -> None:
 
 def _plan(
     source: Source,
-    recipe: CalibrationRecipe,
+    whole: Recipe,
     prompts: Sequence[str] | None,
     hints: Mapping[str, Any],
 ) -> CalibrationPlan:
@@ -297,8 +297,10 @@ def _plan(
 
     ``hints`` are steps, guidance and sampler, as the folder will suggest them.
     """
+    recipe = whole.calibration
     if prompts is not None:
         recipe = replace(recipe, prompts=tuple(prompts))
+    steps = suggested_after(whole).get("num_inference_steps", trained_steps(source))
     distilled = source.family.distilled or is_distilled(source.configs["scheduler"])
     return make_plan(
         recipe,
@@ -306,7 +308,8 @@ def _plan(
         unet_bytes=source.bytes_of("unet"),
         guidance_scale=hints["guidance_scale"],
         shape=source.latent_shape,
-        distilled=hints["scheduler"] if distilled else None,
+        distilled=hints["scheduler"] if distilled or steps is not None else None,
+        few_steps=FEW_STEPS if steps is None else (steps,),
         embedded_guidance=source.configs["unet"].get("time_cond_proj_dim") is not None,
     )
 
@@ -315,8 +318,7 @@ def _texts(source: Source, prompts: Sequence[str] | None) -> tuple[str, ...]:
     """Return the prompts there are for this model: those given, its own, or ours."""
     if prompts is not None:
         return tuple(prompts)
-    own = source.path / PROMPTS_FILE
-    return read_prompts(own) if own.is_file() else GENERAL_PROMPTS
+    return prompts_of(source.path)
 
 
 def _check_apart(source: Path, target: Path) -> None:

@@ -14,7 +14,7 @@ from sdvino.convert.open_source import Source
 from sdvino.convert.processes import run_steps
 from sdvino.convert.progress import Progress
 from sdvino.convert.request import WorkPlan, recipe_from_plain, recipe_to_plain
-from sdvino.convert.source_passes import export_key, history_of, pass_steps
+from sdvino.convert.source_passes import export_key, history_of, pass_steps, scheduled_after
 from sdvino.convert.state import STATE_FORMAT, Files, WorkFolder, describe_files, key_of
 from sdvino.convert.steps import Step, group
 from sdvino.convert.work import Work
@@ -178,7 +178,9 @@ def steps_of(source: Source, plan: WorkPlan, origin: str) -> list[tuple[Step, st
     A step that was finished under the same key need not be done again.
     """
     size = {ours: source.bytes_of(theirs) for ours, theirs in source.components.items()}
-    steps = [(Step("frame"), origin)]
+    framed = scheduled_after(source, plan.recipe).configs["scheduler"]
+    own = framed == source.configs["scheduler"]
+    steps = [(Step("frame"), origin if own else key_of(origin, framed))]
     steps += pass_steps(source, plan, origin)
     exported = {name: export_key(source, plan, name, origin) for name in plan.components}
     steps += [(Step("export", name, size[name]), exported[name]) for name in plan.components]

@@ -35,9 +35,13 @@ _FLOW = {"unet": 7_000, "tiny_vae": 0}
 _FLOW_AUTOENCODER = 70_000
 # A guess: float32 in torch is twice half precision, beside it activations and factors.
 _PASS = (1_200_000_000, 3.2)
+# Teacher, student, their average, gradients and AdamW's two moments; beside them activations.
+_LEARNING = (1_500_000_000, 15.0)
 _PARENT = 100_000_000
 # Bytes of a component for each byte of its half-precision weights.
 _COMPRESSED_SIZE = 0.55
+# A checkpoint has the student, its average and the moments in float32; and there may be two.
+_CHECKPOINT = 16.0
 _SCRATCH = 50_000_000
 #: More of the machine's memory than this is not there, whatever is swapped out.
 _USABLE_SHARE = 0.95
@@ -126,7 +130,9 @@ def _needs_of(step: Step, plan: WorkPlan) -> StepNeeds:
     if step.kind == "pass":
         row = plan.recipe.passes[int(step.component.partition("-")[0]) - 1]
         what = f"{row.what} {row.component}"
-        return StepNeeds(step, what, seconds, _peak(_PASS, size), size)
+        rates = _LEARNING if row.needs_origin else _PASS
+        scratch = int(_CHECKPOINT * size) if row.needs_origin else 0
+        return StepNeeds(step, what, seconds, _peak(rates, size), size + scratch)
     treatment = plan.recipe.treatment(step.component)
     if treatment == "fp16":
         return StepNeeds(step, treatment, seconds, _PARENT, size)

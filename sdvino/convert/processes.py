@@ -27,6 +27,12 @@ Finished = Callable[[str, Files], None]
 # glibc gives a freed block back to the system when it is larger than a threshold, which it raises
 # by itself up to 32 MB: more than most weights. Other systems do not know these names.
 _MALLOC = {"MALLOC_MMAP_THRESHOLD_": "1000000", "MALLOC_ARENA_MAX": "4"}
+# Training makes and drops the same blocks over and over: kept, they cost nothing.
+_MALLOC_OF_TRAINING = {
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": "100000000000",
+    "MALLOC_TOP_PAD_": "268435456",
+}
 # How often a caller hears that time passes while a step says nothing.
 _TICK_SECONDS = 0.5
 
@@ -52,7 +58,7 @@ def run_steps(
             stdout=subprocess.PIPE,
             stderr=stderr,
             cwd=work,  # `python -m` looks for modules in the current folder first
-            env=_environment(),
+            env=_environment(steps),
         )
         try:
             _listen(worker, progress, finished, tick)
@@ -135,9 +141,11 @@ def _how_it_died(steps: Sequence[Step], status: int, log: Path) -> str:
     return f"The process of `{names}` ended with status {status}{said}; run the command again."
 
 
-def _environment() -> dict[str, str]:
+def _environment(steps: Sequence[Step]) -> dict[str, str]:
     """Return an environment in which a worker finds this very sdvino, and gives memory back."""
+    trains = any(step.kind == "pass" and step.component.endswith("-distill") for step in steps)
+    malloc = _MALLOC_OF_TRAINING if trains else _MALLOC
     package = str(Path(sdvino.__file__).resolve().parent.parent)
     known = os.environ.get("PYTHONPATH")
     path = package if not known else f"{package}{os.pathsep}{known}"
-    return {**_MALLOC, **os.environ, "PYTHONPATH": path}
+    return {**malloc, **os.environ, "PYTHONPATH": path}

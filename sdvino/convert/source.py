@@ -22,8 +22,6 @@ from sdvino.diffusion.scheduler_config import SchedulerConfig
 from sdvino.errors import RequestError
 from sdvino.files import read_json
 
-PROMPTS_FILE = "calibration_prompts.txt"
-
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 # Sizes beyond these are no Stable Diffusion model, and would only eat memory.
 _LIMITS = {

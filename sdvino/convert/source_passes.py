@@ -16,7 +16,8 @@ from typing import Any
 
 from sdvino.compress.apply import HISTORY_FILE, apply_pass
 from sdvino.compress.calibration import CalibrationPlan
-from sdvino.compress.passes import SourcePass
+from sdvino.compress.passes import Origin, SourcePass, Surroundings
+from sdvino.compress.prompts import prompts_of
 from sdvino.compress.quiet import quiet
 from sdvino.compress.recipes import Recipe
 from sdvino.compress.samples import load_samples, save_samples
@@ -27,12 +28,14 @@ from sdvino.convert.open_source import Source
 from sdvino.convert.openvino_source import OpenVinoFolder
 from sdvino.convert.request import WorkPlan
 from sdvino.convert.source import DiffusersFolder
-from sdvino.convert.state import key_of
+from sdvino.convert.state import describe_files, key_of
 from sdvino.convert.steps import Step
+from sdvino.convert.suggestions import suggestions
 from sdvino.errors import RequestError, SdvinoError
 
 PASSES = "passes"
 INPUTS = "inputs"
+LEARNING = "learning"
 
 
 def check_passes(source: Source, recipe: Recipe) -> None:
@@ -49,10 +52,15 @@ def check_passes(source: Source, recipe: Recipe) -> None:
             raise RequestError(
                 f"{source.name} has no {row.component} for {row.kind} to work on; correct the pass."
             )
+        row.check(source.configs["scheduler"])
     plain = len(source.family.text_encoders) == 1 and source.family.runs
-    if any(row.needs_inputs for row in recipe.passes) and not (
-        plain and source.configs["unet"].get("time_cond_proj_dim") is None
-    ):
+    plain = plain and source.configs["unet"].get("time_cond_proj_dim") is None
+    if any(row.needs_origin for row in recipe.passes) and not plain:
+        raise RequestError(
+            f"{source.name} is {source.family.title}, which cannot teach a student yet; leave"
+            " distill out."
+        )
+    if any(row.needs_inputs for row in recipe.passes) and not plain:
         raise RequestError(
             f"{source.name} is {source.family.title}, whose activations cannot be measured before"
             " it is exported yet; choose passes without: prune by magnitude, or low_rank with"
@@ -66,8 +74,30 @@ def name_of(recipe: Recipe, place: int) -> str:
 
 
 def gathering(plan: WorkPlan, source: Source) -> CalibrationPlan:
-    """Return what the step `gather` records."""
-    return plan_for_passes(plan.calibration, source.bytes_of("unet"))
+    """Return what the step `gather` records: how the source is used, before any pass."""
+    calibration = plan.calibration
+    if suggested_after(plan.recipe):
+        guidance = suggestions(source, {})["guidance_scale"]
+        calibration = replace(calibration, guidance_scale=guidance, few_steps=(), sampler="euler")
+    return plan_for_passes(calibration, source.bytes_of("unet"))
+
+
+def suggested_after(recipe: Recipe) -> dict[str, Any]:
+    """Return what the recipe's passes make the model suggest, in the source's place."""
+    found: dict[str, Any] = {}
+    for row in recipe.passes:
+        found |= row.suggested_after()
+    return found
+
+
+def scheduled_after(source: Source, recipe: Recipe) -> Source:
+    """Return ``source`` with the scheduler that the recipe's passes make the model for."""
+    if isinstance(source, OpenVinoFolder):
+        return source
+    scheduler = source.configs["scheduler"]
+    for row in recipe.passes:
+        scheduler = row.scheduler_after(scheduler)
+    return replace(source, configs={**source.configs, "scheduler": scheduler})
 
 
 def pass_steps(source: Source, plan: WorkPlan, origin: str) -> list[tuple[Step, str]]:
@@ -176,16 +206,40 @@ def run_pass(
             module = _load(source, row.component)
         else:
             module = load_component(earlier, row.component)
+    around = Surroundings(inputs=inputs, origin=_origin(plan, source, work, place))
     apply_pass(
         row,
         module,
         Structure() if structure is None else structure,
         source.configs[row.component],
-        inputs,
+        around,
         output,
         progress,
     )
     gc.collect()
+
+
+def _origin(plan: WorkPlan, source: DiffusersFolder, work: Path, place: int) -> Origin:
+    """Return the source as it was, for the pass at ``place``."""
+
+    def load(name: str) -> Any:
+        with quiet():
+            return _load(source, name)
+
+    rows = plan.recipe.passes
+    files = [[str(path), describe_files(path)] for path in plan.request.files]
+    given = plan.request.prompts
+    return Origin(
+        load=load,
+        tokenizer=source.folder("tokenizer"),
+        scheduler=source.configs["scheduler"],
+        guidance_scale=suggestions(source, {})["guidance_scale"],
+        prompts=prompts_of(source.path) if given is None else given,
+        work=work / LEARNING / name_of(plan.recipe, place),
+        key=key_of(
+            files, asdict(plan.request.baking), _done_to(rows[place].component, rows[:place])
+        ),
+    )
 
 
 def _load(source: DiffusersFolder, name: str) -> Any:

@@ -6,6 +6,7 @@ It stands beside the target, as `.NAME.sdvino-partial`, and looks like this::
     plan.json      what the worker processes are to do
     inputs/        what passes are measured on, one .npz for each component
     passes/        what each pass made of its component
+    learning/      checkpoints of passes that train, a folder for each
     float/         the pipeline in half precision, a model folder but for its manifest
     calibration/   inputs of the components, one .npz each
     model/         the folder that becomes the target
@@ -36,7 +37,7 @@ from sdvino.manifest import MANIFEST_FILE
 STATE_FORMAT = 1
 _STATE_FILE = "state.json"
 _LOCK_FILE = "lock"
-_FOLDERS = ("inputs", "passes", "float", "calibration", "model", "tmp", "logs")
+_FOLDERS = ("inputs", "passes", "learning", "float", "calibration", "model", "tmp", "logs")
 
 #: Path inside the work folder -> (bytes, SHA-256).
 Files = dict[str, tuple[int, str]]
@@ -102,8 +103,12 @@ class WorkFolder:
 
     @property
     def has_progress(self) -> bool:
-        """Tell whether a step that takes time is finished, so that the folder is worth keeping."""
-        return any(step != "frame" for step in self._steps)
+        """Tell whether a step that takes time is finished, so that the folder is worth keeping.
+
+        What a pass has learnt is worth that before it is finished.
+        """
+        learnt = any((self.path / "learning").glob("*/*"))
+        return learnt or any(step != "frame" for step in self._steps)
 
     def start_anew(self) -> None:
         """Forget every finished step and remove its files."""

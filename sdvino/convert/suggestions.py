@@ -22,6 +22,9 @@ _FIELDS = {
     "guidance_scale": "guidance_scale",
     "scheduler": "scheduler",
 }
+#: In the sdvino.json of a source that knows only the timesteps of so many steps.
+TRAINED_STEPS = "trained_steps"
+_MOST_STEPS = 100
 _DISTILLED_STEPS = 4
 _DISTILLED_GUIDANCE = 1.0
 
@@ -53,6 +56,13 @@ def suggestions(source: Source, given: Mapping[str, Any]) -> Suggested:
             raise RequestError(f"{own} has a `suggested` that is no object; mend or remove it.")
         found |= check_suggestions({key: told[key] for key in told if key in _FIELDS})
     return found | check_suggestions(given)
+
+
+def trained_steps(source: Source) -> int | None:
+    """Return the steps that `sdvino distill` has trained ``source`` for; None: for any number."""
+    own = source.path / MANIFEST_FILE
+    steps = read_json(own, MANIFEST_FILE).get(TRAINED_STEPS) if own.is_file() else None
+    return steps if isinstance(steps, int) and 1 <= steps <= _MOST_STEPS else None
 
 
 def parse_suggestions(text: str) -> Suggested:

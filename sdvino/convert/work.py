@@ -40,7 +40,8 @@ def expected_seconds(step: Step, plan: WorkPlan) -> float:
     if step.kind == "gather":
         return _FRAME + _GATHERED * _cost(_EVALUATION, step.bytes)
     if step.kind == "pass":
-        return _cost(_PASS, step.bytes)
+        row = plan.recipe.passes[int(step.component.partition("-")[0]) - 1]
+        return _cost(_PASS, step.bytes) + row.evaluations * _cost(_EVALUATION, step.bytes)
     treatment = plan.recipe.treatment(step.component)
     if treatment == "fp16":
         return _cost(_COPY, step.bytes)

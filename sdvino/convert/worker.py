@@ -118,8 +118,9 @@ def _frame(
     plan: WorkPlan, work: Path, component: str, output: Path, progress: Callable[[float], None]
 ) -> None:
     from sdvino.convert.frame import write_frame
+    from sdvino.convert.source_passes import scheduled_after
 
-    write_frame(plan.open_source(work), output)
+    write_frame(scheduled_after(plan.open_source(work), plan.recipe), output)
 
 
 def _gather(

@@ -11,6 +11,7 @@ import pytest
 from sdvino.compress.calls import call, operations, outputs_of, relative_error
 from sdvino.compress.lean_modules import keep_channels, keep_heads
 from sdvino.compress.magnitude import kth_value, layers_with_weights
+from sdvino.compress.passes import Surroundings
 from sdvino.compress.prune import Prune, prune_magnitude
 from sdvino.compress.structure import Structure, load_component
 from sdvino.compress.structured_prune import choose_blocks, choose_widths, prune_blocks
@@ -93,7 +94,7 @@ def test_what_adds_nothing_goes_first(method: Any) -> None:
             block.net[2].weight[:, : block.net[2].in_features // 4] = 0
     reference = outputs_of(unet, calls())
     row = Prune(method=method, share=0.25)
-    found = row.run(unet, Structure(), calls(), lambda share: None)
+    found = row.run(unet, Structure(), Surroundings(inputs=calls()), lambda share: None)
     assert relative_error(outputs_of(unet, calls()), reference) < 1e-5
     table = found.structure.heads if method == "heads" else found.structure.channels
     assert set(table.values()) == ({3} if method == "heads" else {48, 96})
