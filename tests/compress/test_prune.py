@@ -157,7 +157,9 @@ def test_the_demo_bears_pruned_channels_better_than_dead_ones() -> None:
     ]
     reference = [call(whole, sample) for sample in inputs]
     other = copy.deepcopy(whole)
-    Prune(method="channels", share=0.3).run(whole, Structure(), inputs, lambda share: None)
+    Prune(method="channels", share=0.3).run(
+        whole, Structure(), Surroundings(inputs=inputs), lambda share: None
+    )
     for name, block in other.named_modules():
         if name.endswith(".ff"):
             keep_channels(block, range(whole.get_submodule(name).net[2].in_features))
