@@ -9,7 +9,7 @@ whoever reads one again gets it from the system's cache of files, or from the di
 from __future__ import annotations
 
 import ctypes
-import os
+import mmap
 import sys
 import threading
 from collections.abc import Iterator, Sequence
@@ -89,4 +89,4 @@ def _file_pages() -> int | None:
     words = (read_text("/proc/self/statm") or "").split()
     if len(words) < 3 or not words[2].isdigit():
         return None
-    return int(words[2]) * os.sysconf("SC_PAGE_SIZE")
+    return int(words[2]) * mmap.PAGESIZE
