@@ -235,10 +235,9 @@ def _origin(plan: WorkPlan, source: DiffusersFolder, work: Path, place: int) -> 
         scheduler=source.configs["scheduler"],
         guidance_scale=suggestions(source, {})["guidance_scale"],
         prompts=prompts_of(source.path) if given is None else given,
-        work=work / LEARNING / name_of(plan.recipe, place),
-        key=key_of(
-            files, asdict(plan.request.baking), _done_to(rows[place].component, rows[:place])
-        ),
+        work=work / LEARNING,
+        key=key_of(files, asdict(plan.request.baking)),
+        passed_key=key_of(*_done_to(rows[place].component, rows[:place])),
     )
 
 

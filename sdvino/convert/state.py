@@ -6,7 +6,7 @@ It stands beside the target, as `.NAME.sdvino-partial`, and looks like this::
     plan.json      what the worker processes are to do
     inputs/        what passes are measured on, one .npz for each component
     passes/        what each pass made of its component
-    learning/      checkpoints of passes that train, a folder for each
+    learning/      what passes that train have done: pictures drawn, checkpoints
     float/         the pipeline in half precision, a model folder but for its manifest
     calibration/   inputs of the components, one .npz each
     model/         the folder that becomes the target

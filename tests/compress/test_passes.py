@@ -63,6 +63,7 @@ HEADS = "kind = 'prune'\nmethod = 'heads'\nshare = 0.2"
 ZEROS = "kind = 'prune'\nshare = 0.2"
 THIN = "kind = 'low_rank'\nenergy = 0.9"
 STORE = "kind = 'quantize'\nscheme = 'int8'"
+LEARN = "kind = 'distill'\nobjective = 'copy'"
 
 
 @pytest.mark.parametrize(
@@ -73,7 +74,13 @@ STORE = "kind = 'quantize'\nscheme = 'int8'"
         (rows("share = 0.2"), "has no kind"),
         (rows("kind = 7"), "Unknown pass 7; choose one of: prune"),
         (rows("kind = 'shrink'"), "Unknown pass 'shrink'"),
-        (rows("kind = 'distill'"), "cannot be part of a recipe yet"),
+        (rows(LEARN), "Unknown objective 'copy'"),
+        (rows("kind = 'distill'\ncomponent = 'vae'"), "distill trains the unet alone"),
+        (rows("kind = 'distill'\niterations = 5\nminutes = 1"), "iterations or minutes"),
+        (rows("kind = 'distill'\nprompts = ['a']\npictures = 'b'"), "from prompts or from pict"),
+        (rows("kind = 'distill'\nbatch = 0"), "batch is 0"),
+        (rows("kind = 'distill'\nstudent_steps = 3"), "cannot be shared out over 3"),
+        (rows("kind = 'distill'\nprompts = 'a'"), "write a list of strings"),
         (rows(f"{ZEROS}\nscale = 2"), "Unknown key 'scale'"),
         (rows("kind = 'prune'\nshare = -0.1"), "share is -0.1"),
         (rows("kind = 'prune'\nshare = 1.0"), "share is 1"),
@@ -101,6 +108,7 @@ STORE = "kind = 'quantize'\nscheme = 'int8'"
         # Orders that cannot work, with the reason.
         (rows(STORE, THIN), "Pass 2 .* stored already; move it before quantize"),
         (rows(STORE, ZEROS), "Pass 2 .* stored already"),
+        (rows(STORE, "kind = 'distill'"), "distill works on the weights of the source"),
         (rows(STORE, STORE), "quantized already"),
         (rows(THIN, HEADS), "move it before low_rank"),
         (rows(ZEROS, THIN), "move prune behind low_rank"),
@@ -120,6 +128,8 @@ def test_rows_that_cannot_be_are_refused(text: str, said: str) -> None:
         rows(HEADS, THIN, STORE),
         rows(THIN, ZEROS, STORE),
         rows(HEADS, ZEROS),
+        rows(HEADS, THIN, "kind = 'distill'\nminutes = 2.5", STORE),
+        rows(ZEROS, "kind = 'distill'\nobjective = 'steps'\nprompts = ['a', 'b']"),
         rows(f"{THIN}\ncomponent = 'vae'", HEADS),
         rows(THIN, f"{THIN}\ncomponent = 'text_encoder'"),
         rows("kind = 'prune'\nshare = 0.0"),

@@ -17,7 +17,7 @@ from sdvino.cli.distill import Lines
 from sdvino.cli.main import main
 from sdvino.compress.distillation.settings import DistillSettings
 from sdvino.compress.recipe_file import from_toml
-from sdvino.compress.structure import Structure, load_component
+from sdvino.compress.structure import Structure, load_component, save_component
 from sdvino.convert.api import _decide, convert, make_request
 from sdvino.convert.distilling import distill, work_folder
 from sdvino.convert.request import WorkPlan
@@ -115,22 +115,11 @@ def test_the_command_teaches_a_smaller_student(
     tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     lean = tmp_path / "lean"
-    shutil.copytree(tiny / "unet", lean)
-    attention = "mid_block.attentions.0.transformer_blocks.0.attn1"
-    (lean / "structure.json").write_text(
-        json.dumps({"format_version": 1, "removed": ["mid_block.attentions.0"]}), "utf-8"
-    )
     module = load_component(tiny / "unet", "unet")
-    assert attention in dict(module.named_modules())
-    from sdvino.compress.structure import save_component
-
     structure = Structure(removed=("mid_block.attentions.0",))
     structure.apply(module)
     config = json.loads((tiny / "unet" / "config.json").read_text(encoding="utf-8"))
     save_component(module, lean, config=config, structure=structure)
-    for shard in lean.glob("*.safetensors"):
-        if shard.name != "diffusion_pytorch_model.safetensors":
-            shard.unlink()
     arguments = ["distill", str(tiny), "-o", str(tmp_path / "out"), "--student", str(lean)]
     arguments += ["--iterations", "3", "--batch", "1", "--drawn", "2", "--teacher-steps", "4"]
     assert main(arguments) == 0
@@ -153,12 +142,12 @@ def test_a_recipe_that_distills_goes_on_to_the_same_model(tiny: Path, tmp_path: 
     work, kept = work_path(target), tmp_path / "kept"
 
     def stop(what: str, share: float) -> None:
-        if what == "pass 2-distill" and any((work / "learning").glob("*/drawn-*/*")):
+        if what == "pass 2-distill" and any((work / "learning").glob("drawn-*/*")):
             raise KeyboardInterrupt
 
     with pytest.raises(Cancelled, match="run the same command again"):
         convert(tiny, target, recipe=recipe, progress=stop)
-    drawn = next((work / "learning").glob("2-distill/drawn-*/00000.safetensors"))
+    drawn = next((work / "learning").glob("drawn-*/00000.safetensors"))
     made = drawn.stat().st_mtime_ns
 
     def keep(what: str, share: float) -> None:

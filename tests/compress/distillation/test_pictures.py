@@ -14,10 +14,8 @@ from sdvino.compress.distillation.pictures import find_pictures, load_pictures
 from sdvino.errors import RequestError
 
 
-def picture(
-    path: Path, size: tuple[int, int] = (6, 4), colour: tuple[int, ...] = (255, 0, 0)
-) -> None:
-    Image.new("RGB", size, colour).save(path)
+def picture(path: Path, colour: str = "red") -> None:
+    Image.new("RGB", (6, 4), colour).save(path)
 
 
 def test_captions_stand_beside_or_in_a_table(tmp_path: Path) -> None:
