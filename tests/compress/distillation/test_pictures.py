@@ -20,7 +20,7 @@ def picture(path: Path, colour: str = "red") -> None:
 
 def test_captions_stand_beside_or_in_a_table(tmp_path: Path) -> None:
     for name in ("b.png", "a.JPG", "c.webp"):
-        picture(tmp_path / name, colour=(0, 0, 255))
+        picture(tmp_path / name, colour="blue")
     (tmp_path / "b.txt").write_text(" a blue field\n", encoding="utf-8")
     (tmp_path / "a.txt").write_text("", encoding="utf-8")
     line = {"file_name": "c.webp", "text": "the sea", "more": 1}
