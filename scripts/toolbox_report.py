@@ -79,8 +79,10 @@ def _how(findings: Findings) -> str:
         f"Adherence: {max(counts, default=0)} prompts of colour-shape-background combinations that"
         " the model was never trained on, the same prompts and seeds for every variant"
     ]
-    if counts and min(counts) < max(counts):
-        words.append(f" (low rank: the first {min(counts)})")
+    fewer = {n: one.prompts for n, one in findings.adherence.items() if one.prompts < max(counts)}
+    if fewer:
+        found = ", ".join(f"{name} the first {count}" for name, count in fewer.items())
+        words.append(f" ({found})")
     words.append(
         "; in brackets 95 % intervals, Wilson's for shares, Agresti and Min's for paired"
         " differences in points. `Loses at most` is the interval's far end. MB are the files of all"
