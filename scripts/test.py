@@ -80,7 +80,9 @@ class Runner:
             for line in process.stdout or ():
                 print(f"{name:9}| {line}", end="", flush=True)
             self.seconds[name] = time.perf_counter() - started
-            self.failed |= process.wait() != 0
+            if process.wait() != 0:
+                self.failed = True
+                print(f"{name:9}| ended with status {process.returncode}", flush=True)
 
 
 def usable_cores() -> list[int]:

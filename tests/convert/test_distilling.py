@@ -134,6 +134,15 @@ def test_the_command_teaches_a_smaller_student(
     assert main([*arguments, "--overwrite", "--quiet"]) == 0
 
 
+def assert_zeros_are_kept(before: Path, after: Path) -> None:
+    """What pruning set to zero is zero still; biases that began at zero may learn."""
+    pruned, learnt = (load_component(f / "unet", "unet").state_dict() for f in (before, after))
+    masks = {name: value == 0 for name, value in pruned.items() if value.ndim >= 2}
+    masks = {name: mask for name, mask in masks.items() if mask.float().mean() > 0.01}
+    assert len(masks) > 50
+    assert not any((learnt[name][mask] != 0).any() for name, mask in masks.items())
+
+
 @pytest.mark.slow
 @quiet_libraries
 def test_a_recipe_that_distills_goes_on_to_the_same_model(tiny: Path, tmp_path: Path) -> None:
@@ -166,10 +175,9 @@ def test_a_recipe_that_distills_goes_on_to_the_same_model(tiny: Path, tmp_path: 
     assert weights(kept / "passes" / "2-distill") == weights(again / "passes" / "2-distill")
     manifest = Manifest.read(folder.path)
     assert manifest is not None
-    pruned, learnt = [dict(entry) for entry in manifest.passes]
+    learnt = dict(manifest.passes[1])
     assert learnt["settings"]["prompts"] == ["a red circle", "a blue ring"]
-    # What pruning set to zero is zero still.
-    assert learnt["after"]["nonzero"] <= pruned["after"]["nonzero"] * 1.001
+    assert_zeros_are_kept(*(kept / "passes" / name for name in ("1-prune", "2-distill")))
     assert "peak memory" in (folder.path / "passes.md").read_text(encoding="utf-8")
 
 
