@@ -16,20 +16,30 @@ from tests.conftest import SHAPES_SOURCE
 
 PROMPTS = ("a red circle", "a blue ring above a green star", "a small pink heart")
 TEXT_WIDTH = 128
+CONFIG: dict[str, Any] = {
+    **tiny_unet.CONFIG,
+    "sample_size": 4,
+    "block_out_channels": [16],
+    "down_block_types": ["CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D"],
+    "cross_attention_dim": TEXT_WIDTH,
+}
 SCHEDULER: dict[str, Any] = json.loads(
     (SHAPES_SOURCE / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8")
 )
 
 
 def teacher(seed: int = 0) -> Any:
-    """A UNet for 8 x 8 latents and the demo model's texts, random but for a calm output."""
+    """A UNet of one level for 4 x 4 latents and the demo model's texts, which it heeds."""
     import torch
     from diffusers import UNet2DConditionModel
 
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        config = {**tiny_unet.CONFIG, "cross_attention_dim": TEXT_WIDTH}
-        unet = UNet2DConditionModel.from_config(config)
+        unet = UNet2DConditionModel.from_config(CONFIG)
+        for name, parameter in unet.named_parameters():
+            if "attn2.to_v" in name or "attn2.to_out.0.weight" in name:
+                parameter.data.mul_(3.0)
     return unet.eval().requires_grad_(False)
 
 
