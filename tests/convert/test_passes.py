@@ -174,7 +174,6 @@ def test_other_passes_are_another_export_and_those_before_stay(
     [
         ("kind = 'prune'\nshare = 0.1\ncomponent = 'text_encoder_2'", "has no text_encoder_2"),
         ("kind = 'prune'\nshare = 2", "give a share from 0 to below 1"),
-        ("kind = 'distill'", "cannot be part of a recipe yet"),
     ],
 )
 def test_passes_that_do_not_fit_leave_nothing(
