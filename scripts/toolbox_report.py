@@ -89,13 +89,14 @@ def _how(findings: Findings) -> str:
         " components. Floats are computed in f32 everywhere. "
     )
     if findings.machine:
-        found, rounds = findings.machine, len(next(iter(findings.times.values())).picture)
-        threads = "sdvino's own number of" if found["threads"] is None else found["threads"]
+        machine, rounds = findings.machine, len(next(iter(findings.times.values())).picture)
+        threads = "sdvino's own number of" if machine["threads"] is None else machine["threads"]
         words.append(
             f"Times: medians of {rounds} rounds in one process, every variant in turn in each;"
-            f" ratios are medians over the rounds. {found['processor']}, {found['usable_cores']} of"
-            f" {found['cores']} cores, {threads} threads, OpenVINO {found['openvino']}. A UNet's"
-            " time is one evaluation; a picture's is text, all steps and decoding."
+            f" ratios are medians over the rounds. {machine['processor']},"
+            f" {machine['usable_cores']} of {machine['cores']} cores, {threads} threads, OpenVINO"
+            f" {machine['openvino']}. A UNet's time is one evaluation; a picture's is text, all"
+            " steps and decoding."
         )
     return "".join(words)
 
