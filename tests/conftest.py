@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -32,6 +34,25 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
     """Keep the compiled models of tests out of the user's cache, and share them within a run."""
     base = tmp_path_factory.getbasetemp() / "sdvino-cache"
     monkeypatch.setenv("SDVINO_CACHE_DIR", str(base))
+
+
+class _SignalStack(ctypes.Structure):
+    """glibc's stack_t."""
+
+    _fields_ = (("sp", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t))
+
+
+@pytest.fixture(autouse=True)
+def _no_signal_stack_of_openvino() -> None:
+    """Take back the stack that OpenVINO's CPU plugin sets up for signal handlers.
+
+    A Core that goes puts back the one from before it, which was freed if its Core went first: then
+    the next signal, Ctrl-C say, is a segmentation fault. sdvino has one Core in a process; these
+    tests have many.
+    """
+    if sys.platform == "linux":
+        disable = _SignalStack(None, 2, 0)  # SS_DISABLE
+        ctypes.CDLL(None).sigaltstack(ctypes.byref(disable), None)
 
 
 @pytest.fixture
