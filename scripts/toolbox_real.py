@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from bench_memory import tree_highest
+from measure_compression import ROOT
 from toolbox_models import unet_bytes
 from toolbox_timing import machine, random_inputs, run_settings
 from toolbox_variants import LEAN, row
@@ -54,6 +55,18 @@ trajectories = 1
 strata = 2
 samples = 4
 """
+#: Both quantizations, of the UNet; neither their inputs nor their groups decide the memory.
+QUANTIZATIONS: Mapping[str, tuple[str, str]] = {
+    "global": (
+        "quantize, one scheme, activations too",
+        row("quantize", scheme="global", component="unet"),
+    ),
+    "local": (
+        "quantize by layer, 8 groups measured",
+        row("quantize", scheme="local", component="unet", measured_groups=8),
+    ),
+}
+_FEW = "[calibration]\ntrajectories = 1\nstrata = 1\nsamples = 2\n"
 _LOOK_SECONDS = 0.2
 
 
@@ -82,6 +95,12 @@ def measure_real(
                 shutil.rmtree(folder / name, ignore_errors=True)
             save()
             say(f"real: {what}: {passes[name]['seconds']:.0f} s")
+    for name, (what, rows) in QUANTIZATIONS.items():
+        if name not in passes:
+            say(f"real: {what}")
+            passes[name] = {"what": what, **_run_quantization(source, folder, name, rows)}
+            save()
+            say(f"real: {what}: {passes[name]['seconds']:.0f} s")
     if "times" not in found:
         lean = folder / "lean"
         if not lean.is_dir():
@@ -98,14 +117,40 @@ def _run_pass(source: Path, folder: Path, name: str, rows: str) -> dict[str, Any
         recipe = folder / f"{name}.toml"
         recipe.write_text(f"name = '{name}'\n{rows}", encoding="utf-8")
     out = folder / name
-    shutil.rmtree(out, ignore_errors=True)
     script = Path(__file__).with_name("apply_passes.py")
-    log = folder / f"{name}.log"
+    command = [sys.executable, str(script), str(source), str(out), "--recipe", str(recipe)]
+    command += ["--json", str(folder / f"{name}.json")]
+    taken = _watch(command, out, folder / f"{name}.log")
+    told = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+    first, last_entry = told["passes"][0]["before"], told["passes"][-1]["after"]
+    return {
+        **taken,
+        "steps": told["cpu_seconds"],
+        "operations_left": last_entry["operations"] / first["operations"],
+        "parameters_left": last_entry["parameters"] / first["parameters"],
+        "nonzero_left": last_entry["nonzero"] / first["nonzero"],
+    }
+
+
+def _run_quantization(source: Path, folder: Path, name: str, rows: str) -> dict[str, Any]:
+    """Convert with the UNet quantized; return what it took, and the share of bytes left."""
+    recipe, out = folder / f"{name}.toml", folder / name
+    recipe.write_text(f"name = 'real-{name}'\n{rows}{_FEW}", encoding="utf-8")
+    command = [sys.executable, "-m", "sdvino", "convert", str(source), str(out), "--no-gate"]
+    taken = _watch([*command, "--recipe", str(recipe)], out, folder / f"{name}.log")
+    half = sum(file.stat().st_size for file in (source / "unet").glob("*.safetensors"))
+    left = unet_bytes(out) / half
+    shutil.rmtree(out)
+    return {**taken, "bytes_left": left}
+
+
+def _watch(command: list[str], out: Path, log: Path) -> dict[str, Any]:
+    """Run a command that writes ``out``; return its seconds and its highest memory, in bytes."""
+    shutil.rmtree(out, ignore_errors=True)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     before, began = os.times(), time.monotonic()
     with log.open("wb") as stream:
-        command = [sys.executable, str(script), str(source), str(out), "--recipe", str(recipe)]
-        command += ["--json", str(folder / f"{name}.json")]
-        process = subprocess.Popen(command, stdout=stream, stderr=stream)
+        process = subprocess.Popen(command, stdout=stream, stderr=stream, env=environment)
         peak = 0
         try:
             while process.poll() is None:
@@ -117,21 +162,15 @@ def _run_pass(source: Path, folder: Path, name: str, rows: str) -> dict[str, Any
             process.wait()
     if process.returncode:
         last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
-        raise SdvinoError(f"The pass {name} failed: {' '.join(last)}")
+        raise SdvinoError(f"What makes {out.name} failed: {' '.join(last)}")
     after = os.times()
-    told = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
-    first, last_entry = told["passes"][0]["before"], told["passes"][-1]["after"]
     return {
         "seconds": time.monotonic() - began,
         "cpu_seconds": after.children_user
         + after.children_system
         - before.children_user
         - before.children_system,
-        "steps": told["cpu_seconds"],
         "peak_bytes": peak,
-        "operations_left": last_entry["operations"] / first["operations"],
-        "parameters_left": last_entry["parameters"] / first["parameters"],
-        "nonzero_left": last_entry["nonzero"] / first["nonzero"],
     }
 
 

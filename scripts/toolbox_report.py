@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from measure_compression import interval
 from toolbox_goals import Goal, curve, faster_pictures, faster_unet, goals, pays_from, removed
@@ -211,13 +212,14 @@ def _real(findings: Findings) -> Iterator[str]:
             f"{entry['seconds'] / 60:.0f} min",
             f"{entry['cpu_seconds'] / 60:.0f} min",
             f"{entry['peak_bytes'] / 1e9:.1f} GB",
-            f"{entry['operations_left']:.1%}",
-            f"{entry['parameters_left']:.1%}",
+            _percent(entry, "operations_left"),
+            _percent(entry, "parameters_left"),
+            _percent(entry, "bytes_left"),
         )
         for entry in real.get("passes", {}).values()
     )
     head = ("pass", "time", "processor time", "peak memory", "operations left", "weights left")
-    yield from _table(head, rows)
+    yield from _table((*head, "bytes left"), rows)
     times = real.get("times", {})
     if not times:
         return
@@ -239,6 +241,10 @@ def _real(findings: Findings) -> Iterator[str]:
             for entry in times.values()
         ),
     )
+
+
+def _percent(entry: Mapping[str, Any], key: str) -> str:
+    return f"{entry[key]:.1%}" if key in entry else ""
 
 
 def _table(
