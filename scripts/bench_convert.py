@@ -207,10 +207,10 @@ class Section:
 
 
 def write_documents(folder: Path, section: Section) -> None:
-    """Write conversion.md and conversion.json; sections of other sources in the latter stay."""
+    """Write conversion.md and conversion.json; what other commands left in the latter stays."""
     file = folder / "conversion.json"
     kept = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
-    found = {entry["source"]: entry for entry in [*kept, asdict(section)]}
+    found = {entry["command"]: entry for entry in [*kept, asdict(section)]}
     file.write_text(json.dumps(list(found.values()), indent=2) + "\n", encoding="utf-8")
     parts = ["# Converting: memory and time", "", _ABOUT, ""]
     for entry in found.values():
