@@ -43,9 +43,9 @@ SAMPLE_SECONDS = 0.1
 _ABOUT = (
     "Random weights in the real architectures (`python scripts/make_synthetic.py --arch NAME"
     " FOLDER`): neither time nor memory depends on what the weights are. Memory is the resident set"
-    " of the whole process tree, each process at its highest. Pages of files (mapped weights,"
-    " libraries) are in it, and the system drops them when it needs the room. The quality gate is"
-    " off."
+    " of the whole process tree, each process at its highest; what a process shares with one it"
+    " forked counts in both. Pages of files (mapped weights, libraries) are in it, and the system"
+    " drops them when it needs the room. The quality gate is off."
 )
 #: What --few-samples calibrates on: one prompt, two timesteps with guidance.
 FEW = CalibrationRecipe(trajectories=1, strata=1, samples=2)
