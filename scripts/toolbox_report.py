@@ -55,8 +55,9 @@ def report(findings: Findings, variants: Sequence[Variant], command: str) -> str
         "",
         _how(findings),
         "",
-        *_table(_HEAD, (_row(findings, one) for one in variants)),
+        *_table(_HEAD, (_row(findings, one) for one in variants if one.name in findings.facts)),
         "",
+        *_left(findings, variants),
         f"![adherence against the time of a picture]({TIME_PLOT})",
         "",
         f"Magnitude pruning: {ZEROS_ARE_FREE_OF_NOTHING}",
@@ -103,10 +104,8 @@ def _how(findings: Findings) -> str:
 
 
 def _row(findings: Findings, one: Variant) -> tuple[str, ...]:
-    facts, drawn = findings.facts.get(one.name), findings.adherence.get(one.name)
+    facts, drawn = findings.facts[one.name], findings.adherence.get(one.name)
     times = findings.times.get(one.name)
-    if facts is None:
-        return (one.title, "not measured", *[""] * (len(_HEAD) - 2))
     source = drawn if drawn is not None else times
     steps = (one.steps, one.guidance_scale)
     if source is not None:
@@ -139,6 +138,12 @@ def _row(findings: Findings, one: Variant) -> tuple[str, ...]:
     met = one.points is not None and drawn.lost <= one.points
     cells.append("" if one.points is None else f"{one.points:g} points: {_word(met)}")
     return tuple(cells)
+
+
+def _left(findings: Findings, variants: Sequence[Variant]) -> Iterator[str]:
+    titles = [one.title for one in variants if one.name not in findings.facts]
+    if titles:
+        yield from (f"Not measured: {'; '.join(titles)}.", "")
 
 
 def _low_rank(findings: Findings) -> Iterator[str]:
@@ -186,7 +191,8 @@ def _low_rank(findings: Findings) -> Iterator[str]:
 
 
 def _students(findings: Findings, variants: Sequence[Variant]) -> Iterator[str]:
-    left = {one.student for one in variants if one.student and one.name not in findings.facts}
+    known = {one.student for one in variants if one.name in findings.facts}
+    left = {one.student for one in variants if one.student} - known
     for name in sorted(left):
         what = STUDENTS.get(name, "a source of one's own")
         yield f"Not measured: `{name}` ({what}); give it with `--student {name}=FOLDER`."
