@@ -9,8 +9,9 @@ process that lives, the kernel's own record of its highest (VmHWM), so that no p
 two looks; the sum can only be too high. It counts everything: the processes' own (anonymous)
 memory, and the pages of files that they have mapped (weights, libraries), once for each process,
 though the system drops those when it needs the room. What is the processes' own is told apart.
-The gate is off: it comes after the steps measured here. --few-samples calibrates int8 on two
-inputs of the UNet: the peak is the same, the time is not. Linux only.
+The gate is off, for its minutes say nothing about the steps, unless --gate-minutes puts it on:
+with random weights it compares components alone. --few-samples calibrates int8 on two inputs of the
+UNet: the peak is the same, the time is not. Linux only.
 The table goes to stdout, and with --output to FOLDER/conversion.md and .json.
 """
 
@@ -45,7 +46,8 @@ _ABOUT = (
     " FOLDER`): neither time nor memory depends on what the weights are. Memory is the resident set"
     " of the whole process tree, each process at its highest; what a process shares with one it"
     " forked counts in both. Pages of files (mapped weights, libraries) are in it, and the system"
-    " drops them when it needs the room. The quality gate is off."
+    " drops them when it needs the room. The quality gate is off where no `--gate-minutes` are"
+    " given; with random weights it compares components alone."
 )
 #: What --few-samples calibrates on: one prompt, two timesteps with guidance.
 FEW = CalibrationRecipe(trajectories=1, strata=1, samples=2)
@@ -109,7 +111,7 @@ def steps_of(process: int) -> str:
     except OSError:
         return ""
     if "sdvino.convert.worker" not in words:
-        return ""
+        return "gate" if "--gate-minutes" in words else ""
     return ", ".join(word for word in words[words.index("sdvino.convert.worker") + 2 :] if word)
 
 
@@ -117,6 +119,8 @@ def expectations(source: Path, recipe: str, output: Path, steps: Iterable[str]) 
     """Return what sdvino says beforehand that the processes of ``steps`` take, in bytes."""
     outlook = look_ahead(make_request(source, recipe=recipe), output)
     known = {needs.step.name: needs.memory for needs in outlook.steps}
+    # The gate may take what making the model took.
+    known["gate"] = max(known.values())
     return {names: max(known[name] for name in names.split(", ")) for names in steps}
 
 
@@ -149,9 +153,16 @@ def measure(name: str, command: Sequence[str], output: Path) -> Run:
 
 
 def run_all(
-    source: Path, recipes: Sequence[str], scratch: Path, *, peers: bool, few: bool
+    source: Path,
+    recipes: Sequence[str],
+    scratch: Path,
+    *,
+    peers: bool,
+    few: bool,
+    gate_minutes: int | None,
 ) -> list[Run]:
     """Measure the peers and every recipe, one after the other; what they make is removed."""
+    gate = ["--no-gate"] if gate_minutes is None else ["--gate-minutes", str(gate_minutes)]
     runs = []
     if peers:
         exported, compressed = scratch / "exported", scratch / "compressed"
@@ -169,7 +180,7 @@ def run_all(
             file.write_text(to_toml(replace(recipe, calibration=FEW)), encoding="utf-8")
             told, note = str(file), f", {FEW.samples} samples"
         command = [sys.executable, "-m", "sdvino", "convert", str(source), str(output)]
-        command += ["--recipe", told, "--no-gate"]
+        command += ["--recipe", told, *gate]
         run = measure(f"sdvino {name}{note}", command, output)
         shutil.rmtree(output)
         runs.append(replace(run, expected=expectations(source, told, output, run.steps)))
@@ -225,6 +236,8 @@ def _words(options: argparse.Namespace) -> str:
     words = [f"--recipes {options.recipes}"]
     words += ["--no-peers"] if options.no_peers else []
     words += ["--few-samples"] if options.few_samples else []
+    minutes = options.gate_minutes
+    words += [] if minutes is None else [f"--gate-minutes {minutes}"]
     return " ".join(words)
 
 
@@ -235,6 +248,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--recipes", default="fp16,int8-weights,int8")
     parser.add_argument("--no-peers", action="store_true", help="measure sdvino alone")
     parser.add_argument("--few-samples", action="store_true", help="calibrate int8 on two inputs")
+    parser.add_argument("--gate-minutes", type=int, help="put the gate on, for so many minutes")
     parser.add_argument("--scratch", type=Path, help="where to convert to: needs some 10 GB")
     parser.add_argument("--output", type=Path, help="folder for conversion.md and .json")
     options = parser.parse_args(arguments)
@@ -242,8 +256,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("memory is read from /proc, which this system does not have; use Linux")
     with tempfile.TemporaryDirectory(prefix="bench-", dir=options.scratch) as scratch:
         recipes = options.recipes.split(",")
-        peers, few = not options.no_peers, options.few_samples
-        runs = run_all(options.source, recipes, Path(scratch), peers=peers, few=few)
+        runs = run_all(
+            options.source,
+            recipes,
+            Path(scratch),
+            peers=not options.no_peers,
+            few=options.few_samples,
+            gate_minutes=options.gate_minutes,
+        )
     print(table(runs))
     if options.output is not None:
         command = f"python scripts/bench_convert.py {options.source.name} {_words(options)}"

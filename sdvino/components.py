@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from sdvino.errors import ModelFolderError
 from sdvino.graph.segments import BEGINNING, DEEP, END
@@ -17,6 +17,7 @@ from sdvino.runtime.guard import Guard
 from sdvino.runtime.memory import return_memory
 from sdvino.settings import DeviceSettings, RunSettings
 from sdvino.unet import (
+    PiecedUnet,
     TextKeys,
     Unet,
     UnetPlan,
@@ -89,9 +90,17 @@ class Components:
         named = [self._segment_names(size, plan) for plan in plans]
         self._forget("unet", {"unet.text", *(name for names in named for name in names)})
         return [
-            Unet([self._segment(name, size, plan) for name in names], plan)
+            self._observed(Unet([self._segment(name, size, plan) for name in names], plan), size)
             for names, plan in zip(named, plans, strict=True)
         ]
+
+    def _observed(self, unet: Unet, size: tuple[int, int]) -> Unet:
+        """Return ``unet``, or if it is in pieces and observed one whose pieces are seen as one."""
+        plan = unet.plan
+        if self.observe is None or plan.pieces == 1:
+            return unet
+        whole = PiecedUnet(unet, unet_shapes(self.folder, *size, plan.batch))
+        return Unet([self.observe("unet", cast(Component, whole))], replace(plan, pieces=1))
 
     def text_keys(self) -> TextKeys:
         """Return what makes the keys and values that the UNet takes in place of the text states."""
@@ -211,7 +220,9 @@ class Components:
             entry = self._loaded[name] = (variant, component)
         if load:
             entry[1].load()
-        return entry[1] if self.observe is None else self.observe(name, entry[1])
+        if self.observe is None or keep_graph:  # pieces are observed as the whole that they make
+            return entry[1]
+        return self.observe(name, entry[1])
 
     def _component(
         self,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -228,3 +228,33 @@ class Unet:
         segment.unload()  # with it go the arrays that it gave
         return_memory()
         return copies
+
+    def predict_each(self, inputs: Sequence[Mapping[str, Array]]) -> list[Array]:
+        """Return the raw prediction for each of ``inputs``: all that the UNet takes, by name.
+
+        For a UNet in pieces: each is loaded once for all of them.
+        """
+        pools = [dict(given) for given in inputs]
+        for number in range(len(self._segments)):
+            for pool, outputs in zip(pools, self._run(number, pools), strict=True):
+                pool.update(outputs)
+        return [pool["out_sample"] for pool in pools]
+
+
+class PiecedUnet:
+    """A UNet in pieces, to be asked as one component is: for what observes components."""
+
+    def __init__(self, unet: Unet, names: Iterable[str]) -> None:
+        """``names`` are the inputs of the whole."""
+        self._unet = unet
+        self.input_names = tuple(frozenset({name}) for name in names)
+
+    def infer(self, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
+        """Return the prediction, "out_sample"."""
+        return self.infer_each([inputs])[0]
+
+    def infer_each(
+        self, inputs: Sequence[Mapping[str, Array]], *, together: bool = False
+    ) -> list[Mapping[str, Array]]:
+        """Return the predictions for all of ``inputs``; pieces never run ``together``."""
+        return [{"out_sample": result} for result in self._unet.predict_each(inputs)]

@@ -9,7 +9,7 @@ import gc
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdvino.compress.gate_plan import GatePlan, Speed
-from sdvino.compress.recording import Call, Recorder, as_floats
+from sdvino.compress.recording import Arrays, Call, Recorder, Tap, as_floats
 from sdvino.compress.similarity import WINDOW, psnr, relative_error, ssim
 from sdvino.compress.thresholds import MAX_PSNR
 from sdvino.diffusion.grids import train_alphas_cumprod
@@ -28,6 +28,7 @@ from sdvino.image.tiling import to_levels
 from sdvino.model_folder import ModelFolder
 from sdvino.outputs import PictureEvent, StepEvent, Timings
 from sdvino.pipeline import StableDiffusionPipeline
+from sdvino.runtime.memory_plan import measure_parts, plan_memory
 from sdvino.settings import DeviceSettings, RunSettings, SamplerSettings
 
 Share = Callable[[float], None]
@@ -36,6 +37,8 @@ FIRST_SEED = 20_000
 #: Where the UNet is asked to see through noise, as shares of the training timesteps.
 _PROBES = (0.25, 0.5, 0.75)
 _SETTINGS = RunSettings(default=DeviceSettings(precision="f32", cache=False))
+#: Predictions that are asked for at once: of a UNet in pieces, each piece is loaded for all.
+_TOGETHER = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,9 +96,20 @@ class Comparison:
 
 
 @contextmanager
-def opened(folder: Path) -> Iterator[tuple[StableDiffusionPipeline, Recorder]]:
-    """Give the pipeline of ``folder`` and what writes its calls down; unload it afterwards."""
-    pipe = StableDiffusionPipeline(ModelFolder.open(folder), _SETTINGS)
+def opened(
+    path: Path, max_memory: int | None = None
+) -> Iterator[tuple[StableDiffusionPipeline, Recorder]]:
+    """Give the pipeline of a folder and what writes its calls down; unload it afterwards.
+
+    Where a picture of the model's own size would take more than ``max_memory`` bytes, the UNet is
+    run in pieces.
+    """
+    folder = ModelFolder.open(path)
+    pipe = StableDiffusionPipeline(folder, _SETTINGS)
+    if max_memory is not None and not fits(folder, max_memory):
+        pipe = StableDiffusionPipeline(folder, replace(_SETTINGS, low_memory=True))
+        # Tiles are no whole pictures to compare decoders on; they are left to where they must be.
+        pipe.vae_tiling = False if fits(folder, max_memory, low_memory=True) else None
     taps = Recorder(pipe.components)
     try:
         yield pipe, taps
@@ -103,6 +117,13 @@ def opened(folder: Path) -> Iterator[tuple[StableDiffusionPipeline, Recorder]]:
         pipe.components.release()
         del pipe, taps
         gc.collect()
+
+
+def fits(folder: ModelFolder, max_memory: int, *, low_memory: bool = False) -> bool:
+    """Tell whether a picture is made in ``max_memory`` bytes, its decoder not in tiles."""
+    sizes = measure_parts(folder, folder.height, folder.width)
+    plan = plan_memory(sizes, max_memory, tiling=False, low_memory=low_memory, strict=False)
+    return plan.peak <= max_memory
 
 
 def make_request(
@@ -219,31 +240,45 @@ def _denoising_error(pipe: StableDiffusionPipeline, taps: Recorder, reference: R
     x_0 = reference.latents[0]
     epsilon = np.random.default_rng(0).standard_normal(x_0.shape, dtype=np.float32)
     known = next(item.call.inputs for item in reference.predictions if item.conditional)
-    errors = []
-    taps.record(False)
+    asked, targets = [], []
     for share in _PROBES:
         timestep = int(share * len(alphas_cumprod))
         alpha = np.float32(alphas_cumprod[timestep] ** 0.5)
         sigma = np.float32((1 - alphas_cumprod[timestep]) ** 0.5)
         x = alpha * x_0 + sigma * epsilon
-        inputs = {**known, "sample": x, "timestep": np.full(known["timestep"].shape, timestep)}
-        prediction = np.array(taps.taps["unet"].infer(inputs)["out_sample"])
+        asked.append({**known, "sample": x, "timestep": np.full(known["timestep"].shape, timestep)})
         if config.prediction_type == "v_prediction":
-            target = alpha * epsilon - sigma * x_0
+            targets.append(alpha * epsilon - sigma * x_0)
         elif config.prediction_type == "sample":
-            target = x_0
+            targets.append(x_0)
         else:
-            target = epsilon
-        errors.append(relative_error(prediction, target))
+            targets.append(epsilon)
+    taps.record(False)
+    results = _in_turn(taps.taps["unet"], asked)
+    errors = [
+        relative_error(np.array(result["out_sample"]), target)
+        for result, target in zip(results, targets, strict=True)
+    ]
     return float(np.median(errors))
 
 
+def _in_turn(tap: Tap, inputs: Sequence[Arrays]) -> Iterator[Arrays]:
+    """Give what a component makes of each of ``inputs``; valid until the next is asked for."""
+    for start in range(0, len(inputs), _TOGETHER):
+        yield from tap.infer_each(inputs[start : start + _TOGETHER])
+
+
 def compare(
-    folder: Path, reference: Reference, plan: GatePlan, clock: Callable[[], float], progress: Share
+    folder: Path,
+    reference: Reference,
+    plan: GatePlan,
+    clock: Callable[[], float],
+    progress: Share,
+    max_memory: int | None = None,
 ) -> Comparison:
     """Run the compressed ``folder`` and return how far it is from ``reference``."""
     began = clock()
-    with opened(folder) as (pipe, taps):
+    with opened(folder, max_memory) as (pipe, taps):
         taps.record(False)
         pictures = _pictures(pipe, reference, plan, lambda share: progress(0.6 * share))
         timesteps, unet = _replay_unet(taps, reference)
@@ -298,8 +333,9 @@ def _replay_unet(taps: Recorder, reference: Reference) -> tuple[tuple[TimestepEr
     """Give the float trajectories' inputs to the compressed UNet."""
     unet = taps.taps["unet"]
     errors: dict[float, tuple[list[float], list[float]]] = {}
-    for item in reference.predictions:
-        error = _call_error("unet", item.call, unet.infer(item.call.inputs))
+    results = _in_turn(unet, [item.call.inputs for item in reference.predictions])
+    for item, result in zip(reference.predictions, results, strict=True):
+        error = _call_error("unet", item.call, result)
         branches = errors.setdefault(item.timestep, ([], []))
         branches[0 if item.conditional else 1].append(error)
     timesteps = tuple(

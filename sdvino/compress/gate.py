@@ -71,6 +71,7 @@ def run_gate(
     min_psnr: float | None = None,
     minutes: float = DEFAULT_MINUTES,
     suggested: Suggested | None = None,
+    max_memory: int | None = None,
     progress: Progress = lambda what, share: None,
     say: Callable[[str], None] = lambda line: None,
 ) -> Verdict:
@@ -80,8 +81,9 @@ def run_gate(
     compressed with, and ``verdict.recipe`` what it has in the end. ``prompts`` are texts that
     calibration did not see. ``thresholds`` None takes the defaults for the recipe (with
     ``min_psnr``, dB), anew for each milder recipe. ``suggested`` gives steps, guidance and sampler
-    of the pictures. ``say`` is told, in a line each, what the comparison will cost before it
-    starts, and what is done about failures.
+    of the pictures. A UNet that would take more than ``max_memory`` bytes is run in pieces, which
+    takes longer; None: as it is. ``say`` is told, in a line each, what the comparison will cost
+    before it starts, and what is done about failures.
 
     Takes about ``minutes``; a recipe fallen back to is compared even when they are over. When the
     float folder cannot be run, or there is no time for the least, ``passed`` is None and ``note``
@@ -102,6 +104,7 @@ def run_gate(
         min_psnr=min_psnr,
         minutes=minutes,
         suggested=Suggested() if suggested is None else suggested,
+        max_memory=max_memory,
         progress=progress,
         say=say,
         prompts=texts,
@@ -122,6 +125,7 @@ class _Gate:
     min_psnr: float | None
     minutes: float
     suggested: Suggested
+    max_memory: int | None
     progress: Progress
     say: Callable[[str], None]
     prompts: tuple[str, ...]
@@ -174,7 +178,7 @@ class _Gate:
         steps = self.suggested.num_inference_steps
         steps = kind.num_inference_steps if steps is None else steps
         options: dict[str, Any] = {"guidance": guidance, "scheduler": self.suggested.scheduler}
-        with opened(self.float_folder) as (pipe, taps):
+        with opened(self.float_folder, self.max_memory) as (pipe, taps):
             first = make_request(self.float_folder, self.prompts[:1], steps=steps, **options)
             speed = time_folder(pipe, first)
             plan = fit_plan(speed, prompts=len(self.prompts), steps=steps, minutes=self.minutes)
@@ -206,6 +210,7 @@ class _Gate:
             self.plan,
             time.monotonic,
             lambda done: self.progress(PART, low + (high - low) * done),
+            self.max_memory,
         )
 
     def _samples(self, component: str) -> list[dict[str, NDArray[Any]]]:
@@ -235,7 +240,12 @@ class _Gate:
             files = [f / component / "openvino_model.xml" for f in (self.float_folder, self.folder)]
             try:
                 self.sensitivity[component] = measure_sensitivity(
-                    component, files[0], files[1], self._samples(component), seconds=seconds
+                    component,
+                    files[0],
+                    files[1],
+                    self._samples(component),
+                    seconds=seconds,
+                    max_memory=self.max_memory,
                 )
             except (SdvinoError, RuntimeError):  # no time, or graphs that do not match
                 return None

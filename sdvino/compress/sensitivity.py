@@ -17,10 +17,17 @@ from sdvino.compress.float_layers import compressed_layers, group_layers, operat
 from sdvino.compress.ir import read_ir
 from sdvino.compress.similarity import relative_error
 from sdvino.errors import SdvinoError
+from sdvino.graph.segments import cut_by_weight, keep_segment, segment_count
+from sdvino.graph.walk import freeze_shapes
+from sdvino.runtime.memory_plan import LOW_MEMORY_PIECES
 
 Sample = Mapping[str, NDArray[Any]]
 #: Fewer groups than this say nothing about where the error comes from.
 _FEWEST_GROUPS = 4
+#: Bytes held for a byte of float16 weights, as float32 before packing and packed (docs/memory.md).
+_COPIES = 4
+#: Compressed products would else round what they read, by a rule of the plugin's own.
+_EXACT = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,20 +69,24 @@ def measure_sensitivity(
     samples: Sequence[Sample],
     *,
     seconds: float,
+    max_memory: int | None = None,
     progress: Callable[[float], None] = lambda share: None,
 ) -> Sensitivity:
     """Return what each compressed layer does alone to the output of ``component``.
 
     ``samples`` are inputs by tensor name, all of one shape. Layers are taken together by block as
-    far as ``seconds`` demand. Raises SdvinoError when they allow no useful measurement, or when
-    the two graphs do not belong together.
+    far as ``seconds`` demand. A model that would take more than ``max_memory`` bytes is run in
+    pieces. Raises SdvinoError when they allow no useful measurement, or when the two graphs do not
+    belong together.
     """
     base, compressed = read_ir(float_xml), read_ir(compressed_xml)
     names = compressed_layers(compressed, operation_names(base))
     if not names:
         raise SdvinoError(f"No layer of the {component} is compressed.")
+    taken = _COPIES * float_xml.with_suffix(".bin").stat().st_size
+    pieces = 1 if max_memory is None or taken <= max_memory else LOW_MEMORY_PIECES
     began = time.monotonic()
-    expected = run_model(base, samples)
+    expected = run_model(base, samples, pieces)
     one = time.monotonic() - began
     most = math.floor(seconds / (1.2 * one))
     if most < min(_FEWEST_GROUPS, len(names)):
@@ -88,7 +99,7 @@ def measure_sensitivity(
         if time.monotonic() - began > 1.5 * seconds:
             break
         others = [other for other in names if other not in nodes]
-        result = run_model(restored(base, compressed, others), samples)
+        result = run_model(restored(base, compressed, others), samples, pieces)
         pairs = zip(result, expected, strict=True)
         error = math.sqrt(float(np.mean([relative_error(*pair) ** 2 for pair in pairs])))
         errors.append(LayerError(nodes, name, error))
@@ -97,17 +108,41 @@ def measure_sensitivity(
     return Sensitivity(component=component, layers=tuple(errors))
 
 
-def run_model(model: ov.Model, samples: Sequence[Sample]) -> list[NDArray[np.float32]]:
-    """Return the first output of ``model`` for each of ``samples``, computed in f32 on the CPU."""
+def run_model(
+    model: ov.Model, samples: Sequence[Sample], pieces: int = 1
+) -> list[NDArray[np.float32]]:
+    """Return the first output of ``model`` for each of ``samples``, computed in f32 on the CPU.
+
+    With ``pieces`` above 1 it is cut into about as many, one of which is compiled at a time.
+    """
     # Shapes are fixed in a copy: a model that is reshaped keeps them.
     fixed = model.clone()
     ports = {name: port for port in fixed.inputs for name in port.get_names()}
     fixed.reshape({ports[name]: list(value.shape) for name, value in samples[0].items()})
     types = {name: port.get_element_type().to_dtype() for name, port in ports.items()}
-    # Compressed products would else round what they read, by a rule of the plugin's own.
-    exact = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
-    run = ov.Core().compile_model(fixed, "CPU", exact)
-    return [
-        np.array(run({name: value.astype(types[name]) for name, value in sample.items()})[0])
-        for sample in samples
-    ]
+    typed = [{k: value.astype(types[k]) for k, value in sample.items()} for sample in samples]
+    if pieces > 1:
+        return _run_in_pieces(fixed, typed, pieces)
+    run = ov.Core().compile_model(fixed, "CPU", _EXACT)
+    return [np.array(run(sample)[0]) for sample in typed]
+
+
+def _run_in_pieces(
+    model: ov.Model, samples: Sequence[Sample], pieces: int
+) -> list[NDArray[np.float32]]:
+    """Return the first output of ``model``, of fixed shapes, for each of ``samples``."""
+    freeze_shapes(model)
+    output = "result"
+    model.output(0).get_tensor().add_names({output})
+    pools = [dict(sample) for sample in samples]
+    for number in range(segment_count(cut_by_weight(model, pieces))):
+        piece = model.clone()
+        keep_segment(piece, cut_by_weight(piece, pieces), number)
+        run = ov.Core().compile_model(piece, "CPU", _EXACT)
+        wanted = [next(n for n in sorted(port.get_names()) if n in pools[0]) for port in run.inputs]
+        for pool in pools:
+            results = run({name: pool[name] for name in wanted})
+            for port in run.outputs:
+                value = np.array(results[port])
+                pool.update(dict.fromkeys(port.get_names(), value))
+    return [pool[output] for pool in pools]

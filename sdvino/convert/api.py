@@ -268,6 +268,8 @@ def apply_gate(
         prompts=own if own else _texts(source, plan.request.prompts),
         calibrated_on=plan.calibration.prompts,
         suggested=conversion.suggested,
+        # What was enough to make the model is enough to judge it.
+        max_memory=work_out([step for step, _ in conversion.steps()], plan).memory,
         progress=progress,
         say=say,
     )

@@ -46,12 +46,14 @@ def judge(
     prompts: Sequence[str],
     calibrated_on: Sequence[str],
     suggested: Mapping[str, Any],
+    max_memory: int,
     progress: Progress,
     say: Callable[[str], None],
 ) -> Verdict:
     """Run the gate on ``folder`` and write report.md into it.
 
-    ``prompts`` are all there are for this model; those in ``calibrated_on`` are not used.
+    ``prompts`` are all there are for this model; those in ``calibrated_on`` are not used. Both
+    folders are run within ``max_memory`` bytes where that can be.
     """
     verdict = run_gate(
         float_folder,
@@ -62,6 +64,7 @@ def judge(
         min_psnr=settings.min_psnr,
         minutes=settings.minutes,
         suggested=Suggested(**suggested),
+        max_memory=max_memory,
         progress=progress,
         say=say,
     )

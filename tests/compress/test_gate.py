@@ -25,6 +25,7 @@ from sdvino.compress.thresholds import LIMITS, Thresholds, default_thresholds
 from sdvino.compress.verdict import Verdict, quality_line
 from sdvino.errors import RequestError
 from sdvino.manifest import Manifest, Suggested
+from sdvino.unet import PiecedUnet
 from tests.conftest import SHAPES
 from tests.tiny_folder import (
     POOLED,
@@ -154,6 +155,32 @@ def test_a_sound_folder_passes(sound: tuple[Folders, Verdict]) -> None:
     assert all(entry.unconditional is not None for entry in verdict.comparison.timesteps)
     assert [entry.component for entry in verdict.sensitivity] == ["unet"]
     assert {short_name(layer.name) for layer in verdict.sensitivity[0].layers} == set(LAYERS)
+
+
+def test_too_little_memory_is_judged_in_pieces(
+    sound: tuple[Folders, Verdict], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders, whole = sound
+    made: list[int] = []
+    pieces = PiecedUnet.infer_each
+
+    def count(self: PiecedUnet, inputs: Any, **options: Any) -> Any:
+        made.append(len(inputs))
+        return pieces(self, inputs, **options)
+
+    monkeypatch.setattr(PiecedUnet, "infer_each", count)
+    verdict = folders.judge(max_memory=1)
+    assert set(made) == {1, 2}
+    assert verdict.passed is True, verdict.failures
+    assert whole.comparison is not None
+    assert verdict.comparison is not None
+    assert verdict.denoising_error == pytest.approx(whole.denoising_error, rel=1e-4)
+    assert verdict.comparison.psnr == pytest.approx(whole.comparison.psnr, abs=0.5)
+    assert verdict.comparison.components == pytest.approx(whole.comparison.components, rel=1e-3)
+    (found,), (expected,) = verdict.sensitivity, whole.sensitivity
+    assert [layer.nodes for layer in found.layers] == [layer.nodes for layer in expected.layers]
+    for layer, other in zip(found.layers, expected.layers, strict=True):
+        assert layer.error == pytest.approx(other.error, rel=1e-3)
 
 
 def test_nothing_compressed_is_nothing_to_judge(sound: tuple[Folders, Verdict]) -> None:

@@ -157,4 +157,4 @@ def test_every_choice_that_is_measured_is_another(component: str, target: str) -
     made = measure_choices.variants(recipe, get_target(target))
     values = list(made.values())
     assert all(value not in values[:index] for index, value in enumerate(values))
-    assert "conv_shortcut" not in made["conv_shortcut in 8 bits"][0].float_layers[0]
+    assert "conv_shortcut" not in made["conv_shortcut in 8 bits"].recipe.float_layers[0]

@@ -16,7 +16,7 @@ from sdvino.compress.float_layers import (
     restored,
     short_name,
 )
-from sdvino.compress.sensitivity import LayerError, Sensitivity, measure_sensitivity
+from sdvino.compress.sensitivity import LayerError, Sensitivity, measure_sensitivity, run_model
 from sdvino.compress.similarity import relative_error
 from sdvino.errors import SdvinoError
 
@@ -117,16 +117,27 @@ def test_layers_of_another_graph_are_refused() -> None:
 
 
 @pytest.mark.parametrize("damaged", LAYERS)
+@pytest.mark.parametrize("max_memory", [None, 1])
 def test_the_damaged_layer_comes_first(
-    tmp_path: Path, samples: list[dict[str, Array]], damaged: str
+    tmp_path: Path, samples: list[dict[str, Array]], damaged: str, max_memory: int | None
 ) -> None:
     paths = [tmp_path / f"{kind}.xml" for kind in ("float", "compressed")]
     ov.save_model(network(), paths[0], compress_to_fp16=True)
     ov.save_model(compressed(network(), {damaged: 1.5}), paths[1], compress_to_fp16=True)
-    found = measure_sensitivity("unet", paths[0], paths[1], samples, seconds=600)
+    found = measure_sensitivity(
+        "unet", paths[0], paths[1], samples, seconds=600, max_memory=max_memory
+    )
     assert found.layers[0].nodes == (name_of(damaged),)
     assert found.layers[0].error > 5 * found.layers[1].error
     assert found.most_sensitive(0.5) == 1
+
+
+def test_pieces_compute_what_the_whole_does(samples: list[dict[str, Array]]) -> None:
+    for model in (network(), compressed(network(), {})):
+        for found, whole in zip(
+            run_model(model, samples, 3), run_model(model, samples), strict=True
+        ):
+            np.testing.assert_allclose(found, whole, rtol=1e-5, atol=1e-6)
 
 
 def test_no_time_is_said_so(tmp_path: Path, samples: list[dict[str, Array]]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -35,6 +36,26 @@ def test_a_command_that_fails_says_why(tmp_path: Path) -> None:
     command = [sys.executable, "-c", "raise SystemExit('no such model')"]
     with pytest.raises(SystemExit, match="no such model"):
         bench_convert.measure("failing", command, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("words", "steps"),
+    [
+        (["convert", "--gate-minutes", "3"], "gate"),
+        (["convert", "--no-gate"], ""),
+        (
+            ["sdvino.convert.worker", "folder", "export unet", "export vae"],
+            "export unet, export vae",
+        ),
+    ],
+)
+def test_a_process_is_known_by_its_words(words: list[str], steps: str) -> None:
+    command = [sys.executable, "-c", "import time; time.sleep(60)", *words]
+    with subprocess.Popen(command) as running:
+        try:
+            assert bench_convert.steps_of(running.pid) == steps
+        finally:
+            running.kill()
 
 
 def test_a_table_tells_what_was_foreseen() -> None:
