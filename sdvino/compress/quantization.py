@@ -53,7 +53,8 @@ def quantize(
     ``samples`` are calibration inputs by tensor name; all are used, in order, so the result is
     the same each time. Weights get one scale for each output channel (or tensor), activations one
     for each tensor (symmetric weights; activations asymmetric, but for GPUs). Sums of a block and
-    its residual stay in float: on the demo's VAE decoder, error 1.5 % against 2.3 %.
+    its residual stay in float: error 1.3 % against 2.1 % on the demo's VAE decoder, 3.5 % against
+    12.4 % on its UNet (scripts/measure_choices.py).
     ``progress`` is called with the share of the calibration passes done, 0 to 1. ``model`` is
     consumed; given as its .xml, weights are in memory only while they are worked on. A model for
     which NNCF would take more than ``part_bytes`` is quantized in parts; what flows between them
