@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from evaluate_demo import held_out_tasks
 from measure_compression import ROOT, Pictures, scratch_folder, weights_of
 from toolbox_adherence import Gallery, TimeLeft, evaluations, prompts_for
+from toolbox_goals import curve
 from toolbox_models import Workshop
 from toolbox_plots import draw_sheet, plot_adherence, plot_curve
 from toolbox_real import measure_real
@@ -103,7 +104,8 @@ class Run:
         (out / "compression.md").write_text(text, encoding="utf-8")
         self.findings.save(out / "compression.json")
         plot_adherence(self.findings, self.variants, out / TIME_PLOT)
-        plot_curve(self.findings, out / CURVE_PLOT)
+        if curve(self.findings):
+            plot_curve(self.findings, out / CURVE_PLOT)
         rows = []
         for one in self.variants:
             drawn = self.findings.adherence.get(one.name)
