@@ -50,8 +50,11 @@ def test_a_command_that_fails_says_why(tmp_path: Path) -> None:
     ],
 )
 def test_a_process_is_known_by_its_words(words: list[str], steps: str) -> None:
-    command = [sys.executable, "-c", "import time; time.sleep(60)", *words]
-    with subprocess.Popen(command) as running:
+    program = "import time; print(flush=True); time.sleep(60)"
+    command = [sys.executable, "-c", program, *words]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as running:
+        assert running.stdout is not None
+        running.stdout.readline()  # before it runs, its words may not be told yet
         try:
             assert bench_convert.steps_of(running.pid) == steps
         finally:
