@@ -20,10 +20,13 @@ from pathlib import Path
 
 from _environment import ROOT, SetupError, ensure_environment
 
+#: Files of tests/convert that train, or run other runtimes: nearly half of its time.
+WHOLE = tuple(f"tests/convert/test_{name}.py" for name in ("interop", "distilling", "passes"))
 #: Name -> what Python is given; what takes longest first. torch's training and OpenVINO do not
 #: share a process well, so that each group has one of its own.
 GROUPS: dict[str, tuple[str, ...]] = {
-    "convert": ("tests/convert",),
+    "convert": ("tests/convert", *(f"--ignore={path}" for path in WHOLE)),
+    "whole": WHOLE,
     "compress": ("tests/compress",),
     "scripts": ("tests/scripts",),
     "others": ("tests", *(f"--ignore=tests/{n}" for n in ("convert", "compress", "scripts"))),
