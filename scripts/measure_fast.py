@@ -1,4 +1,4 @@
-"""Measure what each way to a sooner picture costs, on the demo model, and write docs/fast.md.
+"""Measure what each way to a sooner picture costs, on the demo model: docs/fast.md and .json.
 
     python scripts/measure_fast.py models/shapes --prompts 500 --work build/fast
 
@@ -297,6 +297,15 @@ def main(arguments: list[str] | None = None) -> int:
     print(table(results))
     command = f"python scripts/measure_fast.py --prompts {options.prompts} --steps {options.steps}"
     options.out.write_text(report(results, options, command), encoding="utf-8")
+    values = {
+        "prompts": options.prompts,
+        "steps": options.steps,
+        "guidance_scale": options.guidance_scale,
+        "machine": _machine(),
+        "results": [asdict(result) for result in results],
+    }
+    text = json.dumps(values, indent=2) + "\n"
+    options.out.with_suffix(".json").write_text(text, encoding="utf-8")
     return 0
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import measure_fast
@@ -22,6 +23,10 @@ def test_two_variants_are_measured_and_a_stopped_run_goes_on(tmp_path: Path) -> 
     rows = [line for line in text.splitlines() if line.startswith("| ") and "option" not in line]
     assert [row.split(" | ")[0] for row in rows] == ["| exact", "| tiny VAE"]
     assert " dB" in rows[1]
+    values = json.loads(page.with_suffix(".json").read_text(encoding="utf-8"))
+    told = [one["variant"]["options"] for one in values["results"]]
+    assert told == ["", "--tiny-vae"]
+    assert f"{values['results'][1]['psnr']:.1f} dB" in rows[1]
     records = {path: path.read_bytes() for path in (tmp_path / "work").glob("*.jsonl")}
     assert len(records) == 2
     assert measure_fast.main(arguments) == 0
