@@ -30,6 +30,8 @@ TimestepSpacing = Literal["linspace", "leading", "trailing"]
 PerformanceHint = Literal["latency", "throughput"]
 CoreType = Literal["any", "performance", "efficient"]
 Precision = Literal["f32", "f16", "bf16"]
+#: OpenVINO's operation for linear layers whose weights and inputs are in 8 bits.
+LinearKernel = Literal["matmul", "convolution"]
 #: One prediction after the other, one batch of two, or two streams at once.
 GuidanceMode = Literal["sequential", "batch", "streams"]
 
@@ -149,6 +151,9 @@ class DeviceSettings:
     hyper_threading: bool | None = None
     #: Arithmetic of float layers; None: f32 on CPUs without AMX (bf16 is slower there), f16 on GPU.
     precision: Precision | None = None
+    #: How a CPU runs linear layers in 8 bits; None: without VNNI as convolutions of one pixel,
+    #: which have faster kernels there, else as products. Other devices run products.
+    linear_kernel: LinearKernel | None = None
     #: Folder of compiled-model blobs; None: the user's cache folder.
     cache_dir: Path | None = None
     #: Keep compiled models between runs.
@@ -167,6 +172,7 @@ class DeviceSettings:
         check_choice("performance hint", self.performance_hint, get_args(PerformanceHint))
         check_choice("core type", self.core_type, get_args(CoreType))
         check_choice("precision", self.precision, get_args(Precision))
+        check_choice("linear kernel", self.linear_kernel, get_args(LinearKernel))
         if self.cache_limit_bytes < 0:
             raise RequestError("The cache limit is negative; give a number of bytes from 0 up.")
 

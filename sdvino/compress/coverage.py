@@ -21,10 +21,11 @@ from sdvino.compress.layers import (
     nodes_with_weights,
     residual_sources,
 )
+from sdvino.graph.linears import linears_to_convolutions
 from sdvino.graph.shapes import reshape_static
 from sdvino.model_folder import ModelFolder
 from sdvino.runtime.core import device_facts, shared_core
-from sdvino.runtime.properties import compile_properties
+from sdvino.runtime.properties import compile_properties, convolves_linears
 from sdvino.settings import DeviceSettings
 from sdvino.unet import unet_shapes
 
@@ -121,13 +122,16 @@ class Coverage:
 def measure(component: str, model: ov.Model, compiled: ov.CompiledModel | None = None) -> Coverage:
     """Return the coverage of ``model``, whose shapes are static.
 
-    Unless ``compiled`` is given, compiles it for the CPU as sdvino's runtime does.
+    Unless ``compiled`` is given, rewrites it in place and compiles it for the CPU, as sdvino's
+    runtime does.
     """
     layers = planned_layers(component, model)
     if compiled is None:
         core = shared_core()
         facts = {"CPU": device_facts(core, "CPU")}
         properties = compile_properties(DeviceSettings(), "CPU", facts)
+        if convolves_linears(DeviceSettings(), facts):
+            linears_to_convolutions(model)
         compiled = core.compile_model(model, "CPU", properties)
     running, unknown = running_layers(compiled.get_runtime_model(), layers)
     return Coverage(

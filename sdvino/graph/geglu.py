@@ -6,14 +6,13 @@ that cut as a copy of the whole feature map; two products with half the weights 
 
 from __future__ import annotations
 
-import ctypes
 from dataclasses import dataclass
 
 import numpy as np
 import openvino as ov
 from openvino import opset13 as ops
 
-from sdvino.graph.walk import consumers, is_constant
+from sdvino.graph.walk import consumers, is_constant, view_constant
 
 _SPLITS = frozenset({"VariadicSplit", "Split"})
 _ELEMENTWISE = {"Multiply": ops.multiply, "Subtract": ops.subtract, "Add": ops.add}
@@ -125,9 +124,4 @@ def _cut_constant(node: ov.Node, part: _Part) -> ov.Output:
     piece = values[tuple(window)]
     if not piece.flags.c_contiguous:  # columns have to be gathered
         return ops.constant(np.ascontiguousarray(piece)).output(0)
-    # Rows are read where they lie, in the mapped file. OpenVINO shares writable arrays alone, so
-    # this view says it is one; nobody writes.
-    memory = (ctypes.c_uint8 * piece.nbytes).from_address(piece.ctypes.data)
-    memory.owner = node, values
-    rows = np.frombuffer(memory, piece.dtype).reshape(piece.shape)
-    return ops.constant(rows, shared_memory=True).output(0)
+    return view_constant(node, piece)

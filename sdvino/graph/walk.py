@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterable
+from typing import Any
 
+import numpy as np
 import openvino as ov
+from numpy.typing import NDArray
 from openvino import opset13 as ops
 
 #: Operations between a stored weight and its use: conversion, zero point, scale, shape.
@@ -54,6 +58,18 @@ def is_constant(port: ov.Output, depth: int = _WEIGHT_DEPTH) -> bool:
     if node.get_type_name() == "Parameter" or (sources and depth == 0):
         return False
     return all(is_constant(source, depth - 1) for source in sources)
+
+
+def view_constant(node: ov.Node, values: NDArray[Any]) -> ov.Output:
+    """Return a constant of ``values``, a contiguous view of the data of the constant ``node``.
+
+    They are read where they lie, in the mapped file, and not copied.
+    """
+    # OpenVINO shares writable arrays alone, so this view says it is one; nobody writes.
+    memory: Any = (ctypes.c_uint8 * values.nbytes).from_address(values.ctypes.data)
+    memory.owner = node, values
+    shared: NDArray[Any] = np.frombuffer(memory, values.dtype).reshape(values.shape)
+    return ops.constant(shared, shared_memory=True).output(0)
 
 
 def consumers(port: ov.Output) -> list[ov.Node]:

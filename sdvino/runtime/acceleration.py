@@ -16,7 +16,7 @@ from typing import Literal
 
 from sdvino.errors import RequestError
 from sdvino.manifest import Accelerated
-from sdvino.settings import DeviceSettings, Precision, RunSettings
+from sdvino.settings import DeviceSettings, LinearKernel, Precision, RunSettings
 
 CpuClass = Literal["avx2", "avx2-vnni", "avx512-vnni", "amx", "arm"]
 
@@ -75,6 +75,8 @@ class _Row:
     why: tuple[str, ...]
 
 
+#: See `sdvino.graph.linears`.
+CONVOLVED_LINEARS = "linears-to-convolutions"
 _EXACT = ("split-projections", "fold-scales", "text-keys")
 _SPLITS = "Cut projections are copied by a reference kernel (measured): two products copy nothing."
 
@@ -85,11 +87,12 @@ TABLE: Mapping[str, _Row] = MappingProxyType(
             precision="f32",
             recipe="int8",
             target="avx2",
-            rewrites=_EXACT,
+            rewrites=(*_EXACT, CONVOLVED_LINEARS),
             why=(
                 "Products of 8 bits are summed in 16 bits, so weights take half of their range"
                 " (measured: error 6.3 to 3.2 %).",
                 "Attention's own products stay in float: without VNNI they run as plain gemm.",
+                "So would linear layers: as convolutions they run twice as fast (measured).",
                 _SPLITS,
             ),
         ),
@@ -174,6 +177,12 @@ def cpu_class(isa: Collection[str]) -> CpuClass:
     Where they cannot be told (Windows does not say whether there is VNNI), avx2.
     """
     return next((name for flag, name in _BY_ISA if flag in isa), "avx2")
+
+
+def linear_kernel(isa: Collection[str]) -> LinearKernel:
+    """Return how a processor with the instruction sets ``isa`` runs linear layers in 8 bits."""
+    row = TABLE[cpu_class(isa)]
+    return "convolution" if CONVOLVED_LINEARS in row.rewrites else "matmul"
 
 
 def isa_of(kind: str) -> tuple[str, ...]:

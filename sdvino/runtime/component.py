@@ -12,11 +12,13 @@ import openvino as ov
 from numpy.typing import NDArray
 
 from sdvino.errors import DeviceError, ModelFolderError, SdvinoError
+from sdvino.graph.linears import linears_to_convolutions
 from sdvino.runtime.cache import CompiledCache, default_cache_dir, graph_key
 from sdvino.runtime.core import device_facts, shared_core, short_reason
 from sdvino.runtime.mapped import pages_dropped
 from sdvino.runtime.properties import (
     compile_properties,
+    convolves_linears,
     hardware_of,
     normalize_device,
     precision_in,
@@ -308,6 +310,8 @@ class Component:
         self._hardware = tuple(facts)
         self._precision = precision_in(properties)
         model = self._read(core)
+        if convolves_linears(self.settings, facts):
+            linears_to_convolutions(model)
         weights = self.xml_path.with_suffix(".bin")
 
         def compile_model(cache_dir: Path | None) -> ov.CompiledModel:

@@ -39,6 +39,7 @@ TUNED_FIELDS = (
     "pinning",
     "hyper_threading",
     "precision",
+    "linear_kernel",
 )
 
 

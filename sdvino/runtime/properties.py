@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sdvino.errors import DeviceError
+from sdvino.runtime.acceleration import linear_kernel
 from sdvino.runtime.defaults import cpu_defaults, default_precision
 from sdvino.runtime.topology import CpuReport
 from sdvino.settings import DeviceSettings
@@ -126,6 +127,19 @@ def precision_in(properties: Mapping[str, Any]) -> str | None:
     parts = properties.get("DEVICE_PROPERTIES", {"": properties}).values()
     asked = {part.get("INFERENCE_PRECISION_HINT") for part in parts}
     return asked.pop() if len(asked) == 1 else None
+
+
+def convolves_linears(settings: DeviceSettings, facts: Mapping[str, DeviceFacts]) -> bool:
+    """Return whether linear layers in 8 bits are to run as convolutions.
+
+    ``facts`` are of the hardware that the model may run on: on anything but CPUs they are products.
+    """
+    if not facts or any(name.partition(".")[0] != "CPU" for name in facts):
+        return False
+    if settings.linear_kernel is not None:
+        return settings.linear_kernel == "convolution"
+    cpus = [entry.cpu for entry in facts.values()]
+    return all(cpu is not None and linear_kernel(cpu.isa) == "convolution" for cpu in cpus)
 
 
 def _hardware_properties(

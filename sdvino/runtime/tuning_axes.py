@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import get_args
 
+from sdvino.runtime.acceleration import linear_kernel
 from sdvino.runtime.defaults import cpu_defaults, default_precision
 from sdvino.runtime.properties import DeviceFacts
 from sdvino.runtime.search import Axis, Candidate
 from sdvino.runtime.topology import CpuReport
-from sdvino.settings import CoreType, DeviceSettings, GuidanceMode, Precision
+from sdvino.settings import CoreType, DeviceSettings, GuidanceMode, LinearKernel, Precision
 
 #: How guidance runs its two predictions: one after the other, as a batch of two, side by side.
 GUIDANCE_MODES: tuple[GuidanceMode, ...] = get_args(GuidanceMode)
@@ -18,6 +19,10 @@ _GUIDANCE_LABELS: dict[GuidanceMode, str] = {
     "sequential": "one after the other",
     "batch": "a batch of two",
     "streams": "two streams",
+}
+_KERNEL_LABELS: dict[LinearKernel, str] = {
+    "matmul": "linear layers as products",
+    "convolution": "linear layers as convolutions",
 }
 #: Precision -> the capability that a device lists for it.
 _FLAGS: dict[Precision, str] = {"f32": "FP32", "f16": "FP16", "bf16": "BF16"}
@@ -41,6 +46,7 @@ def axes(
         Axis("device and precision", lambda best: places(component, best, facts, devices)),
         Axis("cores", lambda best: cores(best, cpu)),
         Axis("pinning", lambda best: pinnings(best, facts)),
+        Axis("linear layers", lambda best: linear_kernels(component, best, cpu)),
     ]
 
 
@@ -134,6 +140,26 @@ def pinnings(best: Choice, facts: Mapping[str, DeviceFacts]) -> list[Candidate[C
             )
             for pinning in (True, False)
         ),
+    ]
+
+
+def linear_kernels(component: str, best: Choice, cpu: CpuReport | None) -> list[Candidate[Choice]]:
+    """Return the ways to run the UNet's linear layers in 8 bits, the default first.
+
+    They are a small part of the other components.
+    """
+    if component != "unet" or cpu is None or best.settings.device != "CPU":
+        return []
+    default = linear_kernel(cpu.isa)
+    names = sorted(get_args(LinearKernel), key=lambda name: name != default)
+    return [
+        Candidate(
+            _KERNEL_LABELS[name],
+            best
+            if name == default
+            else replace(best, settings=replace(best.settings, linear_kernel=name)),
+        )
+        for name in names
     ]
 
 

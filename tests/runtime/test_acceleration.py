@@ -9,6 +9,7 @@ from sdvino.compress.recipes import RECIPES
 from sdvino.compress.targets import TARGETS, get_target
 from sdvino.errors import ModelFolderError, RequestError
 from sdvino.graph.geglu import split_projections
+from sdvino.graph.linears import linears_to_convolutions
 from sdvino.graph.scales import fold_scales
 from sdvino.graph.text_keys import take_text_keys
 from sdvino.manifest import Accelerated, Manifest
@@ -17,6 +18,7 @@ from sdvino.runtime.acceleration import (
     Acceleration,
     accelerate,
     cpu_class,
+    linear_kernel,
     matching,
     with_stored,
 )
@@ -30,6 +32,7 @@ EXACT = {
     "split-projections": split_projections,
     "fold-scales": fold_scales,
     "text-keys": take_text_keys,
+    "linears-to-convolutions": linears_to_convolutions,
 }
 
 
@@ -96,6 +99,12 @@ STORED = (
     Accelerated(device="CPU", kind="amx", precision="bf16"),
     Accelerated(device="GPU", kind="gpu", precision="f16", rewrites=("text-keys",)),
 )
+
+
+def test_linear_layers_are_convolutions_where_products_have_no_kernel_of_8_bits() -> None:
+    assert linear_kernel(("AVX2",)) == "convolution"
+    assert linear_kernel(()) == "convolution"
+    assert linear_kernel(LAPTOP) == linear_kernel(SERVER) == linear_kernel(("NEON",)) == "matmul"
 
 
 def test_what_is_stored_counts_where_the_device_is_alike() -> None:

@@ -9,12 +9,13 @@ from sdvino.errors import DeviceError
 from sdvino.runtime.properties import (
     DeviceFacts,
     compile_properties,
+    convolves_linears,
     hardware_of,
     normalize_device,
     precision_in,
 )
 from sdvino.runtime.topology import CpuReport
-from sdvino.settings import DeviceSettings
+from sdvino.settings import DeviceSettings, LinearKernel
 
 CPU = DeviceFacts(
     supported=frozenset(
@@ -145,6 +146,31 @@ def test_a_gpu_scales_the_autoencoder_s_activations_and_feeds_it_from_a_fast_cor
 )
 def test_the_precision_asked_for(properties: dict[str, Any], precision: str | None) -> None:
     assert precision_in(properties) == precision
+
+
+@pytest.mark.parametrize(
+    ("asked", "isa", "hardware", "expected"),
+    [
+        (None, ("avx2",), ("CPU",), True),
+        (None, ("avx2", "avx_vnni"), ("CPU",), False),
+        ("matmul", ("avx2",), ("CPU",), False),
+        ("convolution", ("avx2", "avx_vnni"), ("CPU",), True),
+        (None, ("avx2",), ("GPU", "CPU"), False),
+        ("convolution", ("avx2",), ("GPU",), False),
+        ("convolution", ("avx2",), (), False),
+    ],
+)
+def test_linear_layers_are_convolutions_on_a_cpu_alone(
+    asked: LinearKernel | None, isa: tuple[str, ...], hardware: tuple[str, ...], expected: bool
+) -> None:
+    cpu = CpuReport(performance_cores=4, flags=frozenset(isa))
+    known = {"CPU": replace(CPU, cpu=cpu), "GPU": GPU}
+    facts = {name: known[name] for name in hardware}
+    assert convolves_linears(DeviceSettings(linear_kernel=asked), facts) == expected
+
+
+def test_an_unknown_cpu_runs_products() -> None:
+    assert not convolves_linears(DeviceSettings(), {"CPU": CPU})
 
 
 def test_a_gpu_runs_f16_and_has_no_threads() -> None:

@@ -2,10 +2,19 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from sdvino.runtime.acceleration import linear_kernel
 from sdvino.runtime.properties import DeviceFacts
 from sdvino.runtime.search import Candidate
 from sdvino.runtime.topology import CpuReport, linux_cpu
-from sdvino.runtime.tuning_axes import Choice, axes, cores, guidance_modes, pinnings, places
+from sdvino.runtime.tuning_axes import (
+    Choice,
+    axes,
+    cores,
+    guidance_modes,
+    linear_kernels,
+    pinnings,
+    places,
+)
 from sdvino.settings import DeviceSettings
 from tests.runtime.test_defaults import DUAL_SOCKET, I7_1260P, V2_QUOTA
 from tests.runtime.test_properties import CPU, GPU, SERVER
@@ -93,5 +102,20 @@ def test_guidance_starts_with_one_after_the_other() -> None:
 def test_the_axes_follow_each_other() -> None:
     facts = {"CPU": replace(CPU, cpu=linux_cpu(N100, usable=4))}
     found = axes("unet", facts, ["CPU"])
-    assert [axis.name for axis in found] == ["device and precision", "cores", "pinning"]
-    assert [len(axis.candidates(START)) for axis in found] == [1, 3, 3]
+    assert [axis.name for axis in found] == [
+        "device and precision",
+        "cores",
+        "pinning",
+        "linear layers",
+    ]
+    assert [len(axis.candidates(START)) for axis in found] == [1, 3, 3, 2]
+
+
+def test_linear_layers_of_the_unet_are_tried_both_ways_the_default_first() -> None:
+    laptop = linux_cpu(I7_1260P, usable=16)
+    found = linear_kernels("unet", START, laptop)
+    default = linear_kernel(laptop.isa)
+    assert found[0].settings == START
+    assert found[1].settings.settings.linear_kernel not in (None, default)
+    assert linear_kernels("vae_decoder", START, laptop) == []
+    assert linear_kernels("unet", Choice(DeviceSettings(device="GPU")), laptop) == []
