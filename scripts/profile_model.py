@@ -23,6 +23,9 @@ import openvino as ov
 from sdvino.compress.coverage import fix_shapes
 from sdvino.errors import RequestError, SdvinoError
 from sdvino.model_folder import ModelFolder
+from sdvino.runtime.core import device_facts, shared_core
+from sdvino.runtime.rewrites import rewrite_for
+from sdvino.settings import DeviceSettings
 from sdvino.unet import UnetPlan, prepare_unet, unet_shapes
 
 PROPERTIES = {
@@ -56,6 +59,7 @@ def prepared(folder: ModelFolder, component: str, side: int) -> ov.Model:
         prepare_unet(model, unet_shapes(folder, latents, latents), UnetPlan(), None)
     else:
         fix_shapes(folder, component, model, latents, latents)
+    rewrite_for(model, DeviceSettings(), {"CPU": device_facts(shared_core(), "CPU")})
     return model
 
 

@@ -21,11 +21,11 @@ from sdvino.compress.layers import (
     nodes_with_weights,
     residual_sources,
 )
-from sdvino.graph.linears import linears_to_convolutions
 from sdvino.graph.shapes import reshape_static
 from sdvino.model_folder import ModelFolder
 from sdvino.runtime.core import device_facts, shared_core
-from sdvino.runtime.properties import compile_properties, convolves_linears
+from sdvino.runtime.properties import compile_properties
+from sdvino.runtime.rewrites import rewrite_for
 from sdvino.settings import DeviceSettings
 from sdvino.unet import unet_shapes
 
@@ -130,8 +130,7 @@ def measure(component: str, model: ov.Model, compiled: ov.CompiledModel | None =
         core = shared_core()
         facts = {"CPU": device_facts(core, "CPU")}
         properties = compile_properties(DeviceSettings(), "CPU", facts)
-        if convolves_linears(DeviceSettings(), facts):
-            linears_to_convolutions(model)
+        rewrite_for(model, DeviceSettings(), facts)
         compiled = core.compile_model(model, "CPU", properties)
     running, unknown = running_layers(compiled.get_runtime_model(), layers)
     return Coverage(

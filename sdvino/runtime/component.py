@@ -12,18 +12,17 @@ import openvino as ov
 from numpy.typing import NDArray
 
 from sdvino.errors import DeviceError, ModelFolderError, SdvinoError
-from sdvino.graph.linears import linears_to_convolutions
 from sdvino.runtime.cache import CompiledCache, default_cache_dir, graph_key
 from sdvino.runtime.core import device_facts, shared_core, short_reason
 from sdvino.runtime.mapped import pages_dropped
 from sdvino.runtime.properties import (
     compile_properties,
-    convolves_linears,
     hardware_of,
     normalize_device,
     precision_in,
 )
 from sdvino.runtime.remote import DeviceArray
+from sdvino.runtime.rewrites import rewrite_for
 from sdvino.settings import DeviceSettings
 
 Array = NDArray[Any]
@@ -310,8 +309,7 @@ class Component:
         self._hardware = tuple(facts)
         self._precision = precision_in(properties)
         model = self._read(core)
-        if convolves_linears(self.settings, facts):
-            linears_to_convolutions(model)
+        rewrite_for(model, self.settings, facts)
         weights = self.xml_path.with_suffix(".bin")
 
         def compile_model(cache_dir: Path | None) -> ov.CompiledModel:
