@@ -144,6 +144,9 @@ class Components:
         if plan.streams > 1:
             given = 1 if settings.num_streams is None else settings.num_streams
             settings = replace(settings, num_streams=max(plan.streams, given))
+        if plan.pieces > 1 and settings.linear_kernel is None:
+            # Convolutions' weights take twice as long to pack, here at every step.
+            settings = replace(settings, linear_kernel="matmul")
         return self._get(
             name,
             (size, plan.graph),

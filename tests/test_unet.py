@@ -53,7 +53,7 @@ def test_every_guidance_mode_gives_the_picture(
     latents, evaluations = run(pipe, guidance_mode=mode)
     assert evaluations == 8
     # 8-bit activations may round the other way where kernels for other shapes sum differently.
-    assert error(latents, exact) < (1e-6 if mode == "sequential" else 0.02)
+    assert error(latents, exact) < (1e-6 if mode == "sequential" else 0.03)
 
 
 @pytest.mark.parametrize("mode", ["sequential", "batch"])
@@ -105,13 +105,20 @@ def test_the_tiny_decoder_draws_about_the_same(pipe: StableDiffusionPipeline) ->
     assert np.abs(np.asarray(pil) / 255 - tiny[0]).max() < 0.01
 
 
-def test_pieces_in_turn_give_the_same_picture(pipe: StableDiffusionPipeline) -> None:
+def test_pieces_in_turn_give_the_same_picture() -> None:
     lean = StableDiffusionPipeline.from_pretrained(settings=RunSettings(low_memory=True))
     latents, evaluations = run(lean, num_inference_steps=1)
-    plain, _ = run(pipe, num_inference_steps=1)
+    # Pieces run linear layers as products: they are packed at every step, and those sooner.
+    settings = RunSettings(default=DeviceSettings(linear_kernel="matmul"))
+    plain, _ = run(
+        StableDiffusionPipeline.from_pretrained(settings=settings), num_inference_steps=1
+    )
     assert evaluations == 2
     assert error(latents, plain) < 1e-5
-    assert not any(part.loaded for _, part in lean.components._loaded.values())
+    parts = {name: part for name, (_, part) in lean.components._loaded.items()}
+    assert not any(part.loaded for part in parts.values())
+    kernels = {part.settings.linear_kernel for name, part in parts.items() if "unet." in name}
+    assert kernels == {"matmul"}
     with pytest.raises(RequestError, match="caching"):
         run(lean, speed=SpeedSettings(cache_interval=2))
 

@@ -28,7 +28,7 @@ def cpu_library() -> Path:
 SCRIPT = """
 import json, sys
 import numpy as np
-from sdvino import StableDiffusionPipeline
+from sdvino import DeviceSettings, RunSettings, StableDiffusionPipeline
 from sdvino.cli.main import main
 library, picture = sys.argv[1:]
 options = ["--device", "XCPU", "--steps", "1", "--seed", "5", "-q", "-o", picture]
@@ -37,8 +37,14 @@ status = main(words)
 pipe = StableDiffusionPipeline.from_pretrained(device="XCPU", plugins={"XCPU": library})
 arguments = {"num_inference_steps": 1, "seed": 5, "output_type": "latent"}
 mine = pipe("a red circle", **arguments).images
-own = StableDiffusionPipeline.from_pretrained(device="CPU")("a red circle", **arguments).images
-said = {"status": status, "difference": float(np.abs(mine - own).max())}
+# A device that nothing is known of runs linear layers as the graph has them; one that the first
+# use finds slower is left for the CPU, which may run them otherwise.
+differences = []
+for kernel in ("matmul", "convolution"):
+    settings = RunSettings(default=DeviceSettings(linear_kernel=kernel))
+    own = StableDiffusionPipeline.from_pretrained(settings=settings)
+    differences.append(float(np.abs(mine - own("a red circle", **arguments).images).max()))
+said = {"status": status, "difference": min(differences)}
 said["device"] = pipe.components.unet(16, 16).compiled.get_property("EXECUTION_DEVICES")
 print("\\n" + json.dumps(said, default=str))
 """
