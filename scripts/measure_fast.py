@@ -4,8 +4,9 @@
 
 Every variant draws the same held-out prompts with the same seeds as the exact pipeline. How often
 it draws what was asked for is judged by scripts/evaluate_demo.py, the change from the exact one by
-pairs; PSNR says how near each picture is to its exact twin, seconds how long it took. With --work
-a run that was stopped goes on where it was.
+pairs; PSNR says how near each picture is to its exact twin. Seconds are taken afterwards, of all
+variants in turn, so that they want a quiet machine for a few minutes only. With --work a run that
+was stopped goes on where it was.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -83,7 +84,6 @@ class Drawn:
 
     index: int
     psnr: float
-    seconds: float
     evaluations: float
 
 
@@ -128,7 +128,6 @@ class Artist:
             guidance_scale=self._guidance,
             speed=self._variant.speed,
         )
-        seconds = (out.timings.denoise + out.timings.decode) / len(prompts)
         evaluations = out.timings.unet_evaluations / len(prompts)
         lines = []
         for i, picture in enumerate(out.images, seed):
@@ -138,7 +137,7 @@ class Artist:
                 save_picture(picture, twin, out.settings[i - seed], overwrite=True)
             with Image.open(twin) as exact:
                 near = psnr(picture, exact)
-            lines.append(json.dumps(asdict(Drawn(i, near, seconds, evaluations))) + "\n")
+            lines.append(json.dumps(asdict(Drawn(i, near, evaluations))) + "\n")
         with self.record.open("a", encoding="utf-8") as file:
             file.writelines(lines)
         return list(out.images)
@@ -147,9 +146,29 @@ class Artist:
         """Return what was kept of the first ``count`` pictures, in this run and those before."""
         found: dict[int, Drawn] = {}
         for line in self.record.read_text(encoding="utf-8").splitlines():
-            one = Drawn(**json.loads(line))
-            found[one.index] = one
+            kept = json.loads(line)
+            found[kept["index"]] = Drawn(kept["index"], kept["psnr"], kept["evaluations"])
         return [found[i] for i in range(count)]
+
+
+def time_variants(
+    folder: Path, variants: Sequence[Variant], tasks: Sequence[Task], options: argparse.Namespace
+) -> list[float]:
+    """Return each variant's seconds a picture, loading left out: medians, all of them in turn."""
+    pipes = [StableDiffusionPipeline.from_pretrained(folder) for _ in variants]
+    prompts = [task.prompt.text for task in tasks[: options.batch]]
+    found: list[list[float]] = [[] for _ in variants]
+    for _ in range(1 + options.rounds):  # the first round loads
+        for pipe, variant, seconds in zip(pipes, variants, found, strict=True):
+            out = pipe(
+                prompts,
+                seed=0,
+                num_inference_steps=options.steps,
+                guidance_scale=options.guidance_scale,
+                speed=variant.speed,
+            )
+            seconds.append((out.timings.denoise + out.timings.decode) / len(prompts))
+    return [float(np.median(seconds[1:])) for seconds in found]
 
 
 def measure(
@@ -179,12 +198,14 @@ def measure(
                 wilson(int(right.sum()), len(right)),
                 None if exact is None else paired_difference(column(exact, "right"), right),
                 float(np.median([one.psnr for one in drawn])),
-                float(np.median([one.seconds for one in drawn])),
+                math.nan,
                 float(np.mean([one.evaluations for one in drawn])),
             )
         )
         exact = verdicts if exact is None else exact
-    return results
+    print("times", file=sys.stderr, flush=True)
+    times = time_variants(folder, variants, tasks, options)
+    return [replace(one, seconds=time) for one, time in zip(results, times, strict=True)]
 
 
 def table(results: Sequence[Result]) -> str:
@@ -224,8 +245,8 @@ Nothing of this is on unless asked for, and a picture carries what it was made w
 
 Measured on the bundled demo model, {options.prompts} held-out prompts, {options.steps} steps,
 guidance {options.guidance_scale:g}, with the intervals that hold 95 %. A change is counted by pairs
-of one prompt and seed. Seconds are of this small model on one machine ({_machine()}), where the
-UNet is cheap: what is saved grows with model and picture.
+of one prompt and seed. Seconds, of {options.rounds} rounds in turn, are of this small model on one
+machine ({_machine()}), where the UNet is cheap: what is saved grows with model and picture.
 
 {table(results)}
 
@@ -271,6 +292,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance-scale", type=float, default=evaluate_demo.GUIDANCE_SCALE)
     parser.add_argument("--batch", type=int, default=8, help="pictures drawn in one call")
+    parser.add_argument("--rounds", type=int, default=5, help="of the times")
     parser.add_argument("--only", action="append", help="a variant, such as --only=--fast")
     parser.add_argument("--work", type=Path, help="keep what was measured here and go on from it")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "fast.md")

@@ -216,10 +216,10 @@ def check_choice(what: str, value: str | None, known: tuple[str, ...]) -> None:
         raise RequestError(f"Unknown {what} {value!r}; choose one of: {', '.join(known)}.")
 
 
-#: What ``--fast`` asks for; docs/fast.md holds what it costs.
+#: What ``--fast`` asks for; docs/fast.md holds what it costs. The tiny decoder is no part of it: it
+#: costs more than all of the others.
 FAST = SpeedSettings(
     guidance_interval=(0.0, 0.8),
     token_downsampling=2,
     cache_interval=2,
-    tiny_vae=None,
 )

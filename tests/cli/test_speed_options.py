@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from sdvino.cli.main import main
-from sdvino.cli.speed_options import parse_size
+from sdvino.cli.speed_options import MEASURED, parse_size
 from sdvino.errors import RequestError
+from tests.conftest import ROOT
 
 
 @pytest.mark.parametrize(
@@ -44,3 +47,20 @@ def test_wrong_options_end_with_a_sentence(
     message = capfd.readouterr().err
     assert len(message.strip().splitlines()) == 1
     assert "Traceback" not in message
+
+
+def test_what_help_says_of_a_cost_is_what_was_measured() -> None:
+    found = json.loads((ROOT / "docs" / "fast.json").read_text(encoding="utf-8"))["results"]
+    exact, *others = found
+    measured = {one["variant"]["options"]: one for one in others}
+    for option, (faster, points) in MEASURED.items():
+        one = measured[option]
+        assert faster == round(exact["seconds"] / one["seconds"], 1)
+        assert points == round(100 * one["change"]["value"], 1)
+
+
+def test_every_approximation_says_its_cost(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "--help"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.count("x as fast") == len(MEASURED)
+    assert "The demo model with 0 0.8:" in said
