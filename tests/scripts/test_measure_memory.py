@@ -52,4 +52,5 @@ def test_a_picture_of_the_demo_is_measured(tmp_path: Path) -> None:
         assert all(0 < phase.rest <= phase.peak < 10**9 for phase in phases)
         assert result["plan"]["pieces"] == (1 if case == "normal" else 8)
         pictures.append(result["picture"])
-    assert pictures[0] == pictures[1]
+    # Pieces run linear layers as products, which may round 8-bit numbers the other way.
+    assert pictures[0] == pytest.approx(pictures[1], rel=1e-3)
