@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -25,7 +25,7 @@ from sdvino.errors import RequestError, SdvinoError
 from sdvino.model_folder import ModelFolder
 from sdvino.runtime.core import device_facts, shared_core
 from sdvino.runtime.rewrites import rewrite_for
-from sdvino.settings import DeviceSettings
+from sdvino.settings import DeviceSettings, LinearKernel
 from sdvino.unet import UnetPlan, prepare_unet, unet_shapes
 
 PROPERTIES = {
@@ -47,7 +47,9 @@ class Counter:
     milliseconds: float
 
 
-def prepared(folder: ModelFolder, component: str, side: int) -> ov.Model:
+def prepared(
+    folder: ModelFolder, component: str, side: int, linear_kernel: LinearKernel | None = None
+) -> ov.Model:
     """Return ``component`` at the shapes, and with the rewrites, that sdvino gives it."""
     if component not in folder.components:
         raise RequestError(
@@ -59,7 +61,8 @@ def prepared(folder: ModelFolder, component: str, side: int) -> ov.Model:
         prepare_unet(model, unet_shapes(folder, latents, latents), UnetPlan(), None)
     else:
         fix_shapes(folder, component, model, latents, latents)
-    rewrite_for(model, DeviceSettings(), {"CPU": device_facts(shared_core(), "CPU")})
+    settings = DeviceSettings(linear_kernel=linear_kernel)
+    rewrite_for(model, settings, {"CPU": device_facts(shared_core(), "CPU")})
     return model
 
 
@@ -114,12 +117,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--component", default="unet")
     parser.add_argument("--size", type=int, help="the picture's side; default: the model's own")
     parser.add_argument("--evaluations", type=int, default=2)
+    parser.add_argument("--linear-kernel", choices=get_args(LinearKernel), help="default: sdvino's")
     parser.add_argument("--layers", type=int, default=0, help="so many of the slowest layers too")
     options: Any = parser.parse_args(arguments)
     try:
         folder = ModelFolder.open(options.folder)
         side = folder.height if options.size is None else options.size
-        counters = profile(prepared(folder, options.component, side), max(1, options.evaluations))
+        model = prepared(folder, options.component, side, options.linear_kernel)
+        counters = profile(model, max(1, options.evaluations))
     except SdvinoError as error:
         print(f"profile_model: {error}", file=sys.stderr)
         return error.exit_code
