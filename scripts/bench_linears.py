@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import openvino as ov
+from bench_limit import best_seconds
 from openvino import opset13 as ops
 
 from sdvino.graph.linears import linears_to_convolutions
@@ -47,7 +47,7 @@ def layer(tokens: int, inputs: int, outputs: int, *, eight_bit: bool) -> ov.Mode
     source: Any = x
     weights: Any
     if eight_bit:
-        source = ops.fake_quantize(x, *map(np.float32, (-4, 4, -4, 4)), 256)
+        source = ops.fake_quantize(x, *map(np.float32, (-1, 1, -1, 1)), 256)
         numbers = generator.integers(-63, 64, (outputs, inputs)).astype(np.int8)
         scales = np.full((outputs, 1), 1e-3, np.float32)
         weights = ops.multiply(ops.convert(ops.constant(numbers), "f32"), ops.constant(scales))
@@ -58,25 +58,6 @@ def layer(tokens: int, inputs: int, outputs: int, *, eight_bit: bool) -> ov.Mode
     return ov.Model([ops.result(result)], [x], "linear")
 
 
-def best_of(model: ov.Model, seconds: float, threads: int | None) -> float:
-    """Return the least seconds of one run on the CPU, of runs for so many ``seconds``."""
-    properties: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
-    if threads is not None:
-        properties["INFERENCE_NUM_THREADS"] = threads
-    request = ov.Core().compile_model(model, "CPU", properties).create_infer_request()
-    shape = tuple(request.get_input_tensor().get_shape())
-    values = np.random.default_rng(1).standard_normal(shape).astype(np.float32)
-    request.set_input_tensor(ov.Tensor(values))
-    request.infer()
-    times: list[float] = []
-    until = time.perf_counter() + seconds
-    while not times or time.perf_counter() < until:
-        started = time.perf_counter()
-        request.infer()
-        times.append(time.perf_counter() - started)
-    return min(times)
-
-
 def measure(
     shape: tuple[int, int, int], seconds: float = 1.0, threads: int | None = None
 ) -> tuple[float, float, float]:
@@ -85,7 +66,7 @@ def measure(
     if linears_to_convolutions(models[2]) != 1:
         raise AssertionError("the layer was not rewritten")
     operations = 2 * float(np.prod(shape))
-    plain, eight, convolved = (operations / best_of(m, seconds, threads) for m in models)
+    plain, eight, convolved = (operations / best_seconds(m, seconds, threads) for m in models)
     return plain, eight, convolved
 
 
