@@ -20,7 +20,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -174,9 +174,8 @@ def time_variants(
 def measure(
     folder: Path, variants: Sequence[Variant], tasks: Sequence[Task], options: argparse.Namespace
 ) -> list[Result]:
-    """Draw and judge every task in every variant, the exact one first."""
-    results: list[Result] = []
-    exact: Verdicts | None = None
+    """Draw and judge every task in every variant, the exact one first; then take the times."""
+    judged: list[tuple[Verdicts, list[Drawn]]] = []
     for variant in variants:
         print(f"{variant.name} {variant.options}", file=sys.stderr, flush=True)
         artist = Artist(folder, variant, options.steps, options.guidance_scale, options.work)
@@ -190,22 +189,24 @@ def measure(
         verdicts = evaluate_demo.evaluate(
             artist, tasks, options.batch, artist.record.with_suffix(".verdicts"), key
         )
+        judged.append((verdicts, artist.drawn(len(tasks))))
+    print("times", file=sys.stderr, flush=True)
+    times = time_variants(folder, variants, tasks, options)
+    exact = column(judged[0][0], "right")
+    results = []
+    for variant, (verdicts, drawn), seconds in zip(variants, judged, times, strict=True):
         right = column(verdicts, "right")
-        drawn = artist.drawn(len(tasks))
         results.append(
             Result(
                 variant,
                 wilson(int(right.sum()), len(right)),
-                None if exact is None else paired_difference(column(exact, "right"), right),
+                None if variant == EXACT else paired_difference(exact, right),
                 float(np.median([one.psnr for one in drawn])),
-                math.nan,
+                seconds,
                 float(np.mean([one.evaluations for one in drawn])),
             )
         )
-        exact = verdicts if exact is None else exact
-    print("times", file=sys.stderr, flush=True)
-    times = time_variants(folder, variants, tasks, options)
-    return [replace(one, seconds=time) for one, time in zip(results, times, strict=True)]
+    return results
 
 
 def table(results: Sequence[Result]) -> str:

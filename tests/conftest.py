@@ -11,6 +11,10 @@ from pathlib import Path
 import hypothesis
 import pytest
 
+# NNCF and OpenVINO's converter would fork this process, by then large, to report each call to their
+# makers: sdvino's own workers do without too.
+sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
+
 # How fast a machine is that does other work besides says nothing about the code.
 hypothesis.settings.register_profile(
     "any machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
