@@ -254,6 +254,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if not Path("/proc/self/status").exists():
         parser.error("memory is read from /proc, which this system does not have; use Linux")
+    if options.output is not None:
+        options.output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="bench-", dir=options.scratch) as scratch:
         recipes = options.recipes.split(",")
         runs = run_all(

@@ -20,8 +20,11 @@ from pathlib import Path
 
 from _environment import ROOT, SetupError, ensure_environment
 
-#: Files of tests/convert that train, or run other runtimes: nearly half of its time.
-WHOLE = tuple(f"tests/convert/test_{name}.py" for name in ("interop", "distilling", "passes"))
+#: Files of tests/convert that train, or that share models in miniature: nearly half of its time.
+WHOLE = tuple(
+    f"tests/convert/test_{name}.py"
+    for name in ("interop", "quantized_families", "distilling", "passes")
+)
 #: Name -> what Python is given; what takes longest first. torch's training and OpenVINO do not
 #: share a process well, so that each group has one of its own.
 GROUPS: dict[str, tuple[str, ...]] = {

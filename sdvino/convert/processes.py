@@ -143,8 +143,7 @@ def _how_it_died(steps: Sequence[Step], status: int, log: Path) -> str:
 
 def _environment(steps: Sequence[Step]) -> dict[str, str]:
     """Return an environment in which a worker finds this very sdvino, and gives memory back."""
-    trains = any(step.kind == "pass" and step.component.endswith("-distill") for step in steps)
-    malloc = _MALLOC_OF_TRAINING if trains else _MALLOC
+    malloc = _MALLOC_OF_TRAINING if any(step.trains for step in steps) else _MALLOC
     package = str(Path(sdvino.__file__).resolve().parent.parent)
     known = os.environ.get("PYTHONPATH")
     path = package if not known else f"{package}{os.pathsep}{known}"

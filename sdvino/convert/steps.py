@@ -29,6 +29,11 @@ class Step:
         """Return what the step is called: on the command line, in state.json and in progress."""
         return f"{self.kind} {self.component}" if self.component else self.kind
 
+    @property
+    def trains(self) -> bool:
+        """Whether the step is one of training."""
+        return self.kind == "pass" and self.component.endswith("-distill")
+
     @classmethod
     def parse(cls, name: str) -> Step:
         """Return the step called ``name``, without its size."""
@@ -42,7 +47,7 @@ class Step:
 def group(steps: Sequence[Step]) -> Iterator[list[Step]]:
     """Give the steps in order, those together that one process does.
 
-    Small exports share a process, and so do small compressions; anything large is alone.
+    Small passes and exports share a process, and so do small compressions; anything large is alone.
     """
     batch: list[Step] = []
     for step in steps:
@@ -56,10 +61,13 @@ def group(steps: Sequence[Step]) -> Iterator[list[Step]]:
 
 
 def _family(step: Step) -> str:
-    """Return which libraries a step loads: the frame's are among the export's."""
-    if step.kind == "gather":
-        return "pass"
-    return "export" if step.kind == "frame" else step.kind
+    """Return which libraries a step loads, and how its process keeps memory: training, all of it.
+
+    The frame's libraries are among the export's, which are those of passes.
+    """
+    if step.trains:
+        return "train"
+    return "torch" if step.kind in ("frame", "gather", "pass", "export") else step.kind
 
 
 #: Called with the name of a step and the share of it done, 0 to 1.

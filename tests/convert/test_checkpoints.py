@@ -191,8 +191,6 @@ def test_the_converted_file_draws_what_diffusers_draws(
 ) -> None:
     import torch
 
-    if arch == "sdxl":
-        pytest.importorskip("sdvino.pipeline_kinds", reason="the runtime knows one text encoder")
     checkpoint = checkpoints[arch]
     tokenizer = checkpoint.folder / "tokenizer"
     folder = convert(checkpoint.file, tmp_path / "model", recipe="fp16", tokenizer=tokenizer)

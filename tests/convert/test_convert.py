@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ import pytest
 from sdvino.compress.recipes import RECIPES as EVERY_RECIPE
 from sdvino.compress.recipes import get_recipe
 from sdvino.convert.api import convert
+from sdvino.convert.state import work_path
 from sdvino.errors import Cancelled, SdvinoError
 from sdvino.model_folder import ModelFolder
 
@@ -58,15 +60,28 @@ def converted(
     command: tuple[Path, subprocess.CompletedProcess[str]],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[str, ModelFolder]:
-    """The same weights by every recipe."""
+    """The same weights by every recipe, each going on from the same exports and inputs."""
     base = tmp_path_factory.mktemp("converted")
     prompts = ("a red circle", "a green star above a blue ring")
-    rest: dict[str, ModelFolder] = {
-        recipe: convert(synthetic, base / recipe, recipe=recipe, prompts=prompts)
-        for recipe in RECIPES
-        if recipe != "fp16"
-    }
-    return {"fp16": ModelFolder.open(command[0]), **rest}
+
+    def stop_after_calibration(what: str, share: float) -> None:
+        if what.startswith("compress"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(Cancelled):
+        convert(
+            synthetic,
+            base / "begun",
+            recipe="int8",
+            prompts=prompts,
+            progress=stop_after_calibration,
+        )
+    folders = {"fp16": ModelFolder.open(command[0])}
+    for recipe in RECIPES:
+        if recipe not in folders:
+            shutil.copytree(work_path(base / "begun"), work_path(base / recipe))
+            folders[recipe] = convert(synthetic, base / recipe, recipe=recipe, prompts=prompts)
+    return folders
 
 
 def compiled(

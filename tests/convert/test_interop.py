@@ -162,7 +162,7 @@ PAIRS = (
         *((SD1, name) for name in ("fp16", "int8-weights", "int8-hybrid", "int8", "int4-weights")),
         (SDXL, "int8"),
         (SD2, "int8-weights"),
-        (LCM, "int8-weights"),
+        (LCM, "int8"),
     ]
 )
 #: dB. Random weights give rounding more room than trained ones. OpenVINO may round activations

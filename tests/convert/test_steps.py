@@ -64,6 +64,17 @@ def test_a_large_component_has_a_process_of_its_own() -> None:
     ]
 
 
+def test_small_passes_and_exports_share_a_process_but_not_with_training() -> None:
+    passes = [Step("pass", name, 15 * MEGABYTE) for name in ("1-prune", "2-distill", "3-low_rank")]
+    steps = [Step("frame"), Step("gather"), *passes, Step("export", "unet", 15 * MEGABYTE)]
+    names = [[step.name for step in batch] for batch in group(steps)]
+    assert names == [
+        ["frame", "gather", "pass 1-prune"],
+        ["pass 2-distill"],
+        ["pass 3-low_rank", "export unet"],
+    ]
+
+
 def test_a_step_is_found_by_its_name() -> None:
     for step in steps_like_sd15():
         found = Step.parse(step.name)
