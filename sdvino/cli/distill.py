@@ -61,7 +61,11 @@ _BETWEEN_LINES = 30.0
     " metadata.jsonl.",
 )
 @click.option("--iterations", type=int, help="Updates of the student.  [default: 1000]")
-@click.option("--minutes", type=float, help="Time to train for, instead of --iterations.")
+@click.option(
+    "--minutes",
+    type=float,
+    help="Time to train for, instead of --iterations; the teacher draws before that.",
+)
 @click.option("--batch", type=int, help="Of an update.  [default: 16]")
 @click.option("--learning-rate", type=float, help="At its highest.  [default: 0.0003]")
 @click.option("--ema", type=float, help="Decay of the weights' average; 0: none. [default: 0.99]")
