@@ -18,6 +18,7 @@ from sdvino.graph.segments import (
     cut_at_skip,
     cut_by_weight,
     keep_segment,
+    names_in_pool,
     segment_count,
 )
 from sdvino.graph.shapes import reshape_static
@@ -217,7 +218,7 @@ class Unet:
         segment = self._segments[number]
         if number not in self._inputs:
             self._inputs[number] = list(segment.input_names)
-        wanted = [next(n for n in sorted(names) if n in pools[0]) for names in self._inputs[number]]
+        wanted = names_in_pool(self._inputs[number], pools[0])
         results = segment.infer_each(
             [{name: pool[name] for name in wanted} for pool in pools],
             together=self.plan.streams > 1,

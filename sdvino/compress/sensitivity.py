@@ -17,7 +17,7 @@ from sdvino.compress.float_layers import compressed_layers, group_layers, operat
 from sdvino.compress.ir import read_ir
 from sdvino.compress.similarity import relative_error
 from sdvino.errors import SdvinoError
-from sdvino.graph.segments import cut_by_weight, keep_segment, segment_count
+from sdvino.graph.segments import cut_by_weight, keep_segment, names_in_pool, segment_count
 from sdvino.graph.walk import freeze_shapes
 from sdvino.runtime.memory_plan import LOW_MEMORY_PIECES
 
@@ -139,7 +139,7 @@ def _run_in_pieces(
         piece = model.clone()
         keep_segment(piece, cut_by_weight(piece, pieces), number)
         run = ov.Core().compile_model(piece, "CPU", _EXACT)
-        wanted = [next(n for n in sorted(port.get_names()) if n in pools[0]) for port in run.inputs]
+        wanted = names_in_pool((port.get_names() for port in run.inputs), pools[0])
         for pool in pools:
             results = run({name: pool[name] for name in wanted})
             for port in run.outputs:

@@ -105,6 +105,11 @@ def keep_segment(model: ov.Model, segments: Segments, number: int) -> None:
     model.validate_nodes_and_infer_types()
 
 
+def names_in_pool(inputs: Iterable[Iterable[str]], pool: Mapping[str, object]) -> list[str]:
+    """Return for each input of a segment, given by all its names, the one that ``pool`` knows."""
+    return [next(name for name in sorted(names) if name in pool) for names in inputs]
+
+
 def segment_count(segments: Segments) -> int:
     """Return how many segments there are."""
     return max(segments.values()) + 1
