@@ -282,7 +282,7 @@ def test_killed_at_any_moment_it_continues_to_the_same_model(
     words += ["--recipe", "int8-weights", "--no-gate"]
     rng = random.Random(7)
     said = []
-    for _ in range(12):
+    for _ in range(8):
         running = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         try:
             _, stderr = running.communicate(timeout=rng.uniform(0.2, 8.0))
