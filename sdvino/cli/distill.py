@@ -152,6 +152,7 @@ def summary(found: DistilledFolder) -> str:
     ]
     if (found.path / "loss.png").is_file():
         lines.append(f"  curves: {found.path / 'loss.png'}")
+    lines.append(f"Make it ready to draw: sdvino convert {found.path} FOLDER --recipe int8")
     return "\n".join(lines)
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
 from sdvino.errors import SdvinoError
@@ -83,7 +83,8 @@ def search(
 
     Each axis is decided by successive halving: a run of each candidate, two more of the faster half
     and so on. When ``time_left()`` seconds do not hold another measurement, or at Ctrl-C, what is
-    best by then stands. ``report`` is called after each candidate's runs.
+    best by then stands; what never ran faster than ``start`` did gives way to it. ``report`` is
+    called after each candidate's runs.
     """
     best = start
     clock = _Clock(time_left)
@@ -107,10 +108,15 @@ def search(
         trials.extend(entry.trial(entry is winner) for entry in entries if entry.tried)
         if stopped:
             break
+    default_seconds, seconds = _fastest(trials, default), _fastest(trials, best)
+    if default is not None and best != default and _beats(default_seconds, seconds):
+        # An axis was decided while other programs slowed down what had won before it.
+        best, seconds = default, default_seconds
+        trials = [replace(one, chosen=one.candidate.settings == default) for one in trials]
     return Found(
         settings=best,
-        default_seconds=_fastest(trials, default),
-        seconds=_fastest(trials, best),
+        default_seconds=default_seconds,
+        seconds=seconds,
         trials=tuple(trials),
         complete=not stopped,
         interrupted=interrupted,
@@ -120,6 +126,10 @@ def search(
 def _fastest(trials: Sequence[Trial[S]], settings: S | None) -> float | None:
     able = [trial for trial in trials if trial.problem is None and trial.seconds]
     return min((trial.best for trial in able if trial.candidate.settings == settings), default=None)
+
+
+def _beats(one: float | None, other: float | None) -> bool:
+    return one is not None and other is not None and one <= other
 
 
 class _Clock:

@@ -125,6 +125,7 @@ def test_the_command_teaches_a_smaller_student(
     assert main(arguments) == 0
     printed = capsys.readouterr()
     assert "recover: 3 iterations of 1" in printed.out
+    assert f"sdvino convert {tmp_path / 'out'} FOLDER" in printed.out
     assert "sdvino: training: 100%" in printed.err
     out = DiffusersFolder.open(tmp_path / "out")
     assert Structure.read(out.folder("unet")) == structure

@@ -78,6 +78,20 @@ def test_a_gain_within_the_noise_changes_nothing() -> None:
     assert found.seconds == found.default_seconds == 1.0
 
 
+def test_what_won_while_others_were_slowed_down_gives_way_to_the_defaults() -> None:
+    machine = Machine({"default": 1.0, "a": 1.2, "b": 1.4})
+
+    def measure(settings: Settings) -> float:
+        busy = ("b",) in machine.measured and settings == ("default",)
+        return machine.measure(settings) * (1.5 if busy else 1.0)
+
+    axes = (axis("first", "b"), axis("second", "a"))
+    found = search(("default",), axes, measure, time_left=machine.left(1e6))
+    assert found.settings == ("default",)
+    assert found.seconds == found.default_seconds == 1.0
+    assert {trial.candidate.settings for trial in found.trials if trial.chosen} == {("default",)}
+
+
 def test_what_cannot_be_run_is_left_out_and_said() -> None:
     machine = Machine({"default": 2.0, "a": 1.0, "gpu": 0.1})
 
