@@ -17,7 +17,7 @@ import openvino as ov
 
 from sdvino.compress.component_recipe import DEFAULT_BUDGET, ComponentRecipe
 from sdvino.compress.float_layers import group_layers
-from sdvino.compress.fragile import float_nodes
+from sdvino.compress.fragile import float_nodes, fragile_nodes
 from sdvino.compress.layers import embeddings, nodes_with_weights, operations
 from sdvino.compress.local_plan import (
     Candidate,
@@ -83,7 +83,8 @@ def quantize_local(
     """Return ``model`` quantized layer by layer as ``recipe`` (local) says, and the choices.
 
     Where the recipe has activations in 8 bits, they and the weights of layers of 8 bits are
-    quantized by NNCF for ``target``, one scale for a channel; other layers compute in float.
+    quantized by NNCF for ``target``, one scale for a channel; other layers compute in float, and so
+    do the fragile ones (`sdvino.compress.fragile`), whatever the bits of their weights.
     ``effects`` are what `measure` found before; None measures here. ``model`` is consumed. Raises
     RequestError for a budget that nothing can meet, and for layers that the model has not.
     """
@@ -92,6 +93,7 @@ def quantize_local(
         recipe, component, nodes_with_weights(model), embeddings(model), operations(model)
     )
     activations = recipe.quantizes_activations
+    in_float = fragile_nodes(component, nodes_with_weights(model)) if activations else ()
     plan = plan_local(
         component,
         model,
@@ -100,17 +102,21 @@ def quantize_local(
         bits=4 if recipe.bits is None else recipe.bits,
         groups=recipe.measured_groups,
         activations=activations,
+        in_float=in_float,
         ignored=ignored,
         effects=effects,
         progress=lambda share: show((0.5 if activations else 1.0) * share),
     )
-    model = apply_plan(model, plan, activations=activations)
+    integer = _in_integers(plan, in_float) if activations else ()
+    model = apply_plan(model, plan, left=integer)
     if activations:
+        others = [choice.facts.layer.name for choice in plan.layers]
+        kept = [*ignored, *(name for name in others if name not in set(integer))]
         model = quantize(
             component,
             model,
             samples,
-            recipe=_for_activations(recipe, plan, ignored),
+            recipe=_for_activations(recipe, kept),
             target=target,
             progress=lambda share: show(0.5 + 0.5 * share),
         )
@@ -118,18 +124,21 @@ def quantize_local(
     return model, plan
 
 
-def _for_activations(
-    recipe: ComponentRecipe, plan: LocalPlan, ignored: Sequence[str]
-) -> ComponentRecipe:
-    """Return how the layers that the plan has in 8 bits are quantized, and those alone."""
-    others = [
+def _in_integers(plan: LocalPlan, in_float: Collection[str]) -> list[str]:
+    """Return the layers that compute in 8 bits: of 8-bit weights, and not to be ``in_float``."""
+    names = [
         choice.facts.layer.name
         for choice in plan.layers
-        if choice.taken.coding is None or choice.taken.coding.bits != 8
+        if choice.taken.coding is not None and choice.taken.coding.bits == 8
     ]
+    return [name for name in names if name not in in_float]
+
+
+def _for_activations(recipe: ComponentRecipe, kept: Sequence[str]) -> ComponentRecipe:
+    """Return how what is to compute in 8 bits is quantized, without the layers ``kept``."""
     return ComponentRecipe(
         mode="int8",
-        float_layers=tuple(f"^{re.escape(name)}$" for name in (*ignored, *others)),
+        float_layers=tuple(f"^{re.escape(name)}$" for name in kept),
         float_residual_sources=recipe.float_residual_sources,
         smooth_quant_alpha=recipe.smooth_quant_alpha,
         quantize_attention=recipe.quantize_attention,
@@ -149,6 +158,7 @@ def plan_local(
     bits: int = 4,
     groups: int | None = None,
     activations: bool = False,
+    in_float: Collection[str] = (),
     ignored: Collection[str] = (),
     effects: Effects | None = None,
     progress: Progress = lambda share: None,
@@ -157,15 +167,17 @@ def plan_local(
 
     ``budget`` as in `sdvino.compress.local_plan.budget_bytes`; ``bits``: 8, or 4 for 8 and 4.
     ``samples`` and ``groups``: see `measure`, whose ``effects`` may be given instead. Without
-    effects every layer counts by the error of its weights alone. ``ignored`` names operations that
-    stay as they are. ``model`` is not changed. The same input gives the same plan. Raises
+    effects every layer counts by the error of its weights alone. ``activations``: layers of 8 bits
+    compute in integers, but for those ``in_float``. ``ignored`` names operations that stay as they
+    are. ``model`` is not changed. The same input gives the same plan. Raises
     RequestError for a budget that nothing can meet.
     """
     layers = weight_layers(model, ignored)
     nodes = find(model)
     facts = []
     for index, layer in enumerate(layers):
-        facts.append(_look(nodes[layer.name], layer, bits=bits, activations=activations))
+        integers = activations and layer.name not in in_float
+        facts.append(_look(nodes[layer.name], layer, bits=bits, activations=integers))
         progress(_LOOKING * (index + 1) / len(layers))
     fixed = weight_bytes(model) - sum(in_half(layer).bytes for layer in layers)
     choose(component, facts, budget, fixed=fixed)  # says so at once where nothing fits
@@ -242,15 +254,15 @@ def measure_effects(
     return effects_of(errors, rounded)
 
 
-def apply_plan(model: ov.Model, plan: LocalPlan, *, activations: bool = False) -> ov.Model:
+def apply_plan(model: ov.Model, plan: LocalPlan, *, left: Collection[str] = ()) -> ov.Model:
     """Write the weights of ``model`` as ``plan`` says, in place; returns it.
 
-    ``activations`` leaves layers of 8 bits as they are, for NNCF to quantize with what they read.
+    Layers named in ``left`` stay as they are, for NNCF to quantize with what they read.
     """
-    nodes = find(model)
+    nodes, left = find(model), frozenset(left)
     for choice in plan.layers:
         layer, coding = choice.facts.layer, choice.taken.coding
-        if coding is not None and not (activations and coding.bits == 8):
+        if coding is not None and layer.name not in left:
             put_encoded(nodes[layer.name], layer, coding)
     model.validate_nodes_and_infer_types()
     return model

@@ -11,6 +11,7 @@ from openvino import opset13 as ops
 
 from sdvino.compress.component_recipe import ComponentRecipe
 from sdvino.compress.folder import compress_component
+from sdvino.compress.fragile import is_fragile
 from sdvino.compress.local_plan import (
     Candidate,
     LayerFacts,
@@ -258,17 +259,19 @@ def test_the_same_weights_and_inputs_give_the_same_choice() -> None:
 
 def test_activations_of_eight_bit_layers() -> None:
     expected = nets.run(nets.attention_network(), SAMPLES[0])
-    recipe = ComponentRecipe(
-        mode="local", budget=0.5, activations=True, float_layers=("conv_in/", "conv_out/")
-    )
+    recipe = ComponentRecipe(mode="local", budget=0.5, activations=True, float_layers=("conv_in/",))
     plans: list[LocalPlan] = []
     model = compress_component(
         "unet", nets.attention_network(), recipe, SAMPLES, VNNI, planned=plans.append
     )
     found = dict(zip((c.facts.layer.name for c in plans[0].layers), bits_of(plans[0]), strict=True))
     inputs = {name: find(model)[name].input_value(0).get_node().get_type_name() for name in found}
-    assert {inputs[name] for name, bits in found.items() if bits == 8} == {"FakeQuantize"}
+    fragile = {name: bits for name, bits in found.items() if is_fragile("unet", name)}
+    assert fragile
+    sturdy = {name: bits for name, bits in found.items() if name not in fragile}
+    assert {inputs[name] for name, bits in sturdy.items() if bits == 8} == {"FakeQuantize"}
     assert "FakeQuantize" not in {inputs[name] for name, bits in found.items() if bits == 4}
+    assert "FakeQuantize" not in {inputs[name] for name in fragile}
     assert set(found.values()) == {4, 8}
     assert nets.error(model, expected, SAMPLES[0], exact=True) < 0.1
 
