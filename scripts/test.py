@@ -30,9 +30,9 @@ WHOLE = tuple(
 GROUPS: dict[str, tuple[str, ...]] = {
     "convert": ("tests/convert", *(f"--ignore={path}" for path in WHOLE)),
     "whole": WHOLE,
+    "others": ("tests", *(f"--ignore=tests/{n}" for n in ("convert", "compress", "scripts"))),
     "compress": ("tests/compress",),
     "scripts": ("tests/scripts",),
-    "others": ("tests", *(f"--ignore=tests/{n}" for n in ("convert", "compress", "scripts"))),
 }
 MOST_JOBS = 2
 
@@ -136,7 +136,7 @@ def main() -> int:
     pytest = ["-m", "pytest", "--durations=5", "-p", "no:cacheprovider"]
     selection = [*(["-m", "not slow"] if options.fast else []), *pytest_arguments]
     commands = [(name, [*pytest, *where, *selection]) for name, where in GROUPS.items()]
-    commands.insert(1, ("lint", ["scripts/lint.py"]))
+    commands.append(("lint", ["scripts/lint.py"]))
     runner = Runner(python, options.jobs)
     try:
         passed = runner.run(commands)
