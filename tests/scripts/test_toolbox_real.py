@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import toolbox_real
+from toolbox_goals import goals
 from toolbox_record import Findings
 from toolbox_report import report
 from toolbox_variants import VARIANTS
@@ -35,6 +36,19 @@ def test_a_quantization_is_told_by_its_bytes() -> None:
     real = {"what": "A small one", "machine": machine, "passes": {"local": entry}}
     page = report(Findings(real=real), VARIANTS, "the command")
     assert "| by layer | 10 min | 15 min | 8.0 GB |  |  | 30.0% |" in page
+
+
+@pytest.mark.parametrize(
+    ("peak", "left", "word"),
+    [(8e9, 0, "met"), (11e9, 0, "missed"), (8e9, 1, "not measured"), (11e9, 1, "missed")],
+)
+def test_no_memory_goal_is_met_before_every_pass_was_run(peak: float, left: int, word: str) -> None:
+    names = [*toolbox_real.PASSES, *toolbox_real.QUANTIZATIONS]
+    passes = {name: {"peak_bytes": peak} for name in names[left:]}
+    found = goals(Findings(real={"passes": passes}))
+    (goal,) = (goal for goal in found if "within 10 GB" in goal.asked)
+    assert goal.word == word
+    assert ("left: lean" in goal.found) == (word == "not measured")
 
 
 def test_what_fails_is_told_by_its_last_words(tmp_path: Path) -> None:
