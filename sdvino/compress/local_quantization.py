@@ -107,16 +107,15 @@ def quantize_local(
         effects=effects,
         progress=lambda share: show((0.5 if activations else 1.0) * share),
     )
-    integer = _in_integers(plan, in_float) if activations else ()
+    integer = _in_integers(plan, in_float) if activations else []
     model = apply_plan(model, plan, left=integer)
     if activations:
-        others = [choice.facts.layer.name for choice in plan.layers]
-        kept = [*ignored, *(name for name in others if name not in set(integer))]
+        floats = {choice.facts.layer.name for choice in plan.layers}.difference(integer)
         model = quantize(
             component,
             model,
             samples,
-            recipe=_for_activations(recipe, kept),
+            recipe=_for_activations(recipe, [*ignored, *sorted(floats)]),
             target=target,
             progress=lambda share: show(0.5 + 0.5 * share),
         )
@@ -126,12 +125,8 @@ def quantize_local(
 
 def _in_integers(plan: LocalPlan, in_float: Collection[str]) -> list[str]:
     """Return the layers that compute in 8 bits: of 8-bit weights, and not to be ``in_float``."""
-    names = [
-        choice.facts.layer.name
-        for choice in plan.layers
-        if choice.taken.coding is not None and choice.taken.coding.bits == 8
-    ]
-    return [name for name in names if name not in in_float]
+    eight = (c for c in plan.layers if c.taken.coding is not None and c.taken.coding.bits == 8)
+    return [choice.facts.layer.name for choice in eight if choice.facts.layer.name not in in_float]
 
 
 def _for_activations(recipe: ComponentRecipe, kept: Sequence[str]) -> ComponentRecipe:
@@ -169,8 +164,8 @@ def plan_local(
     ``samples`` and ``groups``: see `measure`, whose ``effects`` may be given instead. Without
     effects every layer counts by the error of its weights alone. ``activations``: layers of 8 bits
     compute in integers, but for those ``in_float``. ``ignored`` names operations that stay as they
-    are. ``model`` is not changed. The same input gives the same plan. Raises
-    RequestError for a budget that nothing can meet.
+    are. ``model`` is not changed. The same input gives the same plan. Raises RequestError for a
+    budget that nothing can meet.
     """
     layers = weight_layers(model, ignored)
     nodes = find(model)
