@@ -157,6 +157,7 @@ def test_a_sound_folder_passes(sound: tuple[Folders, Verdict]) -> None:
     assert {short_name(layer.name) for layer in verdict.sensitivity[0].layers} == set(LAYERS)
 
 
+@pytest.mark.slow
 def test_too_little_memory_is_judged_in_pieces(
     sound: tuple[Folders, Verdict], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -112,6 +112,7 @@ def test_a_model_runs_in_parts(tmp_path: Path) -> None:
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["int8", "int8-hybrid"])
 def test_quantizing_in_parts_is_quantizing_the_whole(recipe: str, tmp_path: Path) -> None:
     chosen = get_recipe(recipe).component("unet")
@@ -147,6 +148,7 @@ def test_quantizing_in_parts_is_quantizing_the_whole(recipe: str, tmp_path: Path
     assert second[-1] == 1.0
 
 
+@pytest.mark.slow
 def test_weights_come_from_the_file_that_is_mapped(tmp_path: Path) -> None:
     xml = tmp_path / "openvino_model.xml"
     ov.save_model(blocks(), xml, compress_to_fp16=True)

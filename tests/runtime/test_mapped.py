@@ -62,6 +62,7 @@ def test_dropped_pages_come_back_as_they_were(tmp_path: Path) -> None:
 
 
 @linux
+@pytest.mark.slow
 def test_pages_do_not_gather(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mapped, "GATHERED_BYTES", 8 * MB)
     path = tmp_path / "weights.bin"

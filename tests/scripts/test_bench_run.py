@@ -16,6 +16,7 @@ from bench_tables import COLD, EVALUATION, PEAK, PICTURE, WARM, fit_growth
 from sdvino.runtime.topology import read_cpu
 
 
+@pytest.mark.slow
 def test_sdvino_and_genai_side_by_side(
     shapes: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -71,6 +72,7 @@ def test_each_axis_varies_alone() -> None:
     assert "a pixel" not in describe("size", line)
 
 
+@pytest.mark.slow
 def test_growth_of_the_demo_model(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     command = ["--work", str(tmp_path), "--axes", "pictures", "--pictures", "1,3", "--at", "64,2"]
     assert bench_growth.main([*command, "--output", str(tmp_path / "docs")]) == 0

@@ -19,6 +19,7 @@ def without_seconds(text: str) -> str:
     return re.sub(r"\d+\.\d+ \(\d+\.\d+ x\)", "", text)
 
 
+@pytest.mark.slow
 def test_two_variants_are_measured_and_a_stopped_run_goes_on(tmp_path: Path) -> None:
     page = tmp_path / "fast.md"
     arguments = ["--prompts", "2", "--steps", "2", "--only=--tiny-vae", "--out", str(page)]

@@ -55,6 +55,7 @@ def distance(student: Any) -> float:
     return relative_error(outputs_of(student, samples()), outputs_of(teacher(), samples()))
 
 
+@pytest.mark.slow
 def test_a_student_that_lost_its_way_comes_back(tmp_path: Path) -> None:
     student = shaken(teacher())
     before = distance(student)
