@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from bench_cases import (
     CASES,
@@ -42,7 +42,7 @@ from bench_cases import (
 )
 from bench_limit import Peaks, count, describe, limit_of
 from bench_machine import ISAS, ROOT, Isa, about_machine, choose_isa, folder_bytes, installed_bytes
-from bench_prepare import PrepareError, Workshop, missing, prepare
+from bench_prepare import Exporter, PrepareError, Workshop, missing, prepare
 from bench_record import Entry, Journal, MeasureError, Progress, make_key, run_job, source_stamp
 from bench_report import Section, keep_sections, text_of, with_peers_of, write_documents
 from bench_tables import EVALUATION, Values, summarize
@@ -72,7 +72,7 @@ class Bench:
         self.runs = runs
         self.journal = Journal(shop.root / "journal.jsonl")
         self.machine = about_machine()
-        self.notes: dict[str, list[str]] = {case.name: [] for case in cases}
+        self.notes = {case.name: self._how_made(case) for case in cases}
         self.cases = [case for case in cases if self._takes_part(case)]
         self._own = source_stamp((ROOT / "sdvino").rglob("*.py"))
         self._sizes: dict[tuple[str, str], int] = {}
@@ -84,6 +84,12 @@ class Bench:
         if lacking:
             _say(f"{case.name} is left out: this sdvino has no option {', '.join(lacking)}.")
         return not lacking
+
+    def _how_made(self, case: Case) -> list[str]:
+        peers = [c.name for c in runs_of(case, self.contenders) if c.format == "weights8"]
+        if self.shop.exporter != "sdvino" or not peers:
+            return []
+        return [f"{' and '.join(peers)} ran 8-bit weights that sdvino's `int8-weights` made."]
 
     def missing(self) -> list[tuple[str, str]]:
         """Return what has to be made before measuring."""
@@ -266,6 +272,12 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--source", action="append", default=[], metavar="ARCH=FOLDER", help="instead of making it"
     )
+    made.add_argument(
+        "--exporter",
+        choices=get_args(Exporter),
+        default="optimum-intel",
+        help="who makes the peers' 8-bit weights; sdvino's take a fraction of the memory to make",
+    )
     made.add_argument("--no-limit", action="store_true", help="leave the machine's peaks out")
     made.add_argument("--fresh", action="store_true", help="forget what was measured before")
     made.add_argument("--output", type=Path, help="folder for performance.md, .json and .png")
@@ -286,7 +298,12 @@ def make_bench(options: argparse.Namespace) -> Bench:
         runs = 1 if options.quick else RUNS
     if runs < 1:
         raise ChoiceError(f"--runs is {runs}; give a whole number from 1 up.")
-    shop = Workshop(root=options.work, isa=isa.name, sources=read_sources(options.source))
+    shop = Workshop(
+        root=options.work,
+        isa=isa.name,
+        sources=read_sources(options.source),
+        exporter=options.exporter,
+    )
     if options.fresh:
         (options.work / "journal.jsonl").unlink(missing_ok=True)
     bench = Bench(shop, isa, cases, contenders, runs)

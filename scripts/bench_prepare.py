@@ -3,6 +3,7 @@
     WORK/sd15/source               random weights in the real architecture (make_synthetic.py)
     WORK/sd15/sdvino-avx512-vnni   sdvino convert --recipe int8, for one instruction set
     WORK/sd15/weights8             optimum-intel's export with 8-bit weights
+    WORK/sdxl/weights8-by-sdvino   the same by sdvino, where that export takes too much memory
     WORK/sd15/hybrid, .../full     optimum-intel's hybrid quantization, and of the whole UNet
 
 Speed does not depend on what the weights are, nor on what was calibrated on: two samples do. A
@@ -20,14 +21,14 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = Path(__file__).resolve().parent
-#: What optimum-intel makes; each is made from the same source.
-PEER_FORMATS = ("weights8", "hybrid", "full")
+#: Who makes the peers' 8-bit weights.
+Exporter = Literal["optimum-intel", "sdvino"]
 CALIBRATION_STEPS = 2
 TINY_VAE: dict[str, Any] = {"in_channels": 3, "out_channels": 3, "latent_channels": 4}
 
@@ -45,12 +46,21 @@ class Workshop:
     isa: str
     #: Diffusers folders that are there already, by architecture; read only.
     sources: Mapping[str, Path] = field(default_factory=dict)
+    exporter: Exporter = "optimum-intel"
+
+    def made_by_sdvino(self, format_: str) -> bool:
+        """Return whether sdvino converts to a format here."""
+        return format_ == "sdvino" or (format_ == "weights8" and self.exporter == "sdvino")
 
     def folder(self, arch: str, format_: str) -> Path:
         """Return where a folder is, or will be."""
         if format_ == "source" and arch in self.sources:
             return self.sources[arch]
-        return self.root / arch / (f"{format_}-{self.isa}" if format_ == "sdvino" else format_)
+        if format_ == "sdvino":
+            name = f"{format_}-{self.isa}"
+        else:
+            name = f"{format_}-by-sdvino" if self.made_by_sdvino(format_) else format_
+        return self.root / arch / name
 
 
 def missing(shop: Workshop, wanted: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
@@ -79,10 +89,12 @@ def make_commands(shop: Workshop, arch: str, format_: str, out: Path) -> list[li
     part = [python, str(SCRIPTS / "bench_prepare.py")]
     if format_ == "source":
         return [[python, str(SCRIPTS / "make_synthetic.py"), "--arch", arch, str(out)]]
-    if format_ in PEER_FORMATS:
+    if not shop.made_by_sdvino(format_):
         return [[*part, format_, source, str(out)]]
-    tiny, recipe = str(shop.root / "tiny-vae"), str(shop.root / "int8-quick.toml")
     convert = [python, "-m", "sdvino", "convert", source, str(out), "--no-gate"]
+    if format_ == "weights8":
+        return [[*convert, "--recipe", "int8-weights"]]
+    tiny, recipe = str(shop.root / "tiny-vae"), str(shop.root / "int8-quick.toml")
     return [
         [*part, "recipe", source, recipe],
         [*part, "tiny-vae", source, tiny],
@@ -99,7 +111,7 @@ def prepare(shop: Workshop, arch: str, format_: str) -> Path:
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    resumes = format_ == "sdvino"
+    resumes = shop.made_by_sdvino(format_)
     out = folder if resumes else folder.with_name(folder.name + ".part")
     if not resumes:
         shutil.rmtree(out, ignore_errors=True)

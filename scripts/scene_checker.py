@@ -213,6 +213,8 @@ def _read_shape(alpha: Floats, colour: str, left: float, top: float) -> Seen | N
     it does the bounding box.
     """
     area = float(alpha.sum())
+    if not area > 0:  # its pixels lie on the far side of the background from their own colour
+        return None
     x = float(alpha.sum(0) @ (np.arange(alpha.shape[1]) + 0.5)) / area
     y = float(alpha.sum(1) @ (np.arange(alpha.shape[0]) + 0.5)) / area
     best, found = MIN_OVERLAP, None

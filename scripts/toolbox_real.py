@@ -34,9 +34,11 @@ from sdvino.unet import unet_shapes
 Say = Callable[[str], None]
 
 SIDE = 512
-#: What is run; the first is the cut that is timed.
+#: The one of `PASSES` whose UNet is kept and timed.
+CUT = "lean"
+#: What is run, each by itself.
 PASSES: Mapping[str, tuple[str, str]] = {
-    "lean": ("as docs/lean.toml says", ""),
+    CUT: ("as docs/lean.toml says", ""),
     "heads": ("prune, a quarter of the heads", row("prune", method="heads", share=0.25)),
     "channels": ("prune, half the channels", row("prune", method="channels", share=0.5)),
     "blocks": ("prune, blocks of 30 %", row("prune", method="blocks", share=0.3)),
@@ -88,22 +90,16 @@ def measure_real(
     found.setdefault("side", SIDE)
     found["machine"] = machine(options.threads)
     passes = found.setdefault("passes", {})
-    for name, (what, rows) in PASSES.items():
-        if name not in passes:
+    for run, rows_of in ((_run_pass, PASSES), (_run_quantization, QUANTIZATIONS)):
+        for name, (what, rows) in rows_of.items():
+            if name in passes:
+                continue
             say(f"real: {what}")
-            passes[name] = {"what": what, **_run_pass(source, folder, name, rows)}
-            if name != "lean":  # what it made is not needed any more, and takes gigabytes
-                shutil.rmtree(folder / name, ignore_errors=True)
-            save()
-            say(f"real: {what}: {passes[name]['seconds']:.0f} s")
-    for name, (what, rows) in QUANTIZATIONS.items():
-        if name not in passes:
-            say(f"real: {what}")
-            passes[name] = {"what": what, **_run_quantization(source, folder, name, rows)}
+            passes[name] = {"what": what, **run(source, folder, name, rows)}
             save()
             say(f"real: {what}: {passes[name]['seconds']:.0f} s")
     if "times" not in found:
-        lean = folder / "lean"
+        lean = folder / CUT
         if not lean.is_dir():
             raise SdvinoError(f"{lean} is gone; delete the findings of `real`, and run it again.")
         models = {"int8": ("int8 alone", source), "lean-int8": ("int8 after the cut", lean)}
@@ -121,6 +117,8 @@ def _run_pass(source: Path, folder: Path, name: str, rows: str) -> dict[str, Any
     command += ["--json", str(folder / f"{name}.json")]
     taken = _watch(command, out, folder / f"{name}.log")
     told = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+    if name != CUT:  # what it made is not needed any more, and takes gigabytes
+        shutil.rmtree(out)
     first, last_entry = told["passes"][0]["before"], told["passes"][-1]["after"]
     return {
         **taken,

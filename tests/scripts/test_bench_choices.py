@@ -21,6 +21,7 @@ from bench_cases import (
     runs_of,
 )
 from bench_machine import Isa, choose_isa, closure, installed_bytes
+from bench_peers import make_bench, parser
 from bench_prepare import Workshop, make_commands, missing, recipe_text
 
 from sdvino.compress.recipe_file import from_toml, to_toml
@@ -147,6 +148,22 @@ def test_sdvino_converts_for_the_instruction_set(tmp_path: Path) -> None:
     assert folder.name == "sdvino-avx2-vnni"
     command = make_commands(shop, "sd15", "sdvino", folder)[-1]
     assert command[command.index("--target") + 1] == "avx2-vnni"
+
+
+def test_sdvino_makes_the_peers_weights_where_they_cannot(tmp_path: Path) -> None:
+    shop = Workshop(root=tmp_path, isa="avx2", exporter="sdvino")
+    folder = shop.folder("sdxl", "weights8")
+    assert folder != Workshop(root=tmp_path, isa="avx2").folder("sdxl", "weights8")
+    (command,) = make_commands(shop, "sdxl", "weights8", folder)
+    assert command[command.index("--recipe") + 1] == "int8-weights"
+    (command,) = make_commands(shop, "sdxl", "hybrid", shop.folder("sdxl", "hybrid"))
+    assert "convert" not in command
+    words = ["--work", str(tmp_path), "--exporter", "sdvino", "--cases", "sdxl-4,sd15-4"]
+    bench = make_bench(
+        parser().parse_args([*words, "--peers", "openvino-genai,optimum-intel full"])
+    )
+    said = "openvino-genai ran 8-bit weights that sdvino's `int8-weights` made."
+    assert bench.notes == {"sd15-4": [said], "sdxl-4": [said]}
 
 
 def test_the_quick_recipe_differs_in_its_calibration_alone() -> None:

@@ -202,6 +202,13 @@ def test_low_rank_pays_from_where_all_smaller_ones_are_faster() -> None:
     assert start.weights == pytest.approx(0.5)
     assert pays_from(points[:1]) is None
     assert "starts to pay at 50%" in report(found, VARIANTS, "command")
+    # Two points of the curve are still to come, and may be slower.
+    assert [goal.word for goal in goals(found) if "low rank" in goal.asked] == ["not measured"]
+    for percent in (80, 40):
+        name = f"low-rank-{percent}"
+        found.facts[name] = facts(parameters=40_000 * percent, rank_share=percent / 200)
+        found.times[name] = times(0.7, 0.7)
+    assert [goal.word for goal in goals(found) if "low rank" in goal.asked] == ["met"]
 
 
 def test_findings_come_back_as_they_were(tmp_path: Path) -> None:

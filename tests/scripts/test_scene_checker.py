@@ -147,6 +147,17 @@ def test_an_extra_object_is_wrong() -> None:
     assert not verdict.core
 
 
+def test_a_patch_on_the_far_side_of_the_background_is_no_object() -> None:
+    """Nearest to the background's own colour, but farther from it than the background is."""
+    colour = scene_checker.COLOURS_BY_NAME["red"]
+    away = np.array([-1, 0, 0], np.float32)
+    pixels = np.broadcast_to(colour + 7 * away, (128, 128, 3)).copy()
+    pixels[40:80, 40:80] = colour + 59 * away
+    reading = scene_checker.read(pixels.round().astype(np.uint8))
+    assert reading.background == "red"
+    assert reading.objects == ()
+
+
 def test_pictures_of_another_size_are_read() -> None:
     scene = Scene("white", (scenes.Placed("green", "cross", 29.5, 64, 64),))
     large = Image.fromarray(scenes.draw(scene)).resize((256, 256), Image.Resampling.BICUBIC)
