@@ -215,7 +215,6 @@ def _real(findings: Findings) -> Iterator[str]:
     rows = (
         (
             entry["what"],
-            f"{entry['seconds'] / 60:.0f} min",
             f"{entry['cpu_seconds'] / 60:.0f} min",
             f"{entry['peak_bytes'] / 1e9:.1f} GB",
             _percent(entry, "operations_left"),
@@ -224,7 +223,7 @@ def _real(findings: Findings) -> Iterator[str]:
         )
         for entry in real.get("passes", {}).values()
     )
-    head = ("pass", "time", "processor time", "peak memory", "operations left", "weights left")
+    head = ("pass", "processor time", "peak memory", "operations left", "weights left")
     yield from _table((*head, "bytes left"), rows)
     times = real.get("times", {})
     if not times:

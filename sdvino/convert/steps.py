@@ -48,10 +48,12 @@ def group(steps: Sequence[Step]) -> Iterator[list[Step]]:
     """Give the steps in order, those together that one process does.
 
     Small passes and exports share a process, and so do small compressions; anything large is alone.
+    Where all of them together are small, all share one, but for training.
     """
+    small = sum(step.bytes for step in steps) <= _SMALL_BYTES
     batch: list[Step] = []
     for step in steps:
-        fits = batch and _family(batch[-1]) == _family(step)
+        fits = batch and _family(batch[-1], small) == _family(step, small)
         if batch and not (fits and sum(s.bytes for s in batch) + step.bytes <= _SMALL_BYTES):
             yield batch
             batch = []
@@ -60,13 +62,16 @@ def group(steps: Sequence[Step]) -> Iterator[list[Step]]:
         yield batch
 
 
-def _family(step: Step) -> str:
-    """Return which libraries a step loads, and how its process keeps memory: training, all of it.
+def _family(step: Step, small: bool) -> str:
+    """Return what a step shares a process with: what keeps memory alike (training, all of it).
 
-    The frame's libraries are among the export's, which are those of passes.
+    Large steps load the same libraries, too: the frame's are among the export's, which are those of
+    passes.
     """
     if step.trains:
         return "train"
+    if small:
+        return "small"
     return "torch" if step.kind in ("frame", "gather", "pass", "export") else step.kind
 
 

@@ -66,12 +66,20 @@ def test_a_large_component_has_a_process_of_its_own() -> None:
 
 def test_small_passes_and_exports_share_a_process_but_not_with_training() -> None:
     passes = [Step("pass", name, 15 * MEGABYTE) for name in ("1-prune", "2-distill", "3-low_rank")]
-    steps = [Step("frame"), Step("gather"), *passes, Step("export", "unet", 15 * MEGABYTE)]
-    names = [[step.name for step in batch] for batch in group(steps)]
-    assert names == [
+    exports = [Step("export", "unet", 15 * MEGABYTE), Step("export", "text_encoder", 5 * MEGABYTE)]
+    ends = [Step("calibrate", "", 15 * MEGABYTE), Step("compress", "unet", 15 * MEGABYTE)]
+    steps = [Step("frame"), Step("gather"), *passes, *exports, *ends]
+    assert [[step.name for step in batch] for batch in group(steps)] == [
         ["frame", "gather", "pass 1-prune"],
         ["pass 2-distill"],
-        ["pass 3-low_rank", "export unet"],
+        ["pass 3-low_rank", "export unet", "export text_encoder", "calibrate", "compress unet"],
+    ]
+    large = Step("compress", "vae_decoder", 400 * MEGABYTE)
+    assert [[step.name for step in batch] for batch in group([*steps, large])][2:] == [
+        ["pass 3-low_rank", "export unet", "export text_encoder"],
+        ["calibrate"],
+        ["compress unet"],
+        ["compress vae_decoder"],
     ]
 
 
