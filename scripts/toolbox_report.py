@@ -7,7 +7,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from measure_compression import interval
-from toolbox_goals import Goal, curve, faster_pictures, faster_unet, goals, pays_from, removed
+from toolbox_goals import (
+    Goal,
+    curve,
+    faster_pictures,
+    faster_unet,
+    goals,
+    pays_from,
+    removed,
+    title,
+)
 from toolbox_record import Findings
 from toolbox_variants import INT8, REFERENCE, STUDENTS, Variant
 
@@ -81,10 +90,12 @@ def _how(findings: Findings) -> str:
         f"Adherence: {max(counts, default=0)} prompts of colour-shape-background combinations that"
         " the model was never trained on, the same prompts and seeds for every variant"
     ]
-    fewer = {n: one.prompts for n, one in findings.adherence.items() if one.prompts < max(counts)}
-    if fewer:
-        found = ", ".join(f"{name} the first {count}" for name, count in fewer.items())
-        words.append(f" ({found})")
+    fewer: dict[int, list[str]] = {}
+    for name, one in findings.adherence.items():
+        if one.prompts < max(counts):
+            fewer.setdefault(one.prompts, []).append(title(name))
+    for count, titles in fewer.items():
+        words.append(f" (the first {count} for: {'; '.join(titles)})")
     words.append(
         "; in brackets 95 % intervals, Wilson's for shares, Agresti and Min's for paired"
         " differences in points. `Loses at most` is the interval's far end. MB are the files of all"

@@ -211,6 +211,17 @@ def test_low_rank_pays_from_where_all_smaller_ones_are_faster() -> None:
     assert [goal.word for goal in goals(found) if "low rank" in goal.asked] == ["met"]
 
 
+def test_what_was_drawn_less_often_is_told() -> None:
+    names = (REFERENCE, "magnitude-30", "low-rank-90")
+    found = Findings(facts={name: facts() for name in names})
+    for name, prompts in zip(names, (2000, 400, 400), strict=True):
+        found.adherence[name] = adherence(0.96, low=-0.01, prompts=prompts)
+    page = report(found, VARIANTS, "command")
+    fewer = "magnitude pruning, 30 % zeros; low rank, 90 % of the weights"
+    assert "Adherence: 2000 prompts of" in page
+    assert f"(the first 400 for: {fewer})" in page
+
+
 def test_findings_come_back_as_they_were(tmp_path: Path) -> None:
     found = Findings(
         facts={REFERENCE: WHOLE},
