@@ -5,10 +5,12 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from bench_plots import new_figure, plain
 from evaluate_demo import Share
+from matplotlib.transforms import Bbox
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from toolbox_goals import curve
@@ -25,34 +27,70 @@ _COLOURS: Mapping[str, str] = {
     "students": "#9a9a9a",
 }
 _COLUMNS, _GAP, _LABEL = 8, 4, 250
+_TICKS = (20, 50, 100, 200, 500, 1000, 2000)
 
 
 def plot_adherence(findings: Findings, variants: Sequence[Variant], path: Path) -> None:
     """Draw adherence, with its interval, against the time of a picture."""
     figure = new_figure(8.4, 5.4)
     axes = figure.subplots()
-    for number, one in enumerate(
-        one for one in variants if one.name in findings.adherence and one.name in findings.times
-    ):
+    known = findings.adherence.keys() & findings.times.keys()
+    places = []
+    # Those with a goal, or on the sheet of pictures, have their names first.
+    for one in sorted(variants, key=lambda v: (v.points is None, not v.shown)):
+        if one.name not in known:
+            continue
         share = findings.adherence[one.name].right
-        x = 1e3 * statistics.median(findings.times[one.name].picture)
+        x, y = 1e3 * statistics.median(findings.times[one.name].picture), 100 * share.value
         colour = _COLOURS[one.group]
-        axes.errorbar([x], [100 * share.value], yerr=_bars([share]), fmt="o", color=colour, ms=4)
-        above = number % 2 == 0
-        axes.annotate(
-            one.name,
-            (x, 100 * share.value),
-            xytext=(4, 4 if above else -9),
-            textcoords="offset points",
-            fontsize=6.5,
-            color=colour,
-        )
+        axes.errorbar([x], [y], yerr=_bars([share]), fmt="o", color=colour, ms=4)
+        places.append((one.name, (x, y), colour))
+    for group, colour in _COLOURS.items():
+        if any(one.group == group and one.name in known for one in variants):
+            axes.plot([], [], "o", color=colour, ms=4, label=group)
+    axes.legend(frameon=False, fontsize=8, loc="lower left")
     axes.set_xscale("log")
+    axes.set_xticks(_TICKS, [str(tick) for tick in _TICKS])
+    axes.set_xticks([], minor=True)
+    axes.margins(x=0.1)
     axes.set_xlabel("a picture, ms (logarithmic)")
     axes.set_ylabel("everything right, %")
     axes.set_title("What each variant draws, and how long it takes", fontsize=10, loc="left")
     plain(axes)
+    if places:
+        _name(figure, axes, places)
     figure.savefig(path, format="png")
+
+
+def _name(figure: Any, axes: Any, places: Sequence[tuple[str, tuple[float, float], str]]) -> None:
+    """Write the names of points beside them; what finds no room is in the table alone."""
+    figure.draw_without_rendering()
+    taken = [
+        Bbox.from_bounds(x - 3, y - 3, 6, 6)
+        for x, y in axes.transData.transform([point for _, point, _ in places])
+    ]
+    frame = axes.get_window_extent()
+    for name, point, colour in places:
+        for offset, side in (
+            ((5, 4), "left"),
+            ((5, -10), "left"),
+            ((-5, 4), "right"),
+            ((-5, -10), "right"),
+        ):
+            text = axes.annotate(
+                name,
+                point,
+                xytext=offset,
+                textcoords="offset points",
+                horizontalalignment=side,
+                fontsize=6.5,
+                color=colour,
+            )
+            box = text.get_window_extent()
+            if frame.x0 <= box.x0 and box.x1 <= frame.x1 and not box.count_overlaps(taken):
+                taken.append(box)
+                break
+            text.remove()
 
 
 def plot_curve(findings: Findings, path: Path) -> None:
