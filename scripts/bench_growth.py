@@ -143,6 +143,7 @@ def write(
     points: dict[str, list[Point]],
     costs: dict[Point, Cost],
     guidance: float,
+    base: Point,
 ) -> None:
     """Write growth.md, growth.json and growth.png."""
     output.mkdir(parents=True, exist_ok=True)
@@ -163,8 +164,9 @@ def write(
     (output / "growth.json").write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
     document = (
         f"# How cost grows\n\n{model}, guidance {guidance:g}, printed by `python"
-        f" scripts/bench_growth.py` on {value['date']}; {machine_line(about)}. One number is varied"
-        " at a time; seconds without loading; each point a fresh process.\n\n"
+        f" scripts/bench_growth.py` on {value['date']}; {machine_line(about)}. Around one"
+        f" picture of {base.size} x {base.size} in {base.steps} steps, one number is varied at a"
+        " time; seconds without loading; each point a fresh process.\n\n"
         f"![growth](growth.png)\n\n{table(points, costs)}"
     )
     (output / "growth.md").write_text(document, encoding="utf-8")
@@ -220,7 +222,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     print(table(points, costs))
     if options.output is not None:
-        write(options.output, folder.name, points, costs, options.guidance)
+        write(options.output, folder.name, points, costs, options.guidance, base)
     return 0
 
 

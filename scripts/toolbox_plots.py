@@ -48,7 +48,6 @@ def plot_adherence(findings: Findings, variants: Sequence[Variant], path: Path) 
     for group, colour in _COLOURS.items():
         if any(one.group == group and one.name in known for one in variants):
             axes.plot([], [], "o", color=colour, ms=4, label=group)
-    axes.legend(frameon=False, fontsize=8, loc="lower left")
     axes.set_xscale("log")
     axes.set_xticks(_TICKS, [str(tick) for tick in _TICKS])
     axes.set_xticks([], minor=True)
@@ -58,6 +57,7 @@ def plot_adherence(findings: Findings, variants: Sequence[Variant], path: Path) 
     axes.set_title("What each variant draws, and how long it takes", fontsize=10, loc="left")
     plain(axes)
     if places:
+        axes.legend(frameon=False, fontsize=8, loc="lower left")
         _name(figure, axes, places)
     figure.savefig(path, format="png")
 
