@@ -57,10 +57,9 @@ class Workshop:
         if format_ == "source" and arch in self.sources:
             return self.sources[arch]
         if format_ == "sdvino":
-            name = f"{format_}-{self.isa}"
-        else:
-            name = f"{format_}-by-sdvino" if self.made_by_sdvino(format_) else format_
-        return self.root / arch / name
+            return self.root / arch / f"sdvino-{self.isa}"
+        by = "-by-sdvino" if self.made_by_sdvino(format_) else ""
+        return self.root / arch / f"{format_}{by}"
 
 
 def missing(shop: Workshop, wanted: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:

@@ -63,10 +63,10 @@ def group(steps: Sequence[Step]) -> Iterator[list[Step]]:
 
 
 def _family(step: Step, small: bool) -> str:
-    """Return what a step shares a process with: what keeps memory alike (training, all of it).
+    """Return with which others a step may share a process.
 
-    Large steps load the same libraries, too: the frame's are among the export's, which are those of
-    passes.
+    Training keeps its memory, the others give it back. Unless all is small, those share that load
+    the same libraries: the frame's are among the export's, which are those of passes.
     """
     if step.trains:
         return "train"
