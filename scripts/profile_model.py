@@ -24,6 +24,7 @@ from sdvino.compress.coverage import fix_shapes
 from sdvino.errors import RequestError, SdvinoError
 from sdvino.model_folder import ModelFolder
 from sdvino.runtime.core import device_facts, shared_core
+from sdvino.runtime.properties import precision_in
 from sdvino.runtime.rewrites import rewrite_for
 from sdvino.settings import DeviceSettings, LinearKernel
 from sdvino.unet import UnetPlan, prepare_unet, unet_shapes
@@ -62,7 +63,8 @@ def prepared(
     else:
         fix_shapes(folder, component, model, latents, latents)
     settings = DeviceSettings(linear_kernel=linear_kernel)
-    rewrite_for(model, settings, {"CPU": device_facts(shared_core(), "CPU")})
+    facts = {"CPU": device_facts(shared_core(), "CPU")}
+    rewrite_for(model, component, settings, precision_in(PROPERTIES), facts)
     return model
 
 

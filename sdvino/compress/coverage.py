@@ -24,7 +24,7 @@ from sdvino.compress.layers import (
 from sdvino.graph.shapes import reshape_static
 from sdvino.model_folder import ModelFolder
 from sdvino.runtime.core import device_facts, shared_core
-from sdvino.runtime.properties import compile_properties
+from sdvino.runtime.properties import compile_properties, precision_in
 from sdvino.runtime.rewrites import rewrite_for
 from sdvino.settings import DeviceSettings
 from sdvino.unet import unet_shapes
@@ -129,8 +129,9 @@ def measure(component: str, model: ov.Model, compiled: ov.CompiledModel | None =
     if compiled is None:
         core = shared_core()
         facts = {"CPU": device_facts(core, "CPU")}
-        properties = compile_properties(DeviceSettings(), "CPU", facts)
-        rewrite_for(model, DeviceSettings(), facts)
+        settings = DeviceSettings()
+        properties = compile_properties(settings, "CPU", facts)
+        rewrite_for(model, component, settings, precision_in(properties), facts)
         compiled = core.compile_model(model, "CPU", properties)
     running, unknown = running_layers(compiled.get_runtime_model(), layers)
     return Coverage(

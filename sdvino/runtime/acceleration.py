@@ -77,6 +77,8 @@ class _Row:
 
 #: See `sdvino.graph.linears`.
 CONVOLVED_LINEARS = "linears-to-convolutions"
+#: See `sdvino.graph.norms`.
+CHANNEL_NORMS = "group-norms-to-channels"
 _EXACT = ("split-projections", "fold-scales", "text-keys")
 _SPLITS = "Cut projections are copied by a reference kernel (measured): two products copy nothing."
 
@@ -87,12 +89,14 @@ TABLE: Mapping[str, _Row] = MappingProxyType(
             precision="f32",
             recipe="int8",
             target="avx2",
-            rewrites=(*_EXACT, CONVOLVED_LINEARS),
+            rewrites=(*_EXACT, CONVOLVED_LINEARS, CHANNEL_NORMS),
             why=(
                 "Products of 8 bits are summed in 16 bits, so weights take half of their range"
                 " (measured: error 6.3 to 3.2 %).",
                 "Attention's own products stay in float: without VNNI they run as plain gemm.",
                 "So would linear layers: as convolutions they run twice as fast (measured).",
+                "An autoencoder's small group norms as means of channels, without reordering its"
+                " tensors (measured: 1.2 to 1.3 times as fast on the demo model, 1 at full size).",
                 _SPLITS,
             ),
         ),
@@ -183,6 +187,11 @@ def linear_kernel(isa: Collection[str]) -> LinearKernel:
     """Return how a processor with the instruction sets ``isa`` runs linear layers in 8 bits."""
     row = TABLE[cpu_class(isa)]
     return "convolution" if CONVOLVED_LINEARS in row.rewrites else "matmul"
+
+
+def channel_norms(isa: Collection[str]) -> bool:
+    """Return whether group norms of the autoencoder pay as means of channels with ``isa``."""
+    return CHANNEL_NORMS in TABLE[cpu_class(isa)].rewrites
 
 
 def isa_of(kind: str) -> tuple[str, ...]:

@@ -309,7 +309,7 @@ class Component:
         self._hardware = tuple(facts)
         self._precision = precision_in(properties)
         model = self._read(core)
-        rewrite_for(model, self.settings, facts)
+        rewrite_for(model, self.name, self.settings, self._precision, facts)
         weights = self.xml_path.with_suffix(".bin")
 
         def compile_model(cache_dir: Path | None) -> ov.CompiledModel:

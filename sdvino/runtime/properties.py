@@ -7,12 +7,12 @@ because one set of settings may serve a pipeline whose parts run in several plac
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from sdvino.errors import DeviceError
-from sdvino.runtime.acceleration import linear_kernel
+from sdvino.runtime.acceleration import channel_norms, linear_kernel
 from sdvino.runtime.defaults import cpu_defaults, default_precision
 from sdvino.runtime.topology import CpuReport
 from sdvino.settings import DeviceSettings
@@ -25,6 +25,7 @@ _CORE_TYPES = {"any": "ANY_CORE", "performance": "PCORE_ONLY", "efficient": "ECO
 _HOST_PRIORITIES = {"any": "MEDIUM", "performance": "HIGH", "efficient": "LOW"}
 #: Precision -> what a device lists among its OPTIMIZATION_CAPABILITIES when it has it.
 _CAPABILITIES = {"f32": "FP32", "f16": "FP16", "bf16": "BF16"}
+_AUTOENCODER = ("vae_decoder", "vae_encoder")
 #: Property -> how the setting is called on the command line.
 _OPTIONS = {
     "NUM_STREAMS": "--streams",
@@ -134,12 +135,29 @@ def convolves_linears(settings: DeviceSettings, facts: Mapping[str, DeviceFacts]
 
     ``facts`` are of the hardware that the model may run on: on anything but CPUs they are products.
     """
-    if not facts or any(name.partition(".")[0] != "CPU" for name in facts):
-        return False
-    if settings.linear_kernel is not None:
+    if settings.linear_kernel is not None and _cpus_alone(facts):
         return settings.linear_kernel == "convolution"
+    return _on_all_cpus(facts, lambda isa: linear_kernel(isa) == "convolution")
+
+
+def norms_by_channel(
+    component: str, precision: str | None, facts: Mapping[str, DeviceFacts]
+) -> bool:
+    """Return whether the group norms of ``component`` are to run as means of channels.
+
+    ``precision`` is what floats are computed in. A UNet's gain nothing (measured).
+    """
+    return component in _AUTOENCODER and precision == "f32" and _on_all_cpus(facts, channel_norms)
+
+
+def _cpus_alone(facts: Mapping[str, DeviceFacts]) -> bool:
+    return bool(facts) and all(name.partition(".")[0] == "CPU" for name in facts)
+
+
+def _on_all_cpus(facts: Mapping[str, DeviceFacts], pays: Callable[[Collection[str]], bool]) -> bool:
+    """Return whether ``facts`` are of known CPUs alone, whose instruction sets all make it pay."""
     cpus = [entry.cpu for entry in facts.values()]
-    return all(cpu is not None and linear_kernel(cpu.isa) == "convolution" for cpu in cpus)
+    return _cpus_alone(facts) and all(cpu is not None and pays(cpu.isa) for cpu in cpus)
 
 
 def _hardware_properties(

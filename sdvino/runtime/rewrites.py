@@ -7,16 +7,24 @@ from collections.abc import Mapping
 import openvino as ov
 
 from sdvino.graph.linears import linears_to_convolutions
-from sdvino.runtime.properties import DeviceFacts, convolves_linears
+from sdvino.graph.norms import group_norms_to_channels
+from sdvino.runtime.properties import DeviceFacts, convolves_linears, norms_by_channel
 from sdvino.settings import DeviceSettings
 
 
 def rewrite_for(
-    model: ov.Model, settings: DeviceSettings, facts: Mapping[str, DeviceFacts]
+    model: ov.Model,
+    component: str,
+    settings: DeviceSettings,
+    precision: str | None,
+    facts: Mapping[str, DeviceFacts],
 ) -> None:
     """Rewrite ``model``, in place, into what runs fastest where ``facts`` are of; exact.
 
-    A second time it changes nothing.
+    ``component`` is what the model is of, ``precision`` what its floats are computed in. A second
+    time it changes nothing.
     """
     if convolves_linears(settings, facts):
         linears_to_convolutions(model)
+    if norms_by_channel(component, precision, facts):
+        group_norms_to_channels(model)

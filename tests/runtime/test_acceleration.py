@@ -10,6 +10,7 @@ from sdvino.compress.targets import TARGETS, get_target
 from sdvino.errors import ModelFolderError, RequestError
 from sdvino.graph.geglu import split_projections
 from sdvino.graph.linears import linears_to_convolutions
+from sdvino.graph.norms import group_norms_to_channels
 from sdvino.graph.scales import fold_scales
 from sdvino.graph.text_keys import take_text_keys
 from sdvino.manifest import Accelerated, Manifest
@@ -17,6 +18,7 @@ from sdvino.runtime.acceleration import (
     TABLE,
     Acceleration,
     accelerate,
+    channel_norms,
     cpu_class,
     linear_kernel,
     matching,
@@ -33,6 +35,7 @@ EXACT = {
     "fold-scales": fold_scales,
     "text-keys": take_text_keys,
     "linears-to-convolutions": linears_to_convolutions,
+    "group-norms-to-channels": group_norms_to_channels,
 }
 
 
@@ -105,6 +108,12 @@ def test_linear_layers_are_convolutions_where_products_have_no_kernel_of_8_bits(
     assert linear_kernel(("AVX2",)) == "convolution"
     assert linear_kernel(()) == "convolution"
     assert linear_kernel(LAPTOP) == linear_kernel(SERVER) == linear_kernel(("NEON",)) == "matmul"
+
+
+def test_group_norms_are_of_channels_where_that_was_measured() -> None:
+    assert channel_norms(("AVX2",))
+    assert channel_norms(())
+    assert not any(map(channel_norms, (LAPTOP, SERVER, ("NEON",))))
 
 
 def test_what_is_stored_counts_where_the_device_is_alike() -> None:

@@ -12,6 +12,7 @@ from sdvino.runtime.properties import (
     convolves_linears,
     hardware_of,
     normalize_device,
+    norms_by_channel,
     precision_in,
 )
 from sdvino.runtime.topology import CpuReport
@@ -169,8 +170,35 @@ def test_linear_layers_are_convolutions_on_a_cpu_alone(
     assert convolves_linears(DeviceSettings(linear_kernel=asked), facts) == expected
 
 
-def test_an_unknown_cpu_runs_products() -> None:
+@pytest.mark.parametrize(
+    ("component", "precision", "isa", "hardware", "expected"),
+    [
+        ("vae_decoder", "f32", ("avx2",), ("CPU",), True),
+        ("vae_encoder", "f32", ("avx2",), ("CPU",), True),
+        ("unet", "f32", ("avx2",), ("CPU",), False),
+        ("vae_decoder", "bf16", ("avx2",), ("CPU",), False),
+        ("vae_decoder", None, ("avx2",), ("CPU",), False),
+        ("vae_decoder", "f32", ("avx2", "avx_vnni"), ("CPU",), False),
+        ("vae_decoder", "f32", ("avx2",), ("GPU", "CPU"), False),
+        ("vae_decoder", "f32", ("avx2",), (), False),
+    ],
+)
+def test_group_norms_are_of_channels_in_an_autoencoder_on_a_cpu(
+    component: str,
+    precision: str | None,
+    isa: tuple[str, ...],
+    hardware: tuple[str, ...],
+    expected: bool,
+) -> None:
+    cpu = CpuReport(performance_cores=4, flags=frozenset(isa))
+    known = {"CPU": replace(CPU, cpu=cpu), "GPU": GPU}
+    facts = {name: known[name] for name in hardware}
+    assert norms_by_channel(component, precision, facts) == expected
+
+
+def test_an_unknown_cpu_runs_what_was_exported() -> None:
     assert not convolves_linears(DeviceSettings(), {"CPU": CPU})
+    assert not norms_by_channel("vae_decoder", "f32", {"CPU": CPU})
 
 
 def test_a_gpu_runs_f16_and_has_no_threads() -> None:
