@@ -19,10 +19,10 @@ def test_every_sampler_matches_diffusers(tmp_path: Path) -> None:
 
     convert(SHAPES_SOURCE, tmp_path / "fp16", recipe="fp16")
     both = oracle.Oracle(SHAPES_SOURCE, tmp_path / "fp16")
-    results = list(oracle.cases(both, steps=(4, 8)))
-    assert len(results) >= 100
-    # The script runs 20 steps of every grid, too; that is half of its time.
+    results = list(oracle.cases(both, steps=(4,)))
+    assert len(results) >= 50
+    # The script runs 8 and 20 steps of every grid, too: that is five times as long.
     one_of_each = {pair.sampler: pair for pair in reversed(COMBINATIONS)}
-    results += oracle.cases(both, steps=(20,), combinations=list(one_of_each.values()))
+    results += oracle.cases(both, steps=(8, 20), combinations=list(one_of_each.values()))
     missed = [case for case in results if not case.passed]
     assert not missed, "\n".join(map(str, missed))
