@@ -138,6 +138,7 @@ def repository(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_download_and_what_follows(tmp_path: Path) -> None:
     folder, cache = repository(tmp_path / "repository"), tmp_path / "cache"
     with serving(folder) as hub:

@@ -93,6 +93,7 @@ def test_the_negative_prompt_counts(pipe: StableDiffusionPipeline) -> None:
     assert not np.array_equal(latents_of(pipe), latents_of(pipe, negative_prompt="a blue square"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [(64, 96), (136, 128), (256, 64)])
 def test_other_sizes(pipe: StableDiffusionPipeline, size: tuple[int, int]) -> None:
     height, width = size

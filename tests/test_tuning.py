@@ -49,6 +49,7 @@ def folder() -> ModelFolder:
     return ModelFolder.open(SHAPES)
 
 
+@pytest.mark.slow
 def test_a_real_run_in_seconds_then_a_picture_with_its_profile(
     tmp_path: Path,
     folder: ModelFolder,
@@ -196,6 +197,7 @@ class Overflows(Component):
         return "bf16" if self.settings.precision is None else self.settings.precision
 
 
+@pytest.mark.slow
 def test_a_pipeline_whose_arithmetic_overflows_makes_the_right_picture(
     right: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -220,6 +222,7 @@ def test_a_pipeline_whose_arithmetic_overflows_makes_the_right_picture(
     assert fresh.components.unet(8, 8).settings.precision is None
 
 
+@pytest.mark.slow
 def test_virtual_devices_and_streams_make_the_same_picture(right: Any) -> None:
     settings = RunSettings(
         components={

@@ -46,6 +46,7 @@ def exact(pipe: StableDiffusionPipeline) -> Any:
     return latents
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["sequential", "batch", "streams"])
 def test_every_guidance_mode_gives_the_picture(
     pipe: StableDiffusionPipeline, exact: Any, mode: GuidanceMode
@@ -68,6 +69,7 @@ def test_outside_the_interval_only_the_prompt_is_asked(
     assert error(whole, exact) < 0.02
 
 
+@pytest.mark.slow
 def test_step_caching(pipe: StableDiffusionPipeline, exact: Any) -> None:
     cached, _ = run(pipe, speed=SpeedSettings(cache_interval=2))
     assert 1e-4 < error(cached, exact) < 0.5
@@ -80,6 +82,7 @@ def test_step_caching(pipe: StableDiffusionPipeline, exact: Any) -> None:
         run(pipe, speed=SpeedSettings(cache_interval=2, cache_branch=50))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["sequential", "batch"])
 def test_text_keys_made_apart_give_the_same_picture(exact: Any, mode: GuidanceMode) -> None:
     apart = StableDiffusionPipeline.from_pretrained()
@@ -89,6 +92,7 @@ def test_text_keys_made_apart_give_the_same_picture(exact: Any, mode: GuidanceMo
     assert {"unet.text"} < set(apart.components._loaded)
 
 
+@pytest.mark.slow
 def test_fast_is_near(pipe: StableDiffusionPipeline) -> None:
     exact, _ = run(pipe, num_inference_steps=6)
     latents, evaluations = run(pipe, num_inference_steps=6, speed=FAST)
@@ -105,6 +109,7 @@ def test_the_tiny_decoder_draws_about_the_same(pipe: StableDiffusionPipeline) ->
     assert np.abs(np.asarray(pil) / 255 - tiny[0]).max() < 0.01
 
 
+@pytest.mark.slow
 def test_pieces_in_turn_give_the_same_picture() -> None:
     lean = StableDiffusionPipeline.from_pretrained(settings=RunSettings(low_memory=True))
     latents, evaluations = run(lean, num_inference_steps=1)
@@ -144,6 +149,7 @@ def test_a_limit_that_nothing_meets_is_refused() -> None:
         run(tight)
 
 
+@pytest.mark.slow
 def test_pictures_decoded_aside_are_the_same(pipe: StableDiffusionPipeline) -> None:
     settings = RunSettings(default=DeviceSettings(performance_hint="throughput"))
     many = StableDiffusionPipeline.from_pretrained(settings=settings)

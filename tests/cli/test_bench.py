@@ -19,6 +19,7 @@ from sdvino.runtime.peak import linux_peak, peak_memory
 from sdvino.settings import DeviceSettings, RunSettings
 
 
+@pytest.mark.slow
 def test_a_machine_gets_its_numbers(capfd: pytest.CaptureFixture[str]) -> None:
     arguments = ["bench", "--steps", "2", "--guidance-scale", "3", "--size", "64x128", "-n", "2"]
     assert main([*arguments, "--scheduler", "euler", "--json", "-q"]) == 0
@@ -64,6 +65,7 @@ def test_sizes() -> None:
             parse_size(wrong)
 
 
+@pytest.mark.slow
 def test_timings_after_the_picture(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "o.png"
     arguments = ["generate", "a red circle", "-o", str(output), "--steps", "2", "-n", "2", "-q"]

@@ -26,6 +26,7 @@ def pixels(path: Path) -> object:
         return np.asarray(picture).tolist()
 
 
+@pytest.mark.slow
 def test_a_picture_carries_its_settings_and_can_be_repeated(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -45,6 +46,7 @@ def test_a_picture_carries_its_settings_and_can_be_repeated(
     assert "Seed: 5" in capfd.readouterr().out
 
 
+@pytest.mark.slow
 def test_what_made_a_picture_sooner_is_carried_and_repeated(tmp_path: Path) -> None:
     exact, first, again, undone = (tmp_path / f"{name}.png" for name in "abcd")
     options = ["--seed", "5", "--steps", "3", "-q"]
@@ -62,6 +64,7 @@ def test_what_made_a_picture_sooner_is_carried_and_repeated(tmp_path: Path) -> N
     assert pixels(undone) == pixels(exact)
 
 
+@pytest.mark.slow
 def test_a_seed_that_was_drawn_is_said_and_repeats(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -73,6 +76,7 @@ def test_a_seed_that_was_drawn_is_said_and_repeats(
     assert pixels(first) == pixels(again)
 
 
+@pytest.mark.slow
 def test_nothing_is_overwritten_silently(tmp_path: Path) -> None:
     output = tmp_path / "circle.png"
     for _ in range(2):
@@ -128,6 +132,7 @@ def test_previews(tmp_path: Path) -> None:
         assert picture.size[0] >= 16
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", ["AUTO", "HETERO:CPU", "unet=CPU"])
 def test_devices(device: str, tmp_path: Path) -> None:
     output = tmp_path / "o.png"
@@ -150,6 +155,7 @@ def test_devices_lists_the_cpu(capfd: pytest.CaptureFixture[str]) -> None:
     assert "memory" in out
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="sends a POSIX signal")
 def test_ctrl_c_leaves_nothing_half_written(tmp_path: Path) -> None:
     process = subprocess.Popen(
@@ -172,6 +178,7 @@ def test_ctrl_c_leaves_nothing_half_written(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["preview.png"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="limits the size of files as POSIX does")
 def test_a_disk_that_takes_no_more(tmp_path: Path) -> None:
     limited = (

@@ -198,6 +198,7 @@ def test_a_single_file_on_the_hub_is_unpacked(clip_folder: Path, tmp_path: Path)
     assert lines[4].startswith("RequestError nothing does not exist")
 
 
+@pytest.mark.slow
 def test_a_dry_run_of_a_hub_id_downloads_no_weights(source: Path, tmp_path: Path) -> None:
     big = np.ones(400_000, np.float16)
     weights = {
@@ -226,6 +227,7 @@ def test_a_dry_run_of_a_hub_id_downloads_no_weights(source: Path, tmp_path: Path
         assert set(hub.downloaded()) == before
 
 
+@pytest.mark.slow
 def test_a_dry_run_of_a_single_file_reads_its_header(clip_folder: Path, tmp_path: Path) -> None:
     repository = tmp_path / "repository"
     repository.mkdir()

@@ -173,6 +173,7 @@ def test_other_shapes_stay() -> None:
     assert linears_to_convolutions(open_ended) == 0
 
 
+@pytest.mark.slow
 def test_the_unet_computes_what_it_did() -> None:
     graph = Graph("int8", SHAPES / "unet" / "openvino_model.xml", 128)
     model = graph.read()
@@ -184,6 +185,7 @@ def test_the_unet_computes_what_it_did() -> None:
     assert linears_to_convolutions(model) == 0  # a second time there is nothing to do
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel", ["matmul", "convolution"])
 def test_a_component_runs_them_as_it_is_told(kernel: LinearKernel) -> None:
     def prepare(model: ov.Model) -> None:

@@ -105,6 +105,7 @@ def kinds(model: ov.Model) -> list[str]:
     return [node.get_type_name() for node in model.get_ordered_ops()]
 
 
+@pytest.mark.slow
 def test_projections_are_split_by_their_weights(graph: Graph) -> None:
     model = graph.read()
     splits = kinds(model).count("VariadicSplit")
@@ -136,6 +137,7 @@ def test_scales_go_into_what_was_before_them(graph: Graph) -> None:
     assert graph.holds(graph.run(model, graph.inputs)["out_sample"])
 
 
+@pytest.mark.slow
 def test_text_keys_are_made_apart(graph: Graph) -> None:
     text, model = graph.read(), graph.read()
     give_text_keys(text)
@@ -170,6 +172,7 @@ CUTS: dict[str, tuple[int, Callable[[ov.Model], Segments]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("count", "cut"), CUTS.values(), ids=CUTS)
 def test_segments_in_turn_are_the_whole(
     graph: Graph, count: int, cut: Callable[[ov.Model], Segments]
@@ -235,6 +238,7 @@ def test_thinned_keys_are_those_of_torch() -> None:
     assert graph.error(ours) > 1e-4  # and it is an approximation
 
 
+@pytest.mark.slow
 def test_larger_factors_thin_more_levels() -> None:
     graph = Graph("int8", SHAPES / "unet" / "openvino_model.xml", 128)
     once, twice = graph.read(), graph.read()

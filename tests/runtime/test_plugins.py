@@ -50,6 +50,7 @@ print("\\n" + json.dumps(said, default=str))
 """
 
 
+@pytest.mark.slow
 def test_pictures_are_made_on_a_plugin(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, str(cpu_library()), str(tmp_path / "x.png")],
