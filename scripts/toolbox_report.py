@@ -18,6 +18,7 @@ from toolbox_goals import (
     title,
 )
 from toolbox_record import Findings
+from toolbox_timing import EVALUATIONS_AT_ONCE, PICTURES_AT_ONCE
 from toolbox_variants import INT8, REFERENCE, STUDENTS, Variant
 
 from sdvino.compress.prune import ZEROS_ARE_FREE_OF_NOTHING
@@ -108,8 +109,9 @@ def _how(findings: Findings) -> str:
             f"Times: medians of {rounds} rounds in one process, every variant in turn in each;"
             f" ratios are medians over the rounds. {machine['processor']},"
             f" {machine['usable_cores']} of {machine['cores']} cores, {threads} threads, OpenVINO"
-            f" {machine['openvino']}. A UNet's time is one evaluation; a picture's is text, all"
-            " steps and decoding."
+            f" {machine['openvino']}. A UNet's time is one evaluation, the median of"
+            f" {EVALUATIONS_AT_ONCE} in a row; a picture's is text, all steps and decoding, the"
+            f" median of {PICTURES_AT_ONCE} in a row."
         )
     return "".join(words)
 

@@ -2,7 +2,8 @@
 
 Each round runs every variant once, in another order: what the machine does meanwhile meets all of
 them alike. A UNet's time is one evaluation, for one branch of guidance; a picture's is text, all
-steps and decoding, without loading.
+steps and decoding, without loading. Several in a row count as their median: the first finds the
+processor's cache full of the other variants' weights, which a process with one model never does.
 """
 
 from __future__ import annotations
@@ -29,8 +30,10 @@ from sdvino import DeviceSettings, RunSettings, StableDiffusionPipeline
 from sdvino.components import Components
 from sdvino.unet import unet_shapes
 
-#: Evaluations of the UNet that one variant does in a round; their median counts.
-_AT_ONCE = 5
+#: Evaluations of the UNet that one variant does in a row, each round; their median counts.
+EVALUATIONS_AT_ONCE = 5
+#: Pictures, likewise; each of another prompt, since a prompt's text is encoded once.
+PICTURES_AT_ONCE = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +45,7 @@ class Times:
     guidance_scale: float
     #: One evaluation of the UNet: the median of some.
     evaluation: list[float] = field(default_factory=list)
-    #: One picture: text, steps and decoding, without loading.
+    #: One picture: text, steps and decoding, without loading; the median of some.
     picture: list[float] = field(default_factory=list)
 
 
@@ -64,9 +67,9 @@ class _Runner:
     def warm_up(self, task: Task) -> None:
         """Load everything, and run it once."""
         self.evaluate(1)
-        self.draw(task)
+        self.draw([task])
 
-    def evaluate(self, times: int = _AT_ONCE) -> float:
+    def evaluate(self, times: int = EVALUATIONS_AT_ONCE) -> float:
         """Return the seconds of one evaluation of the UNet, the median of several."""
         spent = []
         for _ in range(times):
@@ -75,15 +78,18 @@ class _Runner:
             spent.append(time.perf_counter() - began)
         return statistics.median(spent)
 
-    def draw(self, task: Task) -> float:
-        """Return the seconds of a picture: text, steps and decoding."""
-        spent = self._pipe(
-            task.prompt.text,
-            seed=task.seed,
-            num_inference_steps=self.times.steps,
-            guidance_scale=self.times.guidance_scale,
-        ).timings
-        return spent.total - spent.load
+    def draw(self, tasks: Sequence[Task]) -> float:
+        """Return the seconds of a picture: text, steps and decoding; the median of the tasks."""
+        spent = []
+        for task in tasks:
+            timings = self._pipe(
+                task.prompt.text,
+                seed=task.seed,
+                num_inference_steps=self.times.steps,
+                guidance_scale=self.times.guidance_scale,
+            ).timings
+            spent.append(timings.total - timings.load)
+        return statistics.median(spent)
 
 
 def random_inputs(shapes: Mapping[str, Sequence[int]]) -> dict[str, NDArray[np.float32]]:
@@ -102,19 +108,20 @@ def measure_times(
     """
     settings = run_settings(threads)
     runners = {}
-    tasks = held_out_tasks(rounds + 1)
+    *tasks, first = held_out_tasks(rounds * PICTURES_AT_ONCE + 1)
     for variant, folder in folders.items():
         runner = runners[variant.name] = _Runner(variant, folder, settings)
-        runner.warm_up(tasks[-1])
+        runner.warm_up(first)
     order = list(runners)
     shuffle = random.Random(0).shuffle
     began = time.monotonic()
-    for done, task in enumerate(tasks[:-1], 1):
+    for done in range(1, rounds + 1):
         shuffle(order)
+        drawn = tasks[(done - 1) * PICTURES_AT_ONCE : done * PICTURES_AT_ONCE]
         for name in order:
             runners[name].times.evaluation.append(runners[name].evaluate())
         for name in order:
-            runners[name].times.picture.append(runners[name].draw(task))
+            runners[name].times.picture.append(runners[name].draw(drawn))
         left = (time.monotonic() - began) / done * (rounds - done)
         say(f"times: round {done} of {rounds}, {left / 60:.1f} min left")
     return {name: runner.times for name, runner in runners.items()}
