@@ -3,7 +3,9 @@
 Cuts are made behind additions of two activations, where a block adds its residual: such a sum
 stays in float, so that quantizing part by part quantizes what quantizing the whole does. A part is
 what the end of its block depends on and no earlier part holds. A value that crosses is an output
-of the part that makes it and an input of those that read it.
+of the part that makes it and an input of those that read it. Shapes cross too: OpenVINO's export
+computes one for all blocks of a size, and in Stable Diffusion XL's UNet the way up reads those of
+the way down.
 """
 
 from __future__ import annotations
@@ -24,6 +26,8 @@ from sdvino.graph.shapes import reshape_static
 Value = tuple[str, int]
 
 _FLOATS = ("f32", "f16", "bf16")
+#: A shape that a later block takes from an earlier one: up to this many numbers.
+_SHAPES, _RANK = ("i32", "i64"), 8
 #: What hands values on: NNCF quantizes before it what is read behind it, so it is not parted from
 #: its reader.
 _PASSING = frozenset(
@@ -287,12 +291,13 @@ class _Graph:
             for value in reads
             if value[0] in behind
         }
-        outputs = [self.ops[i].output(port) for i, port in values]
-        if any(self.kinds[i] in _PASSING for i, _ in values):
+        outputs = {value: self.ops[value[0]].output(value[1]) for value in values}
+        flowing = {value: out for value, out in outputs.items() if not _is_shape(out)}
+        if any(self.kinds[i] in _PASSING for i, _ in flowing):
             return None
-        if any(output.get_element_type().get_type_name() not in _FLOATS for output in outputs):
+        if any(out.get_element_type().get_type_name() not in _FLOATS for out in flowing.values()):
             return None
-        return sum(map(_bytes, outputs))
+        return sum(map(_bytes, outputs.values()))
 
     def cost(self, i: int) -> int:
         """Return the bytes that quantizing an operation takes: weights, what it takes and gives."""
@@ -300,6 +305,16 @@ class _Graph:
             return 0
         operation = self.ops[i]
         return _COPIES * sum(map(_bytes, [*operation.input_values(), operation.output(0)]))
+
+
+def _is_shape(value: Any) -> bool:
+    """Return whether a tensor is a few whole numbers: a shape, or part of one."""
+    shape = value.get_partial_shape()
+    return (
+        value.get_element_type().get_type_name() in _SHAPES
+        and shape.is_static
+        and int(np.prod(shape.to_shape())) <= _RANK
+    )
 
 
 def _bytes(value: Any) -> int:

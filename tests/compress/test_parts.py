@@ -112,6 +112,40 @@ def test_a_model_runs_in_parts(tmp_path: Path) -> None:
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
 
 
+def of_one_shape() -> ov.Model:
+    """Blocks of which the last takes its shape from before the first."""
+    rng = np.random.default_rng(1)
+    x = nets.parameter([-1, nets.CHANNELS, -1, -1], "sample")
+    h = nets.convolution(x, "conv_in", rng)
+    sides = ops.gather(ops.shape_of(h), ops.constant([2, 3]), ops.constant(0))
+    shape = ops.concat([ops.constant(np.array([1, nets.CHANNELS])), sides], 0)
+    for index in range(4):
+        told = nets.convolution(ops.swish(nets.normalize(h)), f"blocks.{index}.conv", rng)
+        if index == 3:
+            told = ops.reshape(ops.reshape(told, [1, nets.CHANNELS, -1], False), shape, False)
+        h = ops.add(h, told)
+        h.set_friendly_name(f"__module.blocks.{index}/aten::add/Add")
+    model = ov.Model([nets.convolution(h, "conv_out", rng)], [x], "of one shape")
+    model.output(0).get_tensor().set_names({"out_sample"})
+    return model
+
+
+def test_a_shape_that_crosses_holds_nothing_together(tmp_path: Path) -> None:
+    samples = [{"sample": sample["sample"]} for sample in SAMPLES]
+    model = of_one_shape()
+    ends = choose_ends(model, samples[0], CONVOLUTION)
+    assert ends == tuple(f"__module.blocks.{index}/aten::add/Add" for index in range(4))
+    expected = [nets.run(model, sample) for sample in samples]
+    joiner = Joiner(model.clone())
+    for index in range(len(ends) + 1):
+        joiner.add(Cuts(model.clone(), ends).extract(index))
+    joined = joiner.finish()
+    for sample in [*samples, {"sample": samples[0]["sample"][:, :, :4, :6]}]:
+        np.testing.assert_array_equal(nets.run(joined, sample), nets.run(model, sample))
+    found = PartedModel(model, ends).evaluate(samples, tmp_path)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["int8", "int8-hybrid"])
 def test_quantizing_in_parts_is_quantizing_the_whole(recipe: str, tmp_path: Path) -> None:

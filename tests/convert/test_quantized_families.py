@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import int8_coverage
 import numpy as np
 import openvino as ov
 import pytest
 
 from sdvino.compress.fragile import is_fragile
+from sdvino.compress.parts import choose_ends
+from sdvino.compress.stepwise import PartedModel
 from sdvino.model_folder import ModelFolder
 from tests.convert.miniatures import Miniatures
 
@@ -45,3 +49,16 @@ def test_int8_runs_in_8_bits_but_for_what_is_fragile(arch: str, miniatures: Mini
     for layer in told:
         assert is_fragile("unet", layer.name)
         assert not layer.planned
+
+
+def test_the_unet_of_a_large_model_comes_apart(miniatures: Miniatures, tmp_path: Path) -> None:
+    """Its blocks share shapes across the whole: that must not hold them in one part."""
+    samples = miniatures.inputs("tiny-sdxl").unet[:2]
+    model = ov.Core().read_model(miniatures.exported("tiny-sdxl") / "unet" / "openvino_model.xml")
+    run = ov.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    expected = [run(sample)[0] for sample in samples]
+    ends = choose_ends(model, samples[0], 2_500_000)  # of 21 million
+    assert len(ends) >= 9
+    assert {"down_blocks", "mid_block", "up_blocks"} <= {name.split(".")[2] for name in ends}
+    found = PartedModel(model, ends).evaluate(samples, tmp_path)
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
