@@ -110,8 +110,10 @@ class Run:
         for one in self.variants:
             drawn = self.findings.adherence.get(one.name)
             if one.shown and drawn is not None:
-                pictures = Pictures(self.record / "pictures" / drawn.stem)
-                rows.append((one.title, list(pictures.load(min(_SHOWN, drawn.prompts)))))
+                kept = Pictures(self.record / "pictures" / drawn.stem)
+                pictures = list(kept.load(min(_SHOWN, drawn.prompts)))
+                if pictures:  # somebody may have deleted them
+                    rows.append((one.title, pictures))
         if rows:
             captions = [task.prompt.text for task in held_out_tasks(_SHOWN)]
             draw_sheet(rows, captions, out / SHEET)

@@ -292,3 +292,5 @@ def test_a_small_run_goes_on_and_writes_the_page(
         assert "![" not in line or (out / line.rpartition("(")[2].strip(")")).is_file()
     assert "python scripts/measure_toolbox.py --prompts 2" in page
     assert str(tmp_path) not in page + (out / "compression.json").read_text(encoding="utf-8")
+    shutil.rmtree(record / "pictures")
+    assert measure_toolbox.main([*arguments, "--only", "report"]) == 0
