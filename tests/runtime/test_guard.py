@@ -313,3 +313,10 @@ def test_a_real_gpu_agrees_or_is_left(folder: Path, tmp_path: Path) -> None:
     np.testing.assert_allclose(out, RIGHT, rtol=2e-2, atol=2e-2)
     kept = memory(tmp_path).profile
     assert ("unet on GPU" in kept.trusted) != ("unet" in kept.fallbacks)
+
+
+def test_one_pixel_that_differs_is_no_flat_picture() -> None:
+    pixels = np.full((1, 128, 128, 3), 90, np.uint8)
+    assert problem_of("vae_decoder", {"pixels": pixels}) is not None
+    pixels[0, 77, 33, 1] = 92  # between the few that are looked at first
+    assert problem_of("vae_decoder", {"pixels": pixels}) is None
