@@ -5,8 +5,8 @@
 Every variant (scripts/toolbox_variants.py) is converted, draws the same prompts and seeds as the
 float model, and is timed beside all others. A student is a finished source, as `sdvino distill`
 writes it: pruned, steps and stack are known by name. With --record a run that was stopped goes on
-where it was, and --only adherence, timing, real or report does one part: times want a quiet
-machine. Needs the convert extra.
+where it was, and --only adherence, timing, duels, real or report does one part: times want a
+quiet machine. Needs the convert extra.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from toolbox_plots import draw_sheet, plot_adherence, plot_curve
 from toolbox_real import measure_real
 from toolbox_record import Findings
 from toolbox_report import CURVE_PLOT, SHEET, TIME_PLOT, report
-from toolbox_timing import machine, measure_times
-from toolbox_variants import REFERENCE, Variant, parse_students, with_students
+from toolbox_timing import machine, measure_duel, measure_times
+from toolbox_variants import DUELS, REFERENCE, STACK, Variant, parse_students, with_students
 
 from sdvino.errors import RequestError, SdvinoError
 
-PARTS = ("adherence", "timing", "real", "report")
+PARTS = ("adherence", "timing", "duels", "real", "report")
 FINDINGS = "findings.json"
 #: Pictures in a row of the sheet.
 _SHOWN = 8
@@ -89,6 +89,19 @@ class Run:
         self.findings.machine = machine(options.threads)
         self._save()
 
+    def duels(self) -> None:
+        """Time the stack beside each of those that it is asked to be faster than."""
+        there = {one.name: one for one in self.chosen}
+        for name in DUELS:
+            if name in there and STACK in there:
+                slower, faster = ((one, self.folder(one)) for one in (there[name], there[STACK]))
+                say(f"{STACK} beside {name}: {self.options.duels} pictures each")
+                options = self.options
+                found = measure_duel(slower, faster, options.duels, options.threads)
+                self.findings.duels[name] = found
+                self.findings.machine = machine(self.options.threads)
+                self._save()
+
     def real(self) -> None:
         """Run the passes at Stable Diffusion's size."""
         found = self.findings.real
@@ -130,7 +143,7 @@ def say(line: str) -> None:
 def command(options: argparse.Namespace, students: Sequence[str]) -> str:
     """Return how the page is made again: with the names of what was given, not its places."""
     words = [f"--prompts {options.prompts}", f"--curve-prompts {options.curve_prompts}"]
-    words += [f"--rounds {options.rounds}", "--record build/toolbox"]
+    words += [f"--rounds {options.rounds} --duels {options.duels}", "--record build/toolbox"]
     words += [f"--student {name}={name.upper()}" for name in students]
     return " ".join(["python scripts/measure_toolbox.py", *words])
 
@@ -140,6 +153,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--prompts", type=int, default=2000, help="pictures of each variant")
     parser.add_argument("--curve-prompts", type=int, default=400, help="of the low-rank curve")
     parser.add_argument("--rounds", type=int, default=15, help="of the times")
+    parser.add_argument("--duels", type=int, default=60, help="pictures that two draw in turn")
     parser.add_argument("--threads", type=int, help="for the times; default: sdvino's own choice")
     parser.add_argument(
         "--student", action="append", default=[], metavar="NAME=FOLDER", help="a finished source"
@@ -150,8 +164,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--record", type=Path, help="keep what was found here and go on")
     parser.add_argument("--out", type=Path, default=ROOT / "docs", help="for compression.md ...")
     options = parser.parse_args(arguments)
-    if min(options.prompts, options.curve_prompts, options.rounds) < 1:
-        parser.error("--prompts, --curve-prompts and --rounds are 1 or more")
+    if min(options.prompts, options.curve_prompts, options.rounds, options.duels) < 1:
+        parser.error("--prompts, --curve-prompts, --rounds and --duels are 1 or more")
     if options.only == "real" and options.real is None:
         parser.error("--only real goes with --real SOURCE")
     return options

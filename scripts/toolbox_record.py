@@ -11,7 +11,8 @@ from typing import Any
 from evaluate_demo import Share
 from toolbox_adherence import Adherence
 from toolbox_models import Facts
-from toolbox_timing import Times
+from toolbox_timing import Duel, Times
+from toolbox_variants import STACK
 
 
 @dataclass(slots=True)
@@ -21,6 +22,8 @@ class Findings:
     facts: dict[str, Facts] = field(default_factory=dict)
     adherence: dict[str, Adherence] = field(default_factory=dict)
     times: dict[str, Times] = field(default_factory=dict)
+    #: The stack beside another, by the other's name.
+    duels: dict[str, Duel] = field(default_factory=dict)
     #: What the times depend on; empty before there are any.
     machine: dict[str, Any] = field(default_factory=dict)
     #: What was found at Stable Diffusion's size (see toolbox_real); empty before.
@@ -36,6 +39,7 @@ class Findings:
             facts={name: Facts(**entry) for name, entry in value["facts"].items()},
             adherence={name: _adherence(entry) for name, entry in value["adherence"].items()},
             times={name: Times(**entry) for name, entry in value["times"].items()},
+            duels={name: Duel(**entry) for name, entry in value.get("duels", {}).items()},
             machine=value["machine"],
             real=value["real"],
         )
@@ -53,6 +57,10 @@ class Findings:
             for table in (self.adherence, self.times):
                 if name in table and table[name].weights != weights:
                     del table[name]
+            for other, duel in list(self.duels.items()):
+                drew = dict(zip((other, STACK), duel.weights, strict=True))
+                if drew.get(name, weights) != weights:
+                    del self.duels[other]
 
 
 def _adherence(entry: dict[str, Any]) -> Adherence:

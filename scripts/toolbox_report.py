@@ -102,7 +102,7 @@ def _how(findings: Findings) -> str:
         " differences in points. `Loses at most` is the interval's far end. MB are the files of all"
         " components. Floats are computed in f32 everywhere. "
     )
-    if findings.machine:
+    if findings.times and findings.machine:
         machine, rounds = findings.machine, len(next(iter(findings.times.values())).picture)
         threads = "sdvino's own number of" if machine["threads"] is None else machine["threads"]
         words.append(
@@ -112,6 +112,13 @@ def _how(findings: Findings) -> str:
             f" {machine['openvino']}. A UNet's time is one evaluation, the median of"
             f" {EVALUATIONS_AT_ONCE} in a row; a picture's is text, all steps and decoding, the"
             f" median of {PICTURES_AT_ONCE} in a row."
+        )
+    if findings.duels:
+        drawn = len(next(iter(findings.duels.values())).faster)
+        words.append(
+            " What is asked of the stack's time is measured beside the other one alone:"
+            f" {drawn} pictures each, drawn in turn; the median of their ratios, with its 95 %"
+            " interval."
         )
     return "".join(words)
 

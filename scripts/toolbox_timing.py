@@ -4,10 +4,14 @@ Each round runs every variant once, in another order: what the machine does mean
 them alike. A UNet's time is one evaluation, for one branch of guidance; a picture's is text, all
 steps and decoding, without loading. Several in a row count as their median: the first finds the
 processor's cache full of the other variants' weights, which a process with one model never does.
+
+Where a ratio of two is what is asked for, minutes between the two are too long on a machine that
+others use as well: those two alone draw in turn, one picture each (`measure_duel`).
 """
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import random
@@ -47,6 +51,16 @@ class Times:
     evaluation: list[float] = field(default_factory=list)
     #: One picture: text, steps and decoding, without loading; the median of some.
     picture: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Duel:
+    """Seconds of a picture by two variants that drew in turn; the same prompts for both."""
+
+    #: Whose, by the weights of their folders.
+    weights: list[str]
+    slower: list[float]
+    faster: list[float]
 
 
 class _Runner:
@@ -127,6 +141,25 @@ def measure_times(
     return {name: runner.times for name, runner in runners.items()}
 
 
+def measure_duel(
+    slower: tuple[Variant, Path], faster: tuple[Variant, Path], pictures: int, threads: int | None
+) -> Duel:
+    """Let two variants draw ``pictures`` each in turn, nobody else being loaded.
+
+    Who begins changes with every prompt, so that a machine that slows down is nobody's gain.
+    """
+    settings = run_settings(threads)
+    *tasks, first = held_out_tasks(pictures + 1)
+    pair = [_Runner(*one, settings) for one in (slower, faster)]
+    for runner in pair:
+        runner.warm_up(first)
+    spent: tuple[list[float], list[float]] = ([], [])
+    for index, task in enumerate(tasks):
+        for which in (0, 1) if index % 2 == 0 else (1, 0):
+            spent[which].append(pair[which].draw([task]))
+    return Duel([one.times.weights for one in pair], *spent)
+
+
 def run_settings(threads: int | None) -> RunSettings:
     """Return how everything here is run: in f32, whatever the machine would rather do."""
     return RunSettings(default=DeviceSettings(precision="f32", num_threads=threads, cache=False))
@@ -135,6 +168,17 @@ def run_settings(threads: int | None) -> RunSettings:
 def times_faster(before: Sequence[float], after: Sequence[float]) -> float:
     """Return how many times ``after`` is as fast as ``before``, the median over their rounds."""
     return statistics.median(a / b for a, b in zip(before, after, strict=True))
+
+
+def median_interval(values: Sequence[float]) -> tuple[float, float]:
+    """Return between what the median lies, to 95 %, whatever the distribution: two of the values.
+
+    By the ranks that as many throws of a coin keep between them (Conover, Practical Nonparametric
+    Statistics, 3.2, by the normal approximation).
+    """
+    ordered = sorted(values)
+    rank = max(1, math.floor((len(ordered) - 1.96 * math.sqrt(len(ordered))) / 2))
+    return ordered[rank - 1], ordered[-rank]
 
 
 def machine(threads: int | None) -> dict[str, Any]:

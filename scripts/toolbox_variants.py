@@ -22,6 +22,8 @@ GLOBAL_W8A8, LOCAL_W8A8 = "global-int8", "local-int8"
 PAIRS: Mapping[str, str] = {LOCAL: GLOBAL, LOCAL_W8A8: GLOBAL_W8A8}
 STACK = "stack"
 FEW_STEPS = "f32-4-steps"
+#: What the stack has to be faster than, and how many times.
+DUELS: Mapping[str, float] = {REFERENCE: 8.0, FEW_STEPS: 1.5}
 LEAN = Path(__file__).resolve().parent.parent / "docs" / "lean.toml"
 
 #: The names that --student takes of itself, and what each is.
