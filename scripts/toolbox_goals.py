@@ -128,12 +128,12 @@ def _low_rank(findings: Findings) -> Goal:
 
 
 def _stack(findings: Findings) -> Iterator[Goal]:
-    words = {
+    titles = {
         REFERENCE: "f32 at 20 steps with guidance",
         FEW_STEPS: "undistilled f32 at 4 steps and guidance 1",
     }
     for other, factor in DUELS.items():
-        asked = f"the stack: {factor:g} x faster per picture than {words[other]}"
+        asked = f"the stack: {factor:g} x faster per picture than {titles[other]}"
         duel = findings.duels.get(other)
         if duel is None:
             yield Goal(asked, "", None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import shutil
 import sys
 from collections.abc import Callable
@@ -14,6 +15,10 @@ import pytest
 # NNCF and OpenVINO's converter would fork this process, by then large, to report each call to their
 # makers: sdvino's own workers do without too.
 sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
+
+# torch and the libraries of models make millions of objects: to look for garbage at every 700 of them
+# is a quarter of the time that importing takes.
+gc.set_threshold(5_000, 10, 10)
 
 # How fast a machine is that does other work besides says nothing about the code.
 hypothesis.settings.register_profile(

@@ -4,8 +4,8 @@
 
 What to do stands in WORKDIR/plan.json. Lines of JSON go to stdout: {"step", "share"} while a step
 runs, {"step", "files"} when it is finished, {"error"} when it failed. The process ends when its
-stdin does: nothing goes on when the conversion was killed. Libraries are imported by the step that
-needs them: compression does without torch's models, export without NNCF.
+stdin does: nothing goes on when the conversion was killed. Libraries are imported for the steps
+that need them: compression does without torch's models, export without NNCF.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ if __name__ == "__main__":
     sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
 
 import contextlib
+import gc
 import json
 import os
 import shutil
@@ -35,6 +36,8 @@ from sdvino.convert.steps import Step
 from sdvino.errors import RequestError, SdvinoError
 
 _LOCK_FILE = "worker-lock"
+# What the libraries of models import where it is installed, for what no step does.
+_UNUSED = ("peft", "scipy", "sklearn", "torchvision")
 
 #: Writes the output of a step into the folder given; calls back with the share done.
 StepFunction = Callable[[WorkPlan, Path, str, Path, Callable[[float], None]], None]
@@ -56,6 +59,8 @@ def main(arguments: Sequence[str]) -> int:
     name = ""
     try:
         plan = WorkPlan.read(work)
+        if __name__ == "__main__":
+            _import_libraries(plan, names)
         for name in names:
             tell({"step": name, "share": 0.0})
             files = run_step(plan, work, name, partial(_tell_share, tell, name))
@@ -241,6 +246,42 @@ def _describe(error: BaseException, step: str) -> dict[str, Any]:
         what = f"{type(error).__name__}: {error}".splitlines()[0]
         described["message"] = f"The step `{step}` failed: {what}"
     return described
+
+
+def _import_libraries(plan: WorkPlan, names: Sequence[str]) -> None:
+    """Import what the steps called ``names`` will want, in a process of their own.
+
+    Importing makes millions of objects and nothing to collect: looking for it again and again
+    takes a third of the time, and later collections would look at all of them each time.
+    """
+    kinds = {Step.parse(name).kind for name in names}
+    gc.disable()
+    try:
+        with contextlib.suppress(ImportError):  # whoever needs it says so
+            if kinds & {"pass", "export"}:
+                _import_models()
+            if "compress" in kinds and any(
+                plan.recipe.treatment(component) != "fp16" for component in plan.components
+            ):
+                import nncf  # noqa: F401
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
+def _import_models() -> None:
+    """Import the libraries of models as if what they bring along for others were not installed.
+
+    They find out once what there is. NNCF, later, finds its scipy.
+    """
+    absent = [name for name in _UNUSED if name not in sys.modules]
+    sys.modules.update(dict.fromkeys(absent))  # type: ignore[arg-type]
+    try:
+        from diffusers import AutoencoderKL, UNet2DConditionModel  # noqa: F401
+        from transformers import CLIPTextModel  # noqa: F401
+    finally:
+        for name in absent:
+            del sys.modules[name]
 
 
 def _take_stdout() -> TextIO:

@@ -154,6 +154,21 @@ def test_the_work_folder_is_told_when_its_plan_is_gone(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_worker_imports_no_more_than_it_needs() -> None:
+    """And whoever wants the rest later finds it."""
+    program = """
+    import gc, sys
+    from sdvino.convert.worker import _UNUSED, _import_models
+    _import_models()
+    print(sorted(sys.modules.keys() & {*_UNUSED}), "diffusers" in sys.modules)
+    import scipy.stats, nncf
+    """
+    command = [sys.executable, "-c", textwrap.dedent(program)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.stdout, done.returncode) == ("[] True\n", 0), done.stderr
+
+
+@pytest.mark.slow
 def test_a_worker_reports_nothing_to_anybody(tmp_path: Path) -> None:
     """NNCF and OpenVINO's converter send usage reports unless the package for it is not there."""
     program = """
