@@ -16,8 +16,8 @@ import pytest
 # makers: sdvino's own workers do without too.
 sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
 
-# torch and the libraries of models make millions of objects: to look for garbage at every 700 of them
-# is a quarter of the time that importing takes.
+# torch and the libraries of models make millions of objects: to look for garbage at every 700 of
+# them is a quarter of the time that importing takes.
 gc.set_threshold(5_000, 10, 10)
 
 # How fast a machine is that does other work besides says nothing about the code.
