@@ -53,6 +53,8 @@ from sdvino.pipeline import StableDiffusionPipeline
 from sdvino.runtime.topology import read_cpu
 
 RUNS = 3
+#: bf16 takes torch longer than anybody waits where the processor has no arithmetic for it.
+MOST_MINUTES = 30.0
 
 
 class Bench:
@@ -65,11 +67,13 @@ class Bench:
         cases: Sequence[Case],
         contenders: Sequence[Contender],
         runs: int,
+        most_minutes: float = MOST_MINUTES,
     ) -> None:
         self.shop = shop
         self.isa = isa
         self.contenders = list(contenders)
         self.runs = runs
+        self.most_minutes = most_minutes
         self.journal = Journal(shop.root / "journal.jsonl")
         self.machine = about_machine()
         self.notes = {case.name: self._how_made(case) for case in cases}
@@ -158,7 +162,7 @@ class Bench:
             shutil.rmtree(cache, ignore_errors=True)
         cache.mkdir(parents=True, exist_ok=True)
         job = self._job(case, contender, cache)
-        return run_job(job, self.isa.environment, key)
+        return run_job(job, self.isa.environment, key, self.most_minutes)
 
     def _job(self, case: Case, contender: Contender, cache: Path) -> Any:
         folder = self.shop.folder(case.arch, contender.format)
@@ -266,6 +270,12 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--cases", help=f"of {', '.join(case.name for case in CASES)}")
     made.add_argument("--peers", help="names as in the table, by commas; default: all")
     made.add_argument("--runs", type=int, help=f"fresh processes of each; default: {RUNS}")
+    made.add_argument(
+        "--most-minutes",
+        type=float,
+        default=MOST_MINUTES,
+        help="give up on a process that takes longer; default: %(default)g",
+    )
     made.add_argument("--isa", choices=ISAS, default="native")
     made.add_argument("--quick", action="store_true", help="one case, one run, models prepared")
     made.add_argument("--prepare", action="store_true", help="make the models and stop")
@@ -298,6 +308,8 @@ def make_bench(options: argparse.Namespace) -> Bench:
         runs = 1 if options.quick else RUNS
     if runs < 1:
         raise ChoiceError(f"--runs is {runs}; give a whole number from 1 up.")
+    if not options.most_minutes > 0:
+        raise ChoiceError(f"--most-minutes is {options.most_minutes:g}; give a number above 0.")
     shop = Workshop(
         root=options.work,
         isa=isa.name,
@@ -306,7 +318,7 @@ def make_bench(options: argparse.Namespace) -> Bench:
     )
     if options.fresh:
         (options.work / "journal.jsonl").unlink(missing_ok=True)
-    bench = Bench(shop, isa, cases, contenders, runs)
+    bench = Bench(shop, isa, cases, contenders, runs, options.most_minutes)
     if options.quick and bench.missing():
         what = ", ".join(f"{arch} as {format_}" for arch, format_ in bench.missing())
         raise ChoiceError(f"--quick makes no models, and {what} are missing; run --prepare first.")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -31,7 +32,7 @@ _STOP_SECONDS = 10
 
 
 class MeasureError(Exception):
-    """A worker failed; the message holds its last words."""
+    """A worker failed; the message holds its last words, or how long it was waited for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,8 +102,10 @@ def source_stamp(files: Iterable[Path]) -> str:
     return digest.hexdigest()[:16]
 
 
-def run_job(job: Job, environment: Mapping[str, str], key: str) -> Entry:
-    """Do ``job`` in a fresh process; raises MeasureError when it fails.
+def run_job(
+    job: Job, environment: Mapping[str, str], key: str, most_minutes: float = math.inf
+) -> Entry:
+    """Do ``job`` in a fresh process; raises MeasureError when it fails or takes too long.
 
     However this ends, Ctrl-C included, the process is gone afterwards.
     """
@@ -111,7 +114,8 @@ def run_job(job: Job, environment: Mapping[str, str], key: str) -> Entry:
         job = replace(job, result=str(result), started=time.time())
         asked.write_text(json.dumps(asdict(job)), encoding="utf-8")
         command = [sys.executable, str(WORKER), str(asked)]
-        seconds, peak = watch(command, {"PYTHONPATH": str(ROOT), **environment})
+        environment = {"PYTHONPATH": str(ROOT), **environment}
+        seconds, peak = watch(command, environment, most_minutes)
         value = json.loads(result.read_text(encoding="utf-8"))
     measured = Measured(**{**value, "pictures": tuple(value["pictures"])})
     own = 0 if measured.peak is None else measured.peak
@@ -119,8 +123,13 @@ def run_job(job: Job, environment: Mapping[str, str], key: str) -> Entry:
     return Entry(key, seconds, max(peak, own), measured)
 
 
-def watch(command: Sequence[str], environment: Mapping[str, str]) -> tuple[float, int]:
-    """Run ``command``; return its seconds and the peak of its process tree in bytes."""
+def watch(
+    command: Sequence[str], environment: Mapping[str, str], most_minutes: float = math.inf
+) -> tuple[float, int]:
+    """Run ``command``; return its seconds and the peak of its process tree in bytes.
+
+    Raises MeasureError when it fails or has not ended after ``most_minutes``.
+    """
     started = time.perf_counter()
     peak, sampled = 0, has_proc()
     with tempfile.TemporaryFile("w+") as errors:
@@ -135,6 +144,8 @@ def watch(command: Sequence[str], environment: Mapping[str, str]) -> tuple[float
                 peak = max(peak, tree_highest(running.pid)) if sampled else 0
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     running.wait(SAMPLE_SECONDS)
+                if time.perf_counter() - started > 60 * most_minutes:
+                    raise MeasureError(f"it was given up after {most_minutes:g} minutes.")
         finally:
             stop(running)
         if running.returncode:

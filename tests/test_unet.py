@@ -57,6 +57,7 @@ def test_every_guidance_mode_gives_the_picture(
     assert error(latents, exact) < (1e-6 if mode == "sequential" else 0.03)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["sequential", "batch"])
 def test_outside_the_interval_only_the_prompt_is_asked(
     pipe: StableDiffusionPipeline, exact: Any, mode: GuidanceMode

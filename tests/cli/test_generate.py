@@ -89,6 +89,7 @@ def test_nothing_is_overwritten_silently(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 2
 
 
+@pytest.mark.slow
 def test_several_pictures_of_one_run_stay_apart_even_when_overwriting(tmp_path: Path) -> None:
     output = tmp_path / "circle.png"
     arguments = ["generate", PROMPT, "-n", "3", "-o", str(output), "--seed", "1", "--overwrite"]
@@ -97,6 +98,7 @@ def test_several_pictures_of_one_run_stay_apart_even_when_overwriting(tmp_path: 
     assert seeds == [1, 2, 3]
 
 
+@pytest.mark.slow
 def test_a_file_of_prompts(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     prompts = tmp_path / "list.txt"
     prompts.write_text("# two of them\na red circle\n\na blue square\n", encoding="utf-8")
@@ -111,12 +113,14 @@ def test_a_file_of_prompts(tmp_path: Path, capfd: pytest.CaptureFixture[str]) ->
     ]
 
 
+@pytest.mark.slow
 def test_words_that_do_not_fit_are_named(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     text = PROMPT + " and another" * 60 + " zebra"
     assert main(["generate", text, "-o", str(tmp_path / "o.png"), "--seed", "1", *FEW]) == 0
     assert "zebra" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_metadata_can_be_left_out(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "o.jpg"
     assert main(["generate", PROMPT, "-o", str(output), "--no-metadata", *FEW]) == 0
@@ -124,6 +128,7 @@ def test_metadata_can_be_left_out(tmp_path: Path, capfd: pytest.CaptureFixture[s
     assert "no settings" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_previews(tmp_path: Path) -> None:
     preview = tmp_path / "preview.png"
     arguments = ["generate", PROMPT, "-o", str(tmp_path / "o.png"), "--preview", str(preview)]

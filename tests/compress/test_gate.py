@@ -207,6 +207,7 @@ def test_the_same_folder_twice_is_perfect(sound: tuple[Folders, Verdict]) -> Non
     assert verdict.comparison.ssim == pytest.approx((1.0,) * 3)
 
 
+@pytest.mark.slow
 def test_a_broken_layer_goes_back_to_float(broken: tuple[Folders, Verdict, list[str]]) -> None:
     folders, verdict, said = broken
     assert verdict.passed is True, verdict.failures
@@ -222,6 +223,7 @@ def test_a_broken_layer_goes_back_to_float(broken: tuple[Folders, Verdict, list[
     assert any("back to float" in line for line in said)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "conditions", "suggested", "encoders"),
     [
@@ -257,6 +259,7 @@ def test_other_families_are_judged_and_mended(
     assert set(guided) == {encoders == 2}
 
 
+@pytest.mark.slow
 def test_what_layers_cannot_mend_falls_back(tmp_path: Path) -> None:
     everything = dict.fromkeys(LAYERS, 1.3)
     folders = Folders(tmp_path, trained_unet({}), everything)
@@ -270,6 +273,7 @@ def test_what_layers_cannot_mend_falls_back(tmp_path: Path) -> None:
     assert "int8-weights did not pass" in verdict.note
 
 
+@pytest.mark.slow
 def test_random_weights_are_judged_on_components_alone(tmp_path: Path) -> None:
     said: list[str] = []
     folders = Folders(tmp_path, random_unet(), {"blocks.0": 3.0})
@@ -298,6 +302,7 @@ def test_bad_requests(sound: tuple[Folders, Verdict], options: dict[str, Any]) -
         sound[0].judge(**options)
 
 
+@pytest.mark.slow
 def test_the_verdict_survives_the_manifest(broken: tuple[Folders, Verdict, list[str]]) -> None:
     quality = broken[1].to_dict()
     manifest = Manifest(

@@ -216,6 +216,7 @@ def test_effects_are_for_one_of_the_weights_squares() -> None:
     assert found == pytest.approx({"a": 2.0, "b": 0.25, "c": 0.25})
 
 
+@pytest.mark.slow
 def test_a_component_by_local_quantization(tmp_path: Path) -> None:
     expected = nets.run(nets.attention_network(), SAMPLES[0])
     shares: list[float] = []
@@ -248,6 +249,7 @@ def test_a_component_by_local_quantization(tmp_path: Path) -> None:
     assert any("attn1.to_q" in line and " bits, " in line for line in lines)
 
 
+@pytest.mark.slow
 def test_the_same_weights_and_inputs_give_the_same_choice() -> None:
     plans = [
         plan_local("unet", nets.attention_network(), SAMPLES, budget=0.35, groups=3)
@@ -257,6 +259,7 @@ def test_the_same_weights_and_inputs_give_the_same_choice() -> None:
     assert len({choice.facts.effect for choice in plans[0].layers}) <= 3
 
 
+@pytest.mark.slow
 def test_activations_of_eight_bit_layers() -> None:
     expected = nets.run(nets.attention_network(), SAMPLES[0])
     recipe = ComponentRecipe(mode="local", budget=0.5, activations=True, float_layers=("conv_in/",))

@@ -102,11 +102,13 @@ def decode_twice(path: Path, latents: NDArray[np.float32]) -> list[NDArray[Any]]
     return [before, after]
 
 
+@pytest.mark.slow
 def test_a_decoder_in_float_computes_what_it_did() -> None:
     before, after = decode_twice(xml("vae_decoder"), some_latents(1, 4, 8, 8))
     assert np.linalg.norm(after - before) <= 1e-5 * np.linalg.norm(before)
 
 
+@pytest.mark.slow
 def test_a_decoder_in_8_bits_is_as_near_to_float_as_it_was() -> None:
     latents = some_latents(1, 4, 8, 8)
     with torch.no_grad():
@@ -118,6 +120,7 @@ def test_a_decoder_in_8_bits_is_as_near_to_float_as_it_was() -> None:
     assert errors[1] <= 0.1 * np.linalg.norm(exact)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "left"), [("vae_decoder", False), ("unet", True)])
 def test_a_component_does_it_in_the_autoencoder(name: str, left: bool) -> None:
     shapes = {

@@ -117,6 +117,7 @@ def test_projections_are_split_by_their_weights(graph: Graph) -> None:
     assert graph.holds(graph.run(model, graph.inputs)["out_sample"])
 
 
+@pytest.mark.slow
 def test_weights_with_zero_points_are_split_too() -> None:
     graph = Graph("float", xml("unet"), 16)
     compressed = nncf.compress_weights(graph.read())
@@ -127,6 +128,7 @@ def test_weights_with_zero_points_are_split_too() -> None:
     assert np.linalg.norm(found - expected) <= 1e-5 * np.linalg.norm(expected)
 
 
+@pytest.mark.slow
 def test_scales_go_into_what_was_before_them(graph: Graph) -> None:
     model = graph.read()
     split_projections(model)
@@ -219,6 +221,7 @@ class _Thinned(AttnProcessor2_0):  # type: ignore[misc]
         return super().__call__(attn, hidden_states, *args, **more)
 
 
+@pytest.mark.slow
 def test_thinned_keys_are_those_of_torch() -> None:
     graph = Graph("float", xml("unet"), 16)
     model = graph.read()

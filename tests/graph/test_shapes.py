@@ -12,6 +12,7 @@ from tests.graph.exported import Compiled, read, some_latents
 SHAPES = {"sample": [2, 4, 8, 16], "encoder_hidden_states": [2, 77, 16], "timestep": [1]}
 
 
+@pytest.mark.slow
 def test_a_fixed_unet_computes_the_same() -> None:
     inputs = {
         "sample": some_latents(2, 4, 8, 16),

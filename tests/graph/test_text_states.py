@@ -100,6 +100,7 @@ def compressed(how: str) -> ov.Model:
         return nncf.quantize(model, nncf.Dataset([IDS]), subset_size=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["8-bit weights", "8-bit everything"])
 def test_compression_does_not_hide_the_layers(how: str) -> None:
     original = compressed(how)

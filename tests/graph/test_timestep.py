@@ -39,6 +39,7 @@ def test_fractional_timesteps_reach_the_network() -> None:
     assert np.abs(fractional - oracle(687.0)).max() > 1e-4
 
 
+@pytest.mark.slow
 def test_whole_timesteps_compute_what_the_export_computed() -> None:
     model = read("unet")
     before = run(model, 687, np.int64)

@@ -43,6 +43,7 @@ def test_pictures_are_those_of_diffusers() -> None:
     )
 
 
+@pytest.mark.slow
 def test_the_runtime_runs_it() -> None:
     def prepare(model: ov.Model) -> None:
         decoder_to_pixels(model, SCALING)

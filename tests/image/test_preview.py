@@ -10,6 +10,7 @@ from sdvino.image.preview import Previewer, linear_preview
 from tests.graph.exported import Compiled, some_latents, tiny_decoder, torch_tiny
 
 
+@pytest.mark.slow
 def test_a_tiny_decoder_shows_what_it_shows_in_diffusers() -> None:
     model = tiny_decoder()
     decoder_to_pixels(model, 1.0)

@@ -283,6 +283,7 @@ sys.exit(1)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="a process cannot be sent Ctrl-C alone")
 def test_ctrl_c_stops_a_run(tmp_path: Path) -> None:
     # Some 10 seconds of work, which the device can leave between any two of its nodes.

@@ -54,6 +54,7 @@ def test_wrong_requests(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> No
         (["--cases", "sd3"], "sd15-4"),
         (["--peers", "nobody"], "openvino-genai"),
         (["--runs", "0"], "--runs"),
+        (["--most-minutes", "nan"], "--most-minutes"),
         (["--source", f"sd15={tmp_path}"], "no diffusers folder"),
     ):
         assert bench_peers.main([*base, *wrong]) == 2

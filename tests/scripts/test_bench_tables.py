@@ -249,6 +249,14 @@ def test_a_worker_that_fails_is_told_by_its_last_words() -> None:
         watch([sys.executable, "-c", "raise SystemExit('no such thing')"], {})
 
 
+def test_a_worker_that_takes_too_long_is_given_up(tmp_path: Path) -> None:
+    late = tmp_path / "late"
+    program = f"import time; time.sleep(20); open({str(late)!r}, 'w')"
+    with pytest.raises(MeasureError, match=r"given up after 0\.01 minutes"):
+        watch([sys.executable, "-c", program], {}, 0.01)
+    assert not late.exists()
+
+
 @pytest.mark.skipif(not has_proc(), reason="reads /proc")
 def test_the_memory_of_a_tree_is_measured() -> None:
     inner = "x = bytearray(60_000_000); import time; time.sleep(0.5)"

@@ -33,7 +33,7 @@ from tests.compress.distillation.students import (
     teacher,
 )
 
-OTHERS = ("recover", "guidance", "consistency")
+OBJECTIVES = ("steps", "recover", "guidance", "consistency")
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 
 
@@ -116,9 +116,8 @@ def test_two_steps_lead_where_eight_guided_ones_did(tmp_path: Path, objective: s
     assert after < 0.85 * before
 
 
-@pytest.mark.parametrize(
-    "objective", ["steps", *(pytest.param(one, marks=pytest.mark.slow) for one in OTHERS)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", OBJECTIVES)
 def test_interrupted_it_goes_on_to_the_same_student(tmp_path: Path, objective: str) -> None:
     whole = learn(tmp_path / "whole", objective=objective, iterations=12)
 
@@ -171,6 +170,7 @@ def test_interrupted_while_it_draws_it_goes_on_with_the_rest(tmp_path: Path) -> 
         assert torch.equal(found.module.state_dict()[name], value), name
 
 
+@pytest.mark.slow
 def test_other_settings_begin_anew_and_leave_what_was_done(tmp_path: Path) -> None:
     learn(tmp_path, iterations=3)
     told: list[float] = []
@@ -187,6 +187,7 @@ def test_other_settings_begin_anew_and_leave_what_was_done(tmp_path: Path) -> No
     assert told == []
 
 
+@pytest.mark.slow
 def test_what_a_teacher_drew_serves_all_of_its_students(tmp_path: Path) -> None:
     learn(tmp_path, iterations=2)
     stages: dict[str, list[float]] = {}
@@ -202,6 +203,7 @@ def test_what_a_teacher_drew_serves_all_of_its_students(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("training-*"))) == 2
 
 
+@pytest.mark.slow
 def test_zeros_of_pruning_stay_zeros(tmp_path: Path) -> None:
     student = shaken(teacher(), 0.1)
     prune_magnitude(student, "unet", 0.5, engine="histogram")
@@ -290,6 +292,7 @@ def test_a_loss_that_is_no_number_ends_it(tmp_path: Path) -> None:
         learn(tmp_path, models(student), objective="recover")
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
     found = learn(tmp_path, iterations=2)
     path = found.folder / "checkpoint.safetensors"
