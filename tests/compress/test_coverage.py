@@ -36,6 +36,7 @@ def test_multiply_adds_are_counted_by_kind() -> None:
     assert not any(layer.planned for layer in layers)
 
 
+@pytest.mark.slow
 def test_what_is_planned_runs() -> None:
     recipe = replace(get_recipe("int8").component("unet"), float_layers=("conv_in/", "conv_out/"))
     model = compress_component(

@@ -331,6 +331,7 @@ def test_anybody_s_quality_gives_a_line(quality: dict[str, Any], line: str) -> N
     assert quality_line(quality) == line
 
 
+@pytest.mark.slow
 def test_the_report_names_plots_that_exist_and_are_small(
     tmp_path: Path, broken: tuple[Folders, Verdict, list[str]]
 ) -> None:

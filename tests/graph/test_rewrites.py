@@ -160,6 +160,7 @@ def test_text_keys_are_made_apart(graph: Graph) -> None:
     assert weights[1] + weights[2] <= weights[0] * 1.01
 
 
+@pytest.mark.slow
 def test_a_unet_that_reads_no_text_is_refused(graph: Graph) -> None:
     model = graph.read()
     take_text_keys(model)

@@ -34,7 +34,10 @@ from tests.compress.distillation.students import (
 )
 
 OBJECTIVES = ("steps", "recover", "guidance", "consistency")
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+pytestmark = [
+    pytest.mark.slow,  # most of it for importing what they train
+    pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning"),
+]
 
 
 def samples() -> list[dict[str, Any]]:
@@ -55,7 +58,6 @@ def distance(student: Any) -> float:
     return relative_error(outputs_of(student, samples()), outputs_of(teacher(), samples()))
 
 
-@pytest.mark.slow
 def test_a_student_that_lost_its_way_comes_back(tmp_path: Path) -> None:
     student = shaken(teacher())
     before = distance(student)
@@ -84,7 +86,6 @@ def guided(unet: Any, scale: float, conditional: bool) -> Any:
     return ask_guided(unet, x, t, states[1:], states[0], scale)
 
 
-@pytest.mark.slow
 def test_guidance_is_folded_into_one_evaluation(tmp_path: Path) -> None:
     wanted = guided(teacher(), 3.0, conditional=False)
     before = relative_error([guided(teacher(), 3.0, conditional=True)], [wanted])
@@ -106,7 +107,6 @@ def ends(unet: Any, steps: int, scale: float) -> Any:
     return x
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("objective", ["steps", "consistency"])
 def test_two_steps_lead_where_eight_guided_ones_did(tmp_path: Path, objective: str) -> None:
     wanted = ends(teacher(), 8, 3.0)
@@ -116,7 +116,6 @@ def test_two_steps_lead_where_eight_guided_ones_did(tmp_path: Path, objective: s
     assert after < 0.85 * before
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_interrupted_it_goes_on_to_the_same_student(tmp_path: Path, objective: str) -> None:
     whole = learn(tmp_path / "whole", objective=objective, iterations=12)
@@ -149,7 +148,6 @@ def test_interrupted_it_goes_on_to_the_same_student(tmp_path: Path, objective: s
     ]
 
 
-@pytest.mark.slow
 def test_interrupted_while_it_draws_it_goes_on_with_the_rest(tmp_path: Path) -> None:
     def stop(stage: str, share: float) -> None:
         if stage == "drawing" and share > 0.4:
@@ -170,7 +168,6 @@ def test_interrupted_while_it_draws_it_goes_on_with_the_rest(tmp_path: Path) -> 
         assert torch.equal(found.module.state_dict()[name], value), name
 
 
-@pytest.mark.slow
 def test_other_settings_begin_anew_and_leave_what_was_done(tmp_path: Path) -> None:
     learn(tmp_path, iterations=3)
     told: list[float] = []
@@ -187,7 +184,6 @@ def test_other_settings_begin_anew_and_leave_what_was_done(tmp_path: Path) -> No
     assert told == []
 
 
-@pytest.mark.slow
 def test_what_a_teacher_drew_serves_all_of_its_students(tmp_path: Path) -> None:
     learn(tmp_path, iterations=2)
     stages: dict[str, list[float]] = {}
@@ -203,7 +199,6 @@ def test_what_a_teacher_drew_serves_all_of_its_students(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("training-*"))) == 2
 
 
-@pytest.mark.slow
 def test_zeros_of_pruning_stay_zeros(tmp_path: Path) -> None:
     student = shaken(teacher(), 0.1)
     prune_magnitude(student, "unet", 0.5, engine="histogram")
@@ -218,7 +213,6 @@ def test_zeros_of_pruning_stay_zeros(tmp_path: Path) -> None:
             assert bool(parameter[~zeros[name]].all()), name
 
 
-@pytest.mark.slow
 def test_a_student_of_fewer_heads_learns(tmp_path: Path) -> None:
     student = teacher()
     for module in student.modules():
@@ -244,7 +238,6 @@ def test_blocks_are_compared_where_both_have_them() -> None:
     features.close()
 
 
-@pytest.mark.slow
 def test_recomputing_activations_changes_nothing_but_memory(tmp_path: Path) -> None:
     plain, saving = (
         learn(
@@ -261,7 +254,6 @@ def test_recomputing_activations_changes_nothing_but_memory(tmp_path: Path) -> N
     assert not saving.is_gradient_checkpointing
 
 
-@pytest.mark.slow
 def test_pictures_are_what_is_learnt_from(tmp_path: Path) -> None:
     folder = tmp_path / "pictures"
     folder.mkdir()
@@ -292,7 +284,6 @@ def test_a_loss_that_is_no_number_ends_it(tmp_path: Path) -> None:
         learn(tmp_path, models(student), objective="recover")
 
 
-@pytest.mark.slow
 def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
     found = learn(tmp_path, iterations=2)
     path = found.folder / "checkpoint.safetensors"
