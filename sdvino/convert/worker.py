@@ -254,14 +254,15 @@ def _import_libraries(plan: WorkPlan, names: Sequence[str]) -> None:
     Importing makes millions of objects and nothing to collect: looking for it again and again
     takes a third of the time, and later collections would look at all of them each time.
     """
-    kinds = {Step.parse(name).kind for name in names}
+    steps = [Step.parse(name) for name in names]
     gc.disable()
     try:
         with contextlib.suppress(Exception):  # the step that needs it says so
-            if kinds & {"pass", "export"}:
+            if any(step.kind in ("pass", "export") for step in steps):
                 _import_models()
-            if "compress" in kinds and any(
-                plan.recipe.treatment(component) != "fp16" for component in plan.components
+            if any(
+                step.kind == "compress" and plan.recipe.treatment(step.component) != "fp16"
+                for step in steps
             ):
                 import nncf  # noqa: F401
     finally:
