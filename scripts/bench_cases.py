@@ -199,6 +199,9 @@ def properties(contender: Contender, isa: Isa) -> dict[str, str]:
     precision = best_precision(isa) if contender.tuned else isa.precision
     if precision is not None:
         chosen["INFERENCE_PRECISION_HINT"] = precision
+    if isa.environment:
+        # See sdvino.runtime.properties: without it nothing with 8-bit weights compiles.
+        chosen["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = "0"
     if contender.tuned:
         chosen["PERFORMANCE_HINT"] = "LATENCY"
     return chosen

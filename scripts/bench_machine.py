@@ -13,7 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from sdvino.compress.targets import detect
-from sdvino.runtime.topology import read_cpu
+from sdvino.runtime.topology import LIMIT, read_cpu
 
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARIES = ("openvino", "openvino-genai", "nncf", "optimum-intel", "diffusers", "torch")
@@ -22,7 +22,7 @@ LIBRARIES = ("openvino", "openvino-genai", "nncf", "optimum-intel", "diffusers",
 ISAS = ("native", "avx2-vnni")
 #: A laptop's instruction set on a machine that has more: oneDNN (in OpenVINO and in torch), and
 #: torch's own kernels.
-_AVX2_VNNI = {"ONEDNN_MAX_CPU_ISA": "AVX2_VNNI", "ATEN_CPU_CAPABILITY": "avx2"}
+_AVX2_VNNI = {LIMIT: "AVX2_VNNI", "ATEN_CPU_CAPABILITY": "avx2"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,11 +37,17 @@ class Isa:
     #: Where another one was asked for: a sentence that says so.
     note: str = ""
 
+    @property
+    def label(self) -> str:
+        """What the tables call it: a stand-in is not a machine that has no more."""
+        return f"{self.name} as stand-in" if self.environment else self.name
+
 
 def choose_isa(asked: str, named: Collection[str]) -> Isa:
     """Return what a run with ``--isa asked`` uses on a processor with so ``named`` instructions.
 
-    ``named`` is `CpuReport.isa`. A processor without VNNI cannot stand in for one that has it.
+    ``named`` is `CpuReport.isa`. A processor without VNNI cannot stand in for one that has it; nor
+    can one that has it only among its AVX-512 instructions, whose kernels are then those of AVX2.
     """
     native = detect(named)
     if asked == "native":
@@ -55,7 +61,15 @@ def choose_isa(asked: str, named: Collection[str]) -> Isa:
             " avx2, which it has, was used instead.",
         )
     # bf16 does not compile under that limit, so f32 is asked of everybody.
-    return Isa("avx2-vnni", _AVX2_VNNI, "f32")
+    if "AVX-VNNI" in named:
+        return Isa("avx2-vnni", _AVX2_VNNI, "f32")
+    return Isa(
+        "avx2",
+        _AVX2_VNNI,
+        "f32",
+        "This processor has VNNI among its AVX-512 instructions alone: kept to AVX2-VNNI, it runs"
+        " the kernels of AVX2, which is what was measured.",
+    )
 
 
 def best_precision(isa: Isa) -> str | None:

@@ -157,7 +157,7 @@ class Bench:
             progress.end(time.perf_counter() - started)
 
     def _measure(self, case: Case, contender: Contender, run: int, key: str) -> Entry:
-        cache = self.shop.root / "cache" / self.isa.name / case.name / contender.name
+        cache = self.shop.root / "cache" / self.isa.label / case.name / contender.name
         if run == 0:  # the first start is one that finds nothing
             shutil.rmtree(cache, ignore_errors=True)
         cache.mkdir(parents=True, exist_ok=True)
@@ -181,7 +181,7 @@ class Bench:
             "machine": self.machine,
             "sdvino": self._own if contender.runner == "sdvino" else "",
         }
-        return make_key(self.isa.name, case.name, contender.name, run, depends)
+        return make_key(self.isa.label, case.name, contender.name, run, depends)
 
     def disk(self, arch: str, format_: str) -> int:
         """Return the bytes of a model on disk."""
@@ -198,7 +198,7 @@ class Bench:
             values = with_peers_of(like, {name: of for name, of in own.items() if of})
             found[case.name] = Section(
                 case.name,
-                self.isa.name,
+                self.isa.label,
                 date.today().isoformat(),
                 self.machine,
                 values,

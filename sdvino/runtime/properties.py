@@ -231,7 +231,7 @@ def _cpu_properties(settings: DeviceSettings, facts: DeviceFacts) -> dict[str, A
 
 
 def _cpu_wishes(settings: DeviceSettings, facts: DeviceFacts) -> dict[str, Any]:
-    """Return threads and cores by the topology, where nobody chose them."""
+    """Return what the processor asks for: threads and cores, where nobody chose them."""
     if facts.cpu is None:
         return {}
     chosen = cpu_defaults(
@@ -248,6 +248,10 @@ def _cpu_wishes(settings: DeviceSettings, facts: DeviceFacts) -> dict[str, Any]:
         wished["INFERENCE_NUM_THREADS"] = threads
     if cores is not None:
         wished["SCHEDULING_CORE_TYPE"] = _CORE_TYPES[cores]
+    if facts.cpu.limited:
+        # By the processor, not by the limit, OpenVINO decides to quantize what linear layers of
+        # 8-bit weights are given; oneDNN then has no kernel, and nothing compiles.
+        wished["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = 0
     return wished
 
 

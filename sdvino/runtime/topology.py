@@ -12,7 +12,7 @@ import os
 import struct
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,6 +31,20 @@ _ISA = {
     "AMX-FP16": ("amx_fp16",),
     "NEON": ("asimd",),
     "dot product": ("asimddp",),
+}
+#: oneDNN's variable, which keeps its kernels (most of OpenVINO's on a CPU) to an instruction set,
+#: and what of the flags above each value leaves; others leave everything. Source: oneDNN's "CPU
+#: Dispatcher Control".
+LIMIT = "ONEDNN_MAX_CPU_ISA"
+_LEFT_BY_LIMIT = {
+    "SSE41": (),
+    "AVX": (),
+    "AVX2": ("avx2",),
+    "AVX2_VNNI": ("avx2", "avx_vnni"),
+    "AVX2_VNNI_2": ("avx2", "avx_vnni"),
+    "AVX512_CORE": ("avx2", "avx512f"),
+    "AVX512_CORE_VNNI": ("avx2", "avx512f", "avx512_vnni"),
+    "AVX512_CORE_BF16": ("avx2", "avx512f", "avx512_vnni", "avx512_bf16"),
 }
 #: IsProcessorFeaturePresent of the Windows API -> the flag in /proc/cpuinfo.
 _WINDOWS_FEATURES = {40: "avx2", 41: "avx512f", 19: "asimd", 43: "asimddp"}
@@ -64,6 +78,8 @@ class CpuReport:
     quota: int | None = None
     #: Names as in /proc/cpuinfo; empty where they cannot be read.
     flags: frozenset[str] = frozenset()
+    #: Whether `LIMIT` took some of them away.
+    limited: bool = False
 
     @property
     def cores(self) -> Cores:
@@ -79,7 +95,21 @@ class CpuReport:
 
 
 def read_cpu() -> CpuReport:
-    """Describe this machine's processor; what cannot be read is left at its default."""
+    """Describe this machine's processor, within `LIMIT`; what cannot be read is a default."""
+    return within_limit(_read_cpu(), os.environ.get(LIMIT, ""))
+
+
+def within_limit(cpu: CpuReport, limit: str) -> CpuReport:
+    """Return ``cpu`` with the instruction sets that ``limit``, the value of `LIMIT`, leaves it."""
+    left = _LEFT_BY_LIMIT.get(limit.upper())
+    if left is None:
+        return cpu
+    names = {name for names in _ISA.values() for name in names}
+    kept = cpu.flags - {name for name in names - set(left) if name.startswith(("avx", "amx"))}
+    return replace(cpu, flags=kept, limited=kept != cpu.flags)
+
+
+def _read_cpu() -> CpuReport:
     threads = os.cpu_count() or 1
     try:
         if sys.platform == "win32":

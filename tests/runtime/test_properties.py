@@ -93,6 +93,15 @@ def test_a_containers_quota_limits_the_threads_unless_told() -> None:
     assert compile_properties(told, "CPU", limited)["INFERENCE_NUM_THREADS"] == 5
 
 
+def test_below_its_instruction_set_a_processor_quantizes_nothing_as_it_goes() -> None:
+    name = "DYNAMIC_QUANTIZATION_GROUP_SIZE"
+    cpu = replace(CPU, supported=CPU.supported | {name})
+    for limited in (True, False):
+        report = CpuReport(performance_cores=2, threads=2, usable=2, limited=limited)
+        found = compile_properties(DeviceSettings(), "CPU", {"CPU": replace(cpu, cpu=report)})
+        assert found.get(name) == (0 if limited else None)
+
+
 def test_a_hybrid_chip_runs_on_its_performance_cores() -> None:
     report = CpuReport(performance_cores=4, efficient_cores=8, threads=16, usable=16)
     laptop = {"CPU": replace(CPU, cpu=report)}

@@ -13,6 +13,7 @@ from sdvino.runtime.topology import (
     parse_cpu_list,
     read_cpu,
     windows_cpu,
+    within_limit,
 )
 
 CPU = "/sys/devices/system/cpu"
@@ -158,6 +159,44 @@ def test_windows_with_one_and_with_three_types_of_cores() -> None:
 def test_whatever_windows_answers(records: bytes) -> None:
     cpu = windows_cpu(records, threads=6, usable=6, features=frozenset())
     assert cpu.performance_cores >= 1
+
+
+@pytest.mark.parametrize(
+    ("limit", "left"),
+    [
+        ("AVX2", ("AVX2",)),
+        ("avx2_vnni", ("AVX2", "AVX-VNNI")),
+        ("AVX512_CORE", ("AVX2", "AVX-512")),
+        ("AVX512_CORE_VNNI", ("AVX2", "AVX-512", "AVX512-VNNI")),
+    ],
+)
+def test_onednn_is_kept_to_an_instruction_set(limit: str, left: tuple[str, ...]) -> None:
+    flags = [
+        "sse4_1",
+        "avx",
+        "avx2",
+        "avx_vnni",
+        "avx512f",
+        "avx512_vnni",
+        "avx512_bf16",
+        "amx_int8",
+    ]
+    cpu = within_limit(CpuReport(performance_cores=8, flags=frozenset(flags)), limit)
+    assert cpu.isa == left
+    assert cpu.limited
+    assert "sse4_1" in cpu.flags
+
+
+def test_a_limit_that_takes_nothing_is_none() -> None:
+    cpu = CpuReport(performance_cores=8, flags=frozenset({"avx", "avx2"}))
+    for limit in ("", "DEFAULT", "AVX2", "AVX512_CORE", "AVX512_CORE_AMX", "nonsense"):
+        assert not within_limit(cpu, limit).limited
+        assert within_limit(cpu, limit).isa == ("AVX2",)
+
+
+def test_this_machine_within_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    assert set(read_cpu().isa) <= {"AVX2", "NEON", "dot product"}
 
 
 def test_this_machine() -> None:

@@ -37,14 +37,22 @@ def contender(name: str) -> Contender:
 
 
 def test_a_laptop_is_stood_in_for_where_there_is_vnni() -> None:
-    isa = choose_isa("avx2-vnni", ("AVX2", "AVX-512", "AVX512-VNNI"))
+    isa = choose_isa("avx2-vnni", ("AVX2", "AVX-512", "AVX-VNNI", "AVX512-VNNI"))
     assert (isa.name, isa.precision, isa.note) == ("avx2-vnni", "f32", "")
+    assert isa.label == "avx2-vnni as stand-in"
     assert isa.environment["ONEDNN_MAX_CPU_ISA"] == "AVX2_VNNI"
+
+
+def test_vnni_among_avx_512_alone_stands_in_for_avx2() -> None:
+    isa = choose_isa("avx2-vnni", ("AVX2", "AVX-512", "AVX512-VNNI"))
+    assert (isa.name, isa.label, isa.precision) == ("avx2", "avx2 as stand-in", "f32")
+    assert isa.environment["ONEDNN_MAX_CPU_ISA"] == "AVX2_VNNI"
+    assert "AVX-512" in isa.note
 
 
 def test_without_vnni_it_is_refused_and_said_what_was_used() -> None:
     isa = choose_isa("avx2-vnni", ("AVX2",))
-    assert (isa.name, dict(isa.environment), isa.precision) == ("avx2", {}, None)
+    assert (isa.name, isa.label, dict(isa.environment), isa.precision) == ("avx2", "avx2", {}, None)
     assert "no VNNI" in isa.note
     assert "avx2" in isa.note
 
@@ -93,9 +101,10 @@ def test_who_takes_part() -> None:
 
 def test_settings_of_each_contender() -> None:
     assert properties(contender("optimum-intel"), NATIVE) == {}
-    assert properties(contender("optimum-intel"), LAPTOP) == {"INFERENCE_PRECISION_HINT": "f32"}
+    limited = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
+    assert properties(contender("optimum-intel"), LAPTOP) == limited
     assert properties(SDVINO, NATIVE) == {}
-    assert properties(SDVINO, LAPTOP) == {"INFERENCE_PRECISION_HINT": "f32"}
+    assert properties(SDVINO, LAPTOP)["INFERENCE_PRECISION_HINT"] == "f32"
     tuned = properties(contender("openvino-genai full"), NATIVE)
     assert tuned == {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
     # With AMX, OpenVINO's own bf16 is the fastest.
