@@ -16,7 +16,13 @@ from typing import Literal
 
 from sdvino.errors import RequestError
 from sdvino.manifest import Accelerated
-from sdvino.settings import DeviceSettings, LinearKernel, Precision, RunSettings
+from sdvino.settings import (
+    AttentionPrecision,
+    DeviceSettings,
+    LinearKernel,
+    Precision,
+    RunSettings,
+)
 
 CpuClass = Literal["avx2", "avx2-vnni", "avx512-vnni", "amx", "arm"]
 
@@ -79,6 +85,8 @@ class _Row:
 CONVOLVED_LINEARS = "linears-to-convolutions"
 #: See `sdvino.graph.norms`.
 CHANNEL_NORMS = "group-norms-to-channels"
+#: See `sdvino.graph.attention`.
+BF16_ATTENTION = "attention-to-bf16"
 _EXACT = ("split-projections", "fold-scales", "text-keys")
 _SPLITS = "Cut projections are copied by a reference kernel (measured): two products copy nothing."
 
@@ -194,6 +202,12 @@ def channel_norms(isa: Collection[str]) -> bool:
     return CHANNEL_NORMS in TABLE[cpu_class(isa)].rewrites
 
 
+def attention_precision(isa: Collection[str]) -> AttentionPrecision:
+    """Return in what a processor with ``isa`` computes attention, where the rest is in f32."""
+    narrow = "AVX512-BF16" in isa and cpu_class(isa) == "avx512-vnni"
+    return "bf16" if narrow else "f32"
+
+
 def isa_of(kind: str) -> tuple[str, ...]:
     """Return an instruction set that makes a processor of ``kind``; none for other devices."""
     return tuple(flag for flag, name in _BY_ISA if name == kind)
@@ -219,7 +233,11 @@ def accelerate(device: str, isa: Collection[str] = ()) -> Acceleration:
             f" {', '.join(TABLE)}."
         )
     kind = kind_of(base, isa)
-    return _made(base, kind, TABLE[kind])
+    row = TABLE[kind]
+    if kind == "avx512-vnni" and attention_precision(isa) == "bf16":
+        why = "Its bf16 instructions make attention of an 8-bit UNet 1.6 times as fast (measured)."
+        row = replace(row, rewrites=(*row.rewrites, BF16_ATTENTION), why=(*row.why, why))
+    return _made(base, kind, row)
 
 
 def _parts(base: str, rest: str) -> list[str]:

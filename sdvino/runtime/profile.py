@@ -40,6 +40,7 @@ TUNED_FIELDS = (
     "hyper_threading",
     "precision",
     "linear_kernel",
+    "attention_precision",
 )
 
 

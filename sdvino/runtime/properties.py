@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sdvino.errors import DeviceError
-from sdvino.runtime.acceleration import channel_norms, linear_kernel
+from sdvino.runtime.acceleration import attention_precision, channel_norms, linear_kernel
 from sdvino.runtime.defaults import cpu_defaults, default_precision
 from sdvino.runtime.topology import CpuReport
 from sdvino.settings import DeviceSettings
@@ -148,6 +148,26 @@ def norms_by_channel(
     ``precision`` is what floats are computed in. A UNet's gain nothing (measured).
     """
     return component in _AUTOENCODER and precision == "f32" and _on_all_cpus(facts, channel_norms)
+
+
+def attends_in_bf16(
+    component: str,
+    settings: DeviceSettings,
+    precision: str | None,
+    facts: Mapping[str, DeviceFacts],
+) -> bool:
+    """Return whether the attention of ``component`` is to run in bf16 beside 8-bit layers.
+
+    ``precision`` is what floats are computed in. An autoencoder's single attention gains nothing
+    (measured), and a processor without the instructions would not either.
+    """
+    wanted = settings.attention_precision
+    if component != "unet" or precision != "f32" or wanted == "f32":
+        return False
+    return _on_all_cpus(
+        facts,
+        lambda isa: "AVX512-BF16" in isa and "bf16" in (wanted, attention_precision(isa)),
+    )
 
 
 def _cpus_alone(facts: Mapping[str, DeviceFacts]) -> bool:

@@ -6,12 +6,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import get_args
 
-from sdvino.runtime.acceleration import linear_kernel
+from sdvino.runtime.acceleration import attention_precision, linear_kernel
 from sdvino.runtime.defaults import cpu_defaults, default_precision
 from sdvino.runtime.properties import DeviceFacts
 from sdvino.runtime.search import Axis, Candidate
 from sdvino.runtime.topology import CpuReport
-from sdvino.settings import CoreType, DeviceSettings, GuidanceMode, LinearKernel, Precision
+from sdvino.settings import (
+    AttentionPrecision,
+    CoreType,
+    DeviceSettings,
+    GuidanceMode,
+    LinearKernel,
+    Precision,
+)
 
 #: How guidance runs its two predictions: one after the other, as a batch of two, side by side.
 GUIDANCE_MODES: tuple[GuidanceMode, ...] = get_args(GuidanceMode)
@@ -47,6 +54,7 @@ def axes(
         Axis("cores", lambda best: cores(best, cpu)),
         Axis("pinning", lambda best: pinnings(best, facts)),
         Axis("linear layers", lambda best: linear_kernels(component, best, cpu)),
+        Axis("attention", lambda best: attentions(component, best, cpu)),
     ]
 
 
@@ -158,6 +166,28 @@ def linear_kernels(component: str, best: Choice, cpu: CpuReport | None) -> list[
             best
             if name == default
             else replace(best, settings=replace(best.settings, linear_kernel=name)),
+        )
+        for name in names
+    ]
+
+
+def attentions(component: str, best: Choice, cpu: CpuReport | None) -> list[Candidate[Choice]]:
+    """Return the precisions of the UNet's attention, the default first; none without a choice."""
+    settings = best.settings
+    if component != "unet" or cpu is None or settings.device != "CPU":
+        return []
+    if "AVX512-BF16" not in cpu.isa or settings.precision != "f32":
+        return []
+    default = attention_precision(cpu.isa)
+    names: list[AttentionPrecision] = sorted(
+        get_args(AttentionPrecision), key=lambda name: name != default
+    )
+    return [
+        Candidate(
+            f"attention in {name}",
+            best
+            if name == default
+            else replace(best, settings=replace(settings, attention_precision=name)),
         )
         for name in names
     ]

@@ -8,6 +8,7 @@ import pytest
 from sdvino.errors import DeviceError
 from sdvino.runtime.properties import (
     DeviceFacts,
+    attends_in_bf16,
     compile_properties,
     convolves_linears,
     hardware_of,
@@ -16,7 +17,7 @@ from sdvino.runtime.properties import (
     precision_in,
 )
 from sdvino.runtime.topology import CpuReport
-from sdvino.settings import DeviceSettings, LinearKernel
+from sdvino.settings import AttentionPrecision, DeviceSettings, LinearKernel
 
 CPU = DeviceFacts(
     supported=frozenset(
@@ -33,6 +34,12 @@ CPU = DeviceFacts(
     capabilities=frozenset({"FP32", "INT8", "BIN", "EXPORT_IMPORT"}),
 )
 SERVER = replace(CPU, capabilities=CPU.capabilities | {"BF16", "FP16"}, amx=True)
+ZEN4 = replace(
+    CPU,
+    cpu=CpuReport(
+        performance_cores=2, flags=frozenset({"avx2", "avx512f", "avx512_vnni", "avx512_bf16"})
+    ),
+)
 GPU = DeviceFacts(
     supported=frozenset({"PERFORMANCE_HINT", "NUM_STREAMS", "INFERENCE_PRECISION_HINT"}),
     capabilities=frozenset({"FP32", "FP16", "INT8"}),
@@ -203,6 +210,31 @@ def test_group_norms_are_of_channels_in_an_autoencoder_on_a_cpu(
     known = {"CPU": replace(CPU, cpu=cpu), "GPU": GPU}
     facts = {name: known[name] for name in hardware}
     assert norms_by_channel(component, precision, facts) == expected
+
+
+@pytest.mark.parametrize(
+    ("asked", "precision", "flags", "expected"),
+    [
+        (None, "f32", ("avx512_vnni", "avx512_bf16"), True),
+        ("bf16", "f32", ("avx512_vnni", "avx512_bf16"), True),
+        ("f32", "f32", ("avx512_vnni", "avx512_bf16"), False),
+        # All of it is in bf16 already.
+        (None, "bf16", ("avx512_vnni", "avx512_bf16"), False),
+        # With AMX everything runs in bf16, but where f32 was asked for.
+        (None, "f32", ("avx512_vnni", "avx512_bf16", "amx_int8"), False),
+        ("bf16", "f32", ("avx512_vnni", "avx512_bf16", "amx_int8"), True),
+        ("bf16", "f32", ("avx512_vnni",), False),
+        (None, "f32", ("avx2",), False),
+    ],
+)
+def test_attention_is_in_bf16_where_a_processor_has_it_and_the_rest_is_not(
+    asked: AttentionPrecision | None, precision: str, flags: tuple[str, ...], expected: bool
+) -> None:
+    cpu = {"CPU": replace(CPU, cpu=CpuReport(performance_cores=4, flags=frozenset(flags)))}
+    settings = DeviceSettings(attention_precision=asked)
+    assert attends_in_bf16("unet", settings, precision, cpu) == expected
+    assert not attends_in_bf16("vae_decoder", settings, precision, cpu)
+    assert not attends_in_bf16("unet", settings, precision, {**cpu, "GPU": GPU})
 
 
 def test_an_unknown_cpu_runs_what_was_exported() -> None:
