@@ -24,6 +24,10 @@ from sdvino.compress.targets import Target, get_target
 from sdvino.compress.weights import compress_weights
 from sdvino.errors import SdvinoError
 
+#: Schemes that are to multiply as little as they can. The plans of `global` and `local` name the
+#: layers that were exported.
+_MULTIPLYING_LESS = ("int8", "int8-hybrid")
+
 
 def calibrate(
     folder: Path,
@@ -95,6 +99,7 @@ def compress_component(
             target=target,
             progress=progress,
             scratch=scratch,
+            split_upsamples=recipe.mode in _MULTIPLYING_LESS,
         )
     except RuntimeError as error:  # NNCF's and OpenVINO's exceptions
         what = f"{type(error).__name__}: {error}".splitlines()[0]

@@ -36,6 +36,7 @@ from sdvino.compress.sensitivity import Sensitivity, measure_sensitivity
 from sdvino.compress.thresholds import Thresholds, default_thresholds
 from sdvino.compress.verdict import Remedy, Verdict, find_failures, median
 from sdvino.errors import RequestError, SdvinoError
+from sdvino.graph.upsampling import split_like
 from sdvino.model_folder import ModelFolder, Suggested
 
 #: Called with what is being done and the share of it done, 0 to 1.
@@ -317,7 +318,9 @@ class _Gate:
         xml = self.folder / component / "openvino_model.xml"
         with quiet():
             base = read_ir(self.float_folder / component / "openvino_model.xml")
-            save_ir(restored(base, read_ir(xml), layers), xml)
+            compressed = read_ir(xml)
+            split_like(base, compressed)
+            save_ir(restored(base, compressed, layers), xml)
 
     def _note_result(self, comparison: Comparison) -> None:
         """Add what was measured to the last remedy."""

@@ -32,6 +32,7 @@ from sdvino.compress.quiet import quiet
 from sdvino.compress.stepwise import PART_BYTES, Progress, Sample, compress_in_parts
 from sdvino.compress.targets import Target
 from sdvino.compress.weights import compress_linears
+from sdvino.graph.upsampling import split_upsampling
 
 #: `Target.overflow_fix` -> NNCF's OverflowFix.
 _OVERFLOW = {"off": "DISABLE", "first-layer": "FIRST_LAYER", "all": "ENABLE"}
@@ -47,6 +48,7 @@ def quantize(
     progress: Progress | None = None,
     part_bytes: int = PART_BYTES,
     scratch: Path | None = None,
+    split_upsamples: bool = False,
 ) -> ov.Model:
     """Return ``model`` quantized as ``recipe`` (int8, int8-hybrid, global) says, for ``target``.
 
@@ -55,6 +57,8 @@ def quantize(
     for each tensor (symmetric weights; activations asymmetric, but for GPUs). Sums of a block and
     its residual stay in float: error 1.3 % against 2.1 % on the demo's VAE decoder, 3.5 % against
     12.4 % on its UNet (scripts/measure_choices.py).
+    With ``split_upsamples``, convolutions of doubled pictures are rewritten before (see
+    `sdvino.graph.upsampling`): fewer products, in layers of other names.
     ``progress`` is called with the share of the calibration passes done, 0 to 1. ``model`` is
     consumed; given as its .xml, weights are in memory only while they are worked on. A model for
     which NNCF would take more than ``part_bytes`` is quantized in parts; what flows between them
@@ -63,9 +67,16 @@ def quantize(
     Source: NNCF, "Post-training Quantization"; for int8-hybrid optimum-intel's hybrid quantization.
     """
     report: Progress = (lambda share: None) if progress is None else progress
-    read: Callable[[], ov.Model] = (
+    given: Callable[[], ov.Model] = (
         partial(ov.Core().read_model, model) if isinstance(model, Path) else model.clone
     )
+
+    def read() -> ov.Model:
+        found = given()
+        if split_upsamples:
+            split_upsampling(found)
+        return found
+
     whole = read()
     method = _Method(recipe, target, tuple(_ignored(recipe, component, whole, target)))
     ends = choose_ends(whole, samples[0], part_bytes)

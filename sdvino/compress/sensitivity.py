@@ -18,6 +18,7 @@ from sdvino.compress.ir import read_ir
 from sdvino.compress.similarity import relative_error
 from sdvino.errors import SdvinoError
 from sdvino.graph.segments import cut_by_weight, keep_segment, names_in_pool, segment_count
+from sdvino.graph.upsampling import split_like
 from sdvino.graph.walk import freeze_shapes
 from sdvino.runtime.memory_plan import LOW_MEMORY_PIECES
 
@@ -80,6 +81,7 @@ def measure_sensitivity(
     belong together.
     """
     base, compressed = read_ir(float_xml), read_ir(compressed_xml)
+    split_like(base, compressed)
     names = compressed_layers(compressed, operation_names(base))
     if not names:
         raise SdvinoError(f"No layer of the {component} is compressed.")
