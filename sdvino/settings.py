@@ -32,7 +32,6 @@ CoreType = Literal["any", "performance", "efficient"]
 Precision = Literal["f32", "f16", "bf16"]
 #: OpenVINO's operation for linear layers whose weights and inputs are in 8 bits.
 LinearKernel = Literal["matmul", "convolution"]
-AttentionPrecision = Literal["f32", "bf16"]
 #: One prediction after the other, one batch of two, or two streams at once.
 GuidanceMode = Literal["sequential", "batch", "streams"]
 
@@ -155,9 +154,6 @@ class DeviceSettings:
     #: How a CPU runs linear layers in 8 bits; None: without VNNI as convolutions of one pixel,
     #: which have faster kernels there, else as products. Other devices run products.
     linear_kernel: LinearKernel | None = None
-    #: Arithmetic of the attention of a UNet with 8-bit activations on a CPU; None: bf16 where the
-    #: processor has instructions for it and the rest runs in f32, else that of float layers.
-    attention_precision: AttentionPrecision | None = None
     #: Folder of compiled-model blobs; None: the user's cache folder.
     cache_dir: Path | None = None
     #: Keep compiled models between runs.
@@ -177,7 +173,6 @@ class DeviceSettings:
         check_choice("core type", self.core_type, get_args(CoreType))
         check_choice("precision", self.precision, get_args(Precision))
         check_choice("linear kernel", self.linear_kernel, get_args(LinearKernel))
-        check_choice("attention precision", self.attention_precision, get_args(AttentionPrecision))
         if self.cache_limit_bytes < 0:
             raise RequestError("The cache limit is negative; give a number of bytes from 0 up.")
 

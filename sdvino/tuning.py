@@ -13,6 +13,7 @@ import numpy as np
 
 from sdvino.components import Components
 from sdvino.errors import RequestError, SdvinoError
+from sdvino.graph.walk import rounds_activations
 from sdvino.model_folder import ModelFolder
 from sdvino.outputs import Array
 from sdvino.runtime.component import Component
@@ -96,7 +97,9 @@ def tune(
                 report(name, trial, deadline - clock())
 
             run = partial(search, measure=bench.measure(name), time_left=time_left, report=told)
-            found = run(Choice(start), axes(name, facts, names))
+            found = run(
+                Choice(start), axes(name, facts, names, eight_bits=_eight_bits(folder, name))
+            )
             _note(done, name, found)
             if name == "unet" and guided and found.seconds is not None and found.complete:
                 _note_guidance(done, run(found.settings, [Axis("guidance", guidance_modes)]))
@@ -113,6 +116,12 @@ def tune(
         complete=done.complete,
         interrupted=done.interrupted,
     )
+
+
+def _eight_bits(folder: ModelFolder, name: str) -> bool:
+    """Return whether activations of a component are in 8 bits."""
+    files = folder.components.get(name)
+    return files is not None and rounds_activations(shared_core().read_model(files.xml))
 
 
 def latent_size(folder: ModelFolder, width: int | None, height: int | None) -> tuple[int, int]:

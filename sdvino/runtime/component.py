@@ -12,6 +12,7 @@ import openvino as ov
 from numpy.typing import NDArray
 
 from sdvino.errors import DeviceError, ModelFolderError, SdvinoError
+from sdvino.graph.walk import rounds_activations
 from sdvino.runtime.cache import CompiledCache, default_cache_dir, graph_key
 from sdvino.runtime.core import device_facts, shared_core, short_reason
 from sdvino.runtime.mapped import pages_dropped
@@ -305,10 +306,13 @@ class Component:
         available = core.available_devices
         device = normalize_device(self.settings.device, available)
         facts = {name: device_facts(core, name) for name in hardware_of(device, available)}
-        properties = compile_properties(self.settings, device, facts, self.name)
+        model = self._read(core)
+        eight_bits = rounds_activations(model)
+        properties = compile_properties(
+            self.settings, device, facts, self.name, eight_bits=eight_bits
+        )
         self._hardware = tuple(facts)
         self._precision = precision_in(properties)
-        model = self._read(core)
         rewrite_for(model, self.name, self.settings, self._precision, facts)
         weights = self.xml_path.with_suffix(".bin")
 

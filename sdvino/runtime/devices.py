@@ -128,8 +128,18 @@ def _defaults(core: ov.Core, device: str) -> dict[str, str]:
     if facts.cpu is not None:
         cpu = cpu_defaults(facts.cpu)
         found["threads"] = f"{cpu.num_threads} ({cpu.why})"
-    for title, component in (("arithmetic", None), ("arithmetic of the VAE", "vae_decoder")):
-        chosen = default_precision(device, component, facts.capabilities, amx=facts.amx)
+    parts = [("arithmetic", None, False), ("arithmetic of the VAE", "vae_decoder", False)]
+    if facts.fast_bf16:
+        parts.append(("arithmetic of UNet and VAE in 8 bits", "unet", True))
+    for title, component, eight_bits in parts:
+        chosen = default_precision(
+            device,
+            component,
+            facts.capabilities,
+            amx=facts.amx,
+            fast_bf16=facts.fast_bf16,
+            eight_bits=eight_bits,
+        )
         if chosen.precision is not None:
             found[title] = f"{chosen.precision} ({chosen.why})"
     return found

@@ -40,7 +40,6 @@ TUNED_FIELDS = (
     "hyper_threading",
     "precision",
     "linear_kernel",
-    "attention_precision",
 )
 
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from sdvino.errors import DeviceError
-from sdvino.runtime.acceleration import attention_precision, channel_norms, linear_kernel
+from sdvino.runtime.acceleration import channel_norms, linear_kernel
 from sdvino.runtime.defaults import cpu_defaults, default_precision
-from sdvino.runtime.topology import CpuReport
+from sdvino.runtime.topology import CpuReport, bf16_is_fast
 from sdvino.settings import DeviceSettings
 
 _VIRTUAL = ("AUTO", "HETERO")
@@ -50,6 +50,11 @@ class DeviceFacts:
     amx: bool = False
     #: The processor (CPU only); None leaves threads and cores to OpenVINO.
     cpu: CpuReport | None = None
+
+    @property
+    def fast_bf16(self) -> bool:
+        """Whether bf16 is faster than f32 without AMX."""
+        return bf16_is_fast(self.cpu)
 
 
 def normalize_device(device: str, available: Collection[str]) -> str:
@@ -100,18 +105,22 @@ def compile_properties(
     device: str,
     facts: Mapping[str, DeviceFacts],
     component: str | None = None,
+    *,
+    eight_bits: bool = False,
 ) -> dict[str, Any]:
     """Return the properties to compile ``component`` with on ``device`` (see `normalize_device`).
+
+    ``eight_bits``: its activations are in 8 bits.
 
     ``facts`` holds every hardware device that ``device`` may run on. For AUTO and HETERO their
     properties go into DEVICE_PROPERTIES. Raises DeviceError for what a device does not take.
     """
     base = device.partition(":")[0]
     if base not in _VIRTUAL:
-        return _hardware_properties(settings, device, facts[device], component)
+        return _hardware_properties(settings, device, facts[device], component, eight_bits)
     properties: dict[str, Any] = {
         "DEVICE_PROPERTIES": {
-            name: _hardware_properties(settings, name, entry, component)
+            name: _hardware_properties(settings, name, entry, component, eight_bits)
             for name, entry in facts.items()
         }
     }
@@ -150,26 +159,6 @@ def norms_by_channel(
     return component in _AUTOENCODER and precision == "f32" and _on_all_cpus(facts, channel_norms)
 
 
-def attends_in_bf16(
-    component: str,
-    settings: DeviceSettings,
-    precision: str | None,
-    facts: Mapping[str, DeviceFacts],
-) -> bool:
-    """Return whether the attention of ``component`` is to run in bf16 beside 8-bit layers.
-
-    ``precision`` is what floats are computed in. An autoencoder's single attention gains nothing
-    (measured), and a processor without the instructions would not either.
-    """
-    wanted = settings.attention_precision
-    if component != "unet" or precision != "f32" or wanted == "f32":
-        return False
-    return _on_all_cpus(
-        facts,
-        lambda isa: "AVX512-BF16" in isa and "bf16" in (wanted, attention_precision(isa)),
-    )
-
-
 def _cpus_alone(facts: Mapping[str, DeviceFacts]) -> bool:
     return bool(facts) and all(name.partition(".")[0] == "CPU" for name in facts)
 
@@ -181,7 +170,11 @@ def _on_all_cpus(facts: Mapping[str, DeviceFacts], pays: Callable[[Collection[st
 
 
 def _hardware_properties(
-    settings: DeviceSettings, device: str, facts: DeviceFacts, component: str | None
+    settings: DeviceSettings,
+    device: str,
+    facts: DeviceFacts,
+    component: str | None,
+    eight_bits: bool,
 ) -> dict[str, Any]:
     properties: dict[str, Any] = {"PERFORMANCE_HINT": settings.performance_hint.upper()}
     kind = device.partition(".")[0]
@@ -193,7 +186,14 @@ def _hardware_properties(
             streams = 1
         if streams is not None:
             properties["NUM_STREAMS"] = streams
-    chosen = default_precision(device, component, facts.capabilities, amx=facts.amx)
+    chosen = default_precision(
+        device,
+        component,
+        facts.capabilities,
+        amx=facts.amx,
+        fast_bf16=facts.fast_bf16,
+        eight_bits=eight_bits,
+    )
     precision = _precision(settings, kind, device, facts, chosen.precision)
     if precision is not None:
         properties["INFERENCE_PRECISION_HINT"] = precision

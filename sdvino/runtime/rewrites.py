@@ -6,15 +6,9 @@ from collections.abc import Mapping
 
 import openvino as ov
 
-from sdvino.graph.attention import attention_to_bf16
 from sdvino.graph.linears import linears_to_convolutions
 from sdvino.graph.norms import group_norms_to_channels
-from sdvino.runtime.properties import (
-    DeviceFacts,
-    attends_in_bf16,
-    convolves_linears,
-    norms_by_channel,
-)
+from sdvino.runtime.properties import DeviceFacts, convolves_linears, norms_by_channel
 from sdvino.settings import DeviceSettings
 
 
@@ -25,13 +19,11 @@ def rewrite_for(
     precision: str | None,
     facts: Mapping[str, DeviceFacts],
 ) -> None:
-    """Rewrite ``model``, in place, into what runs fastest where ``facts`` are of.
+    """Rewrite ``model``, in place, into what runs fastest where ``facts`` are of; exact.
 
-    Exact, but for attention in bf16 between layers of 8 bits. ``component`` is what the model is
-    of, ``precision`` what its floats are computed in. A second time it changes nothing.
+    ``component`` is what the model is of, ``precision`` what its floats are computed in. A second
+    time it changes nothing.
     """
-    if attends_in_bf16(component, settings, precision, facts):
-        attention_to_bf16(model)
     if convolves_linears(settings, facts):
         linears_to_convolutions(model)
     if norms_by_channel(component, precision, facts):

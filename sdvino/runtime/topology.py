@@ -78,6 +78,8 @@ class CpuReport:
     quota: int | None = None
     #: Names as in /proc/cpuinfo; empty where they cannot be read.
     flags: frozenset[str] = frozenset()
+    #: As in /proc/cpuinfo: GenuineIntel, AuthenticAMD; empty where it cannot be read.
+    vendor: str = ""
     #: Whether `LIMIT` took some of them away.
     limited: bool = False
 
@@ -92,6 +94,15 @@ class CpuReport:
     def isa(self) -> tuple[str, ...]:
         """The instruction sets that matter here, by their usual names."""
         return tuple(name for name, flags in _ISA.items() if self.flags.issuperset(flags))
+
+
+def bf16_is_fast(cpu: CpuReport | None) -> bool:
+    """Return whether ``cpu``, without AMX, computes in bf16 faster than in f32.
+
+    AMD's do from Zen 4 on (measured, docs/profile.md). Intel's took longer where they had bf16 and
+    no AMX (measured on a Xeon).
+    """
+    return cpu is not None and cpu.vendor == "AuthenticAMD" and "AVX512-BF16" in cpu.isa
 
 
 def read_cpu() -> CpuReport:
@@ -163,7 +174,8 @@ def linux_cpu(
         sockets=len(packages),
         usable_cores=_count_cores(files, own),
         quota=cgroup_quota(files),
-        flags=_cpuinfo_flags(files.get("/proc/cpuinfo", "")),
+        flags=frozenset(_cpuinfo(files, "flags", "Features").split()),
+        vendor=_cpuinfo(files, "vendor_id"),
     )
 
 
@@ -196,12 +208,13 @@ def cgroup_quota(files: Mapping[str, str]) -> int | None:
     return math.ceil(int(quota) / int(period))
 
 
-def _cpuinfo_flags(text: str) -> frozenset[str]:
-    for line in text.splitlines():
+def _cpuinfo(files: Mapping[str, str], *names: str) -> str:
+    """Return what the first of ``names`` in /proc/cpuinfo is; empty where there is none."""
+    for line in files.get("/proc/cpuinfo", "").splitlines():
         name, _, value = line.partition(":")
-        if name.strip() in ("flags", "Features"):
-            return frozenset(value.split())
-    return frozenset()
+        if name.strip() in names:
+            return value.strip()
+    return ""
 
 
 def _linux_files() -> dict[str, str]:

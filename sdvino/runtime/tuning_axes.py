@@ -6,19 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import get_args
 
-from sdvino.runtime.acceleration import attention_precision, linear_kernel
+from sdvino.runtime.acceleration import linear_kernel
 from sdvino.runtime.defaults import cpu_defaults, default_precision
 from sdvino.runtime.properties import DeviceFacts
 from sdvino.runtime.search import Axis, Candidate
 from sdvino.runtime.topology import CpuReport
-from sdvino.settings import (
-    AttentionPrecision,
-    CoreType,
-    DeviceSettings,
-    GuidanceMode,
-    LinearKernel,
-    Precision,
-)
+from sdvino.settings import CoreType, DeviceSettings, GuidanceMode, LinearKernel, Precision
 
 #: How guidance runs its two predictions: one after the other, as a batch of two, side by side.
 GUIDANCE_MODES: tuple[GuidanceMode, ...] = get_args(GuidanceMode)
@@ -45,27 +38,48 @@ class Choice:
 
 
 def axes(
-    component: str, facts: Mapping[str, DeviceFacts], devices: Sequence[str]
+    component: str,
+    facts: Mapping[str, DeviceFacts],
+    devices: Sequence[str],
+    *,
+    eight_bits: bool = False,
 ) -> list[Axis[Choice]]:
-    """Return what to try for ``component`` on the hardware ``devices`` that ``facts`` describe."""
+    """Return what to try for ``component`` on the hardware ``devices`` that ``facts`` describe.
+
+    ``eight_bits``: its activations are in 8 bits.
+    """
     cpu = facts["CPU"].cpu if "CPU" in facts else None
     return [
-        Axis("device and precision", lambda best: places(component, best, facts, devices)),
+        Axis(
+            "device and precision",
+            lambda best: places(component, best, facts, devices, eight_bits=eight_bits),
+        ),
         Axis("cores", lambda best: cores(best, cpu)),
         Axis("pinning", lambda best: pinnings(best, facts)),
         Axis("linear layers", lambda best: linear_kernels(component, best, cpu)),
-        Axis("attention", lambda best: attentions(component, best, cpu)),
     ]
 
 
 def places(
-    component: str, best: Choice, facts: Mapping[str, DeviceFacts], devices: Sequence[str]
+    component: str,
+    best: Choice,
+    facts: Mapping[str, DeviceFacts],
+    devices: Sequence[str],
+    *,
+    eight_bits: bool = False,
 ) -> list[Candidate[Choice]]:
     """Return every device with every arithmetic it has, what is the default first."""
     found: list[Candidate[Choice]] = []
     for device in devices:
         entry = facts[device]
-        default = default_precision(device, component, entry.capabilities, amx=entry.amx).precision
+        default = default_precision(
+            device,
+            component,
+            entry.capabilities,
+            amx=entry.amx,
+            fast_bf16=entry.fast_bf16,
+            eight_bits=eight_bits,
+        ).precision
         own: list[Precision] = [
             precision
             for precision, flag in _FLAGS.items()
@@ -166,28 +180,6 @@ def linear_kernels(component: str, best: Choice, cpu: CpuReport | None) -> list[
             best
             if name == default
             else replace(best, settings=replace(best.settings, linear_kernel=name)),
-        )
-        for name in names
-    ]
-
-
-def attentions(component: str, best: Choice, cpu: CpuReport | None) -> list[Candidate[Choice]]:
-    """Return the precisions of the UNet's attention, the default first; none without a choice."""
-    settings = best.settings
-    if component != "unet" or cpu is None or settings.device != "CPU":
-        return []
-    if "AVX512-BF16" not in cpu.isa or settings.precision != "f32":
-        return []
-    default = attention_precision(cpu.isa)
-    names: list[AttentionPrecision] = sorted(
-        get_args(AttentionPrecision), key=lambda name: name != default
-    )
-    return [
-        Candidate(
-            f"attention in {name}",
-            best
-            if name == default
-            else replace(best, settings=replace(settings, attention_precision=name)),
         )
         for name in names
     ]

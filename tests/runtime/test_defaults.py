@@ -115,6 +115,27 @@ def test_precisions(
 
 
 @pytest.mark.parametrize(
+    ("component", "fast", "eight_bits", "precision"),
+    [
+        ("unet", True, True, "bf16"),
+        ("vae_decoder", True, True, "bf16"),
+        ("tiny_vae", True, True, "bf16"),
+        # Nothing hides what bf16 rounds off, or it decides what the picture shows.
+        ("unet", True, False, "f32"),
+        ("text_encoder", True, True, "f32"),
+        ("unet", False, True, "f32"),
+    ],
+)
+def test_where_bf16_is_fast_it_goes_with_8_bits(
+    component: str, fast: bool, eight_bits: bool, precision: str
+) -> None:
+    found = default_precision(
+        "CPU", component, {"FP32", "BF16"}, fast_bf16=fast, eight_bits=eight_bits
+    )
+    assert found.precision == precision
+
+
+@pytest.mark.parametrize(
     ("device", "precision", "place"),
     [
         ("CPU", "bf16", ("CPU", "f32")),

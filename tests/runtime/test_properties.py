@@ -8,7 +8,6 @@ import pytest
 from sdvino.errors import DeviceError
 from sdvino.runtime.properties import (
     DeviceFacts,
-    attends_in_bf16,
     compile_properties,
     convolves_linears,
     hardware_of,
@@ -16,8 +15,8 @@ from sdvino.runtime.properties import (
     norms_by_channel,
     precision_in,
 )
-from sdvino.runtime.topology import CpuReport
-from sdvino.settings import AttentionPrecision, DeviceSettings, LinearKernel
+from sdvino.runtime.topology import CpuReport, within_limit
+from sdvino.settings import DeviceSettings, LinearKernel, Precision
 
 CPU = DeviceFacts(
     supported=frozenset(
@@ -34,12 +33,6 @@ CPU = DeviceFacts(
     capabilities=frozenset({"FP32", "INT8", "BIN", "EXPORT_IMPORT"}),
 )
 SERVER = replace(CPU, capabilities=CPU.capabilities | {"BF16", "FP16"}, amx=True)
-ZEN4 = replace(
-    CPU,
-    cpu=CpuReport(
-        performance_cores=2, flags=frozenset({"avx2", "avx512f", "avx512_vnni", "avx512_bf16"})
-    ),
-)
 GPU = DeviceFacts(
     supported=frozenset({"PERFORMANCE_HINT", "NUM_STREAMS", "INFERENCE_PRECISION_HINT"}),
     capabilities=frozenset({"FP32", "FP16", "INT8"}),
@@ -57,6 +50,24 @@ def test_a_cpu_without_amx_runs_one_stream_in_f32() -> None:
         "NUM_STREAMS": 1,
         "INFERENCE_PRECISION_HINT": "f32",
     }
+
+
+def test_amd_s_bf16_goes_with_8_bits() -> None:
+    flags = frozenset({"avx2", "avx512f", "avx512_vnni", "avx512_bf16"})
+    cpu = CpuReport(performance_cores=2, threads=2, usable=2, flags=flags, vendor="AuthenticAMD")
+    has = CPU.capabilities | {"BF16"}
+    cases: tuple[tuple[CpuReport, bool, Precision | None, str], ...] = (
+        (cpu, True, None, "bf16"),
+        (cpu, True, "f32", "f32"),
+        (cpu, False, None, "f32"),
+        (replace(cpu, vendor="GenuineIntel"), True, None, "f32"),
+        (within_limit(cpu, "AVX2"), True, None, "f32"),
+    )
+    for report, eight_bits, asked, expected in cases:
+        facts = {"CPU": replace(CPU, cpu=report, capabilities=has)}
+        settings = DeviceSettings(precision=asked)
+        found = compile_properties(settings, "CPU", facts, "unet", eight_bits=eight_bits)
+        assert found["INFERENCE_PRECISION_HINT"] == expected
 
 
 def test_a_cpu_with_amx_runs_in_bf16() -> None:
@@ -210,31 +221,6 @@ def test_group_norms_are_of_channels_in_an_autoencoder_on_a_cpu(
     known = {"CPU": replace(CPU, cpu=cpu), "GPU": GPU}
     facts = {name: known[name] for name in hardware}
     assert norms_by_channel(component, precision, facts) == expected
-
-
-@pytest.mark.parametrize(
-    ("asked", "precision", "flags", "expected"),
-    [
-        (None, "f32", ("avx512_vnni", "avx512_bf16"), True),
-        ("bf16", "f32", ("avx512_vnni", "avx512_bf16"), True),
-        ("f32", "f32", ("avx512_vnni", "avx512_bf16"), False),
-        # All of it is in bf16 already.
-        (None, "bf16", ("avx512_vnni", "avx512_bf16"), False),
-        # With AMX everything runs in bf16, but where f32 was asked for.
-        (None, "f32", ("avx512_vnni", "avx512_bf16", "amx_int8"), False),
-        ("bf16", "f32", ("avx512_vnni", "avx512_bf16", "amx_int8"), True),
-        ("bf16", "f32", ("avx512_vnni",), False),
-        (None, "f32", ("avx2",), False),
-    ],
-)
-def test_attention_is_in_bf16_where_a_processor_has_it_and_the_rest_is_not(
-    asked: AttentionPrecision | None, precision: str, flags: tuple[str, ...], expected: bool
-) -> None:
-    cpu = {"CPU": replace(CPU, cpu=CpuReport(performance_cores=4, flags=frozenset(flags)))}
-    settings = DeviceSettings(attention_precision=asked)
-    assert attends_in_bf16("unet", settings, precision, cpu) == expected
-    assert not attends_in_bf16("vae_decoder", settings, precision, cpu)
-    assert not attends_in_bf16("unet", settings, precision, {**cpu, "GPU": GPU})
 
 
 def test_an_unknown_cpu_runs_what_was_exported() -> None:

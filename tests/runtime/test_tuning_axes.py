@@ -8,7 +8,6 @@ from sdvino.runtime.search import Candidate
 from sdvino.runtime.topology import CpuReport, linux_cpu
 from sdvino.runtime.tuning_axes import (
     Choice,
-    attentions,
     axes,
     cores,
     guidance_modes,
@@ -18,7 +17,7 @@ from sdvino.runtime.tuning_axes import (
 )
 from sdvino.settings import DeviceSettings
 from tests.runtime.test_defaults import DUAL_SOCKET, I7_1260P, V2_QUOTA
-from tests.runtime.test_properties import CPU, GPU, SERVER, ZEN4
+from tests.runtime.test_properties import CPU, GPU, SERVER
 from tests.runtime.test_topology import N100
 
 START = Choice(DeviceSettings())
@@ -108,19 +107,8 @@ def test_the_axes_follow_each_other() -> None:
         "cores",
         "pinning",
         "linear layers",
-        "attention",
     ]
-    assert [len(axis.candidates(START)) for axis in found] == [1, 3, 3, 2, 0]
-
-
-def test_attention_of_the_unet_is_tried_both_ways_where_there_is_bf16() -> None:
-    exact = Choice(DeviceSettings(precision="f32"))
-    found = attentions("unet", exact, ZEN4.cpu)
-    assert labels(found) == ["attention in bf16", "attention in f32"]
-    assert [c.settings.settings.attention_precision for c in found] == [None, "f32"]
-    assert attentions("vae_decoder", exact, ZEN4.cpu) == []
-    assert attentions("unet", Choice(DeviceSettings(precision="bf16")), ZEN4.cpu) == []
-    assert attentions("unet", exact, CPU.cpu) == []
+    assert [len(axis.candidates(START)) for axis in found] == [1, 3, 3, 2]
 
 
 def test_linear_layers_of_the_unet_are_tried_both_ways_the_default_first() -> None:
