@@ -36,6 +36,8 @@ class Isa:
     precision: str | None
     #: Where another one was asked for: a sentence that says so.
     note: str = ""
+    #: bf16 is faster than f32 (see `sdvino.runtime.topology.bf16_is_fast`).
+    fast_bf16: bool = False
 
     @property
     def label(self) -> str:
@@ -43,7 +45,7 @@ class Isa:
         return f"{self.name} as stand-in" if self.environment else self.name
 
 
-def choose_isa(asked: str, named: Collection[str]) -> Isa:
+def choose_isa(asked: str, named: Collection[str], *, fast_bf16: bool = False) -> Isa:
     """Return what a run with ``--isa asked`` uses on a processor with so ``named`` instructions.
 
     ``named`` is `CpuReport.isa`. A processor without VNNI cannot stand in for one that has it; nor
@@ -51,7 +53,7 @@ def choose_isa(asked: str, named: Collection[str]) -> Isa:
     """
     native = detect(named)
     if asked == "native":
-        return Isa(native, {}, None)
+        return Isa(native, {}, None, fast_bf16=fast_bf16)
     if native == "avx2":
         return Isa(
             native,
@@ -73,8 +75,8 @@ def choose_isa(asked: str, named: Collection[str]) -> Isa:
 
 
 def best_precision(isa: Isa) -> str | None:
-    """Return the precision in which OpenVINO is fastest: f32, but bf16 (its default) with AMX."""
-    return None if isa.name == "amx" else "f32"
+    """Return the precision in which OpenVINO is fastest: f32, or bf16 (its own default there)."""
+    return None if isa.name == "amx" or isa.fast_bf16 else "f32"
 
 
 def about_machine() -> dict[str, str]:

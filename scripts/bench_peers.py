@@ -50,7 +50,7 @@ from bench_tables import EVALUATION, Values, summarize
 from sdvino import settings
 from sdvino.model_folder import ModelFolder
 from sdvino.pipeline import StableDiffusionPipeline
-from sdvino.runtime.topology import read_cpu
+from sdvino.runtime.topology import bf16_is_fast, read_cpu
 
 RUNS = 3
 #: bf16 takes torch longer than anybody waits where the processor has no arithmetic for it.
@@ -296,7 +296,8 @@ def parser() -> argparse.ArgumentParser:
 
 def make_bench(options: argparse.Namespace) -> Bench:
     """Return the benchmark that the command line asks for. Raises ChoiceError."""
-    isa = choose_isa(options.isa, read_cpu().isa)
+    cpu = read_cpu()
+    isa = choose_isa(options.isa, cpu.isa, fast_bf16=bf16_is_fast(cpu))
     if isa.note:
         _say(isa.note)
     names = (QUICK_CASE,) if options.quick else DEFAULT_CASES
