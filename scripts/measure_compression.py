@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from evaluate_demo import (
@@ -43,6 +43,7 @@ from sdvino.compress.similarity import psnr, ssim
 from sdvino.convert.api import convert
 from sdvino.files import sha256_of
 from sdvino.model_folder import ModelFolder
+from sdvino.settings import Precision
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = ROOT / "models" / "shapes-source"
@@ -110,10 +111,17 @@ def draw(
     record: Path,
     steps: int,
     guidance_scale: float = GUIDANCE_SCALE,
+    precision: Precision = "f32",
 ) -> Verdicts:
-    """Draw and judge every task with ``folder``; pictures that an earlier run drew are kept."""
+    """Draw and judge every task with ``folder``; pictures that an earlier run drew are kept.
+
+    ``precision`` is what UNet and autoencoder compute floats in; the text encoder does in f32.
+    """
+    exact, own = DeviceSettings(precision="f32"), DeviceSettings(precision=precision)
     # One batch for both predictions: fewer, larger products are faster on small pictures.
-    settings = RunSettings(default=DeviceSettings(precision="f32"), guidance_mode="batch")
+    settings = RunSettings(
+        default=exact, guidance_mode="batch", components={"unet": own, "vae": own}
+    )
     generate = runtime_backend(folder, steps, guidance_scale, settings=settings)
 
     def drawn(prompts: list[str], seed: int) -> list[Image.Image]:
@@ -122,6 +130,8 @@ def draw(
         return found
 
     key = {"model": weights_of(folder), "steps": steps, "guidance_scale": guidance_scale}
+    if precision != "f32":
+        key["precision"] = precision
     return evaluate(drawn, tasks, batch=CHUNK, record=record, key=key)
 
 
@@ -204,16 +214,23 @@ def report(results: Sequence[Result], options: argparse.Namespace) -> str:
     """Return docs/quality.md."""
     command = "python scripts/measure_compression.py " + " ".join(
         [f"--prompts {options.prompts}", f"--steps {options.steps}", *options.recipe_words]
+        + ([] if options.precision == "f32" else [f"--precision {options.precision}"])
     )
+    floats = "f32 arithmetic where a recipe leaves floats, CPU."
+    if options.precision != "f32":
+        floats = (
+            f"{options.precision} where a recipe leaves floats in UNet and autoencoder, f32"
+            " elsewhere and in fp16, CPU."
+        )
     return "\n".join(
         [
             "# What compression costs the demo model",
             "",
             f"{options.prompts} prompts of colour-shape-background combinations that it was never"
             f" trained on, the same prompts and seeds for every recipe, {options.steps} steps,"
-            f" guidance {GUIDANCE_SCALE:g}, f32 arithmetic where a recipe leaves floats, CPU."
-            " In brackets 95 % intervals: Wilson's for shares; for the paired difference, in"
-            " points, Agresti and Min's. `loses at most` is its far end.",
+            f" guidance {GUIDANCE_SCALE:g}, {floats} In brackets 95 %"
+            " intervals: Wilson's for shares; for the paired difference, in points, Agresti and"
+            " Min's. `loses at most` is its far end.",
             "",
             "```",
             command.rstrip(),
@@ -250,8 +267,12 @@ def run(options: argparse.Namespace, scratch: Path, show: Callable[[str], None])
         show(f"{name}: {len(tasks)} pictures of {options.steps} steps")
         # Of another model or number of steps, nothing is taken over.
         stem = f"{folder.name}-{options.steps}-{hashed(weights_of(folder))}"
+        precision: Precision = "f32" if name == REFERENCE else options.precision
+        if precision != "f32":
+            stem += f"-{precision}"
         pictures = Pictures(scratch / "pictures" / stem)
-        verdicts = draw(folder, tasks, pictures, scratch / f"{stem}.record", options.steps)
+        record = scratch / f"{stem}.record"
+        verdicts = draw(folder, tasks, pictures, record, options.steps, precision=precision)
         if reference is None:
             reference = (verdicts, pictures)
         both = (reference[1], pictures)
@@ -265,6 +286,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("recipes", nargs="*", default=list(RECIPES), help="names, or TOML files")
     parser.add_argument("--prompts", type=int, default=2000)
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument(
+        "--precision",
+        choices=get_args(Precision),
+        default="f32",
+        help="of what the recipes leave in floats in UNet and autoencoder",
+    )
     parser.add_argument("--record", type=Path, help="keep models and pictures here and go on")
     parser.add_argument("--out", type=Path, default=ROOT / "docs", help="for quality.md and .json")
     options = parser.parse_args(arguments)

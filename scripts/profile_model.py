@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -22,18 +22,14 @@ import openvino as ov
 
 from sdvino.compress.coverage import fix_shapes
 from sdvino.errors import RequestError, SdvinoError
+from sdvino.graph.walk import rounds_activations
 from sdvino.model_folder import ModelFolder
 from sdvino.runtime.core import device_facts, shared_core
-from sdvino.runtime.properties import precision_in
+from sdvino.runtime.properties import compile_properties, precision_in
 from sdvino.runtime.rewrites import rewrite_for
-from sdvino.settings import DeviceSettings, LinearKernel
+from sdvino.settings import DeviceSettings, LinearKernel, Precision
 from sdvino.unet import UnetPlan, prepare_unet, unet_shapes
 
-PROPERTIES = {
-    "INFERENCE_PRECISION_HINT": "f32",
-    "PERFORMANCE_HINT": "LATENCY",
-    "PERF_COUNT": True,
-}
 #: Counters of these states say nothing.
 _IDLE = ("Status.NOT_RUN", "Status.OPTIMIZED_OUT")
 
@@ -49,9 +45,12 @@ class Counter:
 
 
 def prepared(
-    folder: ModelFolder, component: str, side: int, linear_kernel: LinearKernel | None = None
-) -> ov.Model:
-    """Return ``component`` at the shapes, and with the rewrites, that sdvino gives it."""
+    folder: ModelFolder, component: str, side: int, settings: DeviceSettings
+) -> tuple[ov.Model, dict[str, Any]]:
+    """Return ``component`` at the shapes, and with the rewrites, that sdvino gives it.
+
+    And the properties that it is compiled with.
+    """
     if component not in folder.components:
         raise RequestError(
             f"{folder.path} has no {component}; it has {', '.join(folder.components)}."
@@ -62,15 +61,16 @@ def prepared(
         prepare_unet(model, unet_shapes(folder, latents, latents), UnetPlan(), None)
     else:
         fix_shapes(folder, component, model, latents, latents)
-    settings = DeviceSettings(linear_kernel=linear_kernel)
     facts = {"CPU": device_facts(shared_core(), "CPU")}
-    rewrite_for(model, component, settings, precision_in(PROPERTIES), facts)
-    return model
+    eight_bits = rounds_activations(model)
+    properties = compile_properties(settings, "CPU", facts, component, eight_bits=eight_bits)
+    rewrite_for(model, component, settings, precision_in(properties), facts)
+    return model, properties
 
 
-def profile(model: ov.Model, evaluations: int) -> list[Counter]:
+def profile(model: ov.Model, properties: Mapping[str, Any], evaluations: int) -> list[Counter]:
     """Return what each node took in the mean of ``evaluations``, after one that is not counted."""
-    compiled = ov.Core().compile_model(model, "CPU", PROPERTIES)
+    compiled = ov.Core().compile_model(model, "CPU", {**properties, "PERF_COUNT": True})
     request = compiled.create_infer_request()
     rng = np.random.default_rng(0)
     for number, port in enumerate(compiled.inputs):
@@ -120,13 +120,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--size", type=int, help="the picture's side; default: the model's own")
     parser.add_argument("--evaluations", type=int, default=2)
     parser.add_argument("--linear-kernel", choices=get_args(LinearKernel), help="default: sdvino's")
+    parser.add_argument("--precision", choices=get_args(Precision), help="default: sdvino's")
     parser.add_argument("--layers", type=int, default=0, help="so many of the slowest layers too")
     options: Any = parser.parse_args(arguments)
     try:
         folder = ModelFolder.open(options.folder)
         side = folder.height if options.size is None else options.size
-        model = prepared(folder, options.component, side, options.linear_kernel)
-        counters = profile(model, max(1, options.evaluations))
+        settings = DeviceSettings(linear_kernel=options.linear_kernel, precision=options.precision)
+        model, properties = prepared(folder, options.component, side, settings)
+        counters = profile(model, properties, max(1, options.evaluations))
     except SdvinoError as error:
         print(f"profile_model: {error}", file=sys.stderr)
         return error.exit_code

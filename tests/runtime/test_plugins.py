@@ -43,7 +43,7 @@ mine = pipe("a red circle", **arguments).images
 # use finds slower is left for the CPU, which may run them otherwise.
 differences = []
 for kernel in ("matmul", "convolution"):
-    settings = RunSettings(default=DeviceSettings(linear_kernel=kernel))
+    settings = RunSettings(default=DeviceSettings(linear_kernel=kernel, precision="f32"))
     own = StableDiffusionPipeline.from_pretrained(settings=settings)
     differences.append(float(np.abs(mine - own("a red circle", **arguments).images).max()))
 said = {"status": status, "difference": min(differences)}
