@@ -149,7 +149,8 @@ class DeviceSettings:
     pinning: bool | None = None
     #: Use both hardware threads of a core; None: the device's default (off for latency).
     hyper_threading: bool | None = None
-    #: Arithmetic of float layers; None: f32 on CPUs without AMX (bf16 is slower there), f16 on GPU.
+    #: Arithmetic of float layers; None: f32 on CPUs without AMX (bf16 is slower there, but on AMD's
+    #: from Zen 4 on, which have it in UNet and autoencoder beside 8 bits), f16 on GPU.
     precision: Precision | None = None
     #: How a CPU runs linear layers in 8 bits; None: without VNNI as convolutions of one pixel,
     #: which have faster kernels there, else as products. Other devices run products.
