@@ -44,7 +44,14 @@ from bench_limit import Peaks, count, describe, limit_of
 from bench_machine import ISAS, ROOT, Isa, about_machine, choose_isa, folder_bytes, installed_bytes
 from bench_prepare import Exporter, PrepareError, Workshop, missing, prepare
 from bench_record import Entry, Journal, MeasureError, Progress, make_key, run_job, source_stamp
-from bench_report import Section, keep_sections, text_of, with_peers_of, write_documents
+from bench_report import (
+    SECTIONS,
+    Section,
+    keep_sections,
+    text_of,
+    with_peers_of,
+    write_documents,
+)
 from bench_tables import EVALUATION, Values, summarize
 
 from sdvino import settings
@@ -347,8 +354,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _say("Stopped; what was made and measured is kept: the same command goes on from there.")
         return 130
     print("\n\n".join(text_of(section) for section in sections))
-    everything = keep_sections(options.work / "report.json", sections)
     if options.output is not None:
+        # Beside the documents, so that another machine adds to them.
+        everything = keep_sections(options.output / SECTIONS, sections)
         write_documents(options.output, everything)
     return 1 if bench.failed else 0
 

@@ -1,7 +1,7 @@
-"""What bench_peers.py found, kept below its work folder and written as docs/performance.*.
+"""What bench_peers.py found, kept beside docs/performance.*, which are written from it.
 
 One section for each case and instruction set; a new run replaces its own sections and leaves the
-others, with their dates.
+others, with their dates and machines.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from bench_machine import machine_line
 from bench_plots import plot_bars
 from bench_tables import PICTURE, Row, Values, as_json, rows_of, table
 
+#: Where the sections are kept, in the folder of the documents.
+SECTIONS = "performance-sections.json"
 _HEAD = """# Performance, side by side
 
 Printed by `python scripts/bench_peers.py --work FOLDER --output docs`. Real architectures with
