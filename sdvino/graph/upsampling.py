@@ -102,7 +102,7 @@ def _split(node: ov.Node) -> None:
     assert weights is not None
     name, last = node.get_friendly_name(), node
     readers = consumers(node.output(0))
-    bias = _bias(readers[0]) if len(readers) == 1 else None
+    bias = _bias(readers[0], len(weights)) if len(readers) == 1 else None
     phases = []
     for row, column in _PHASES:
         kernel = summed(summed(weights.astype(np.float32), row, 2), column, 3)
@@ -137,8 +137,11 @@ def summed(weights: NDArray[np.float32], phase: int, axis: int) -> NDArray[np.fl
     return np.concatenate(pair, axis)
 
 
-def _bias(node: ov.Node) -> ov.Output | None:
-    """Return the constant that ``node`` adds; None unless it does."""
+def _bias(node: ov.Node, channels: int) -> ov.Output | None:
+    """Return the constant [1, C, 1, 1] that ``node`` adds; None unless it does."""
     if node.get_type_name() != "Add":
         return None
-    return next((port for port in node.input_values() if is_constant(port)), None)
+    for port in node.input_values():
+        if is_constant(port) and list(port.get_shape()) == [1, channels, 1, 1]:
+            return port
+    return None

@@ -81,6 +81,19 @@ def test_it_computes_the_same(bias: bool, half: bool) -> None:
     assert split_upsampling(model) == 0  # a second time there is nothing to do
 
 
+def test_what_is_added_pixel_by_pixel_is_no_bias() -> None:
+    model = model_of(bias=False)
+    last = next(op for op in model.get_ordered_ops() if op.get_type_name() == "Convolution")
+    readers = last.output(0).get_target_inputs()
+    picture = np.random.default_rng(2).standard_normal((1, OUTPUTS, 10, 8)).astype(np.float32)
+    added = ops.add(last, ops.constant(picture))
+    for reader in readers:
+        reader.replace_source_output(added.output(0))
+    before = run(model)
+    assert split_upsampling(model) == 1
+    assert relative_error(run(model), before) < 1e-6
+
+
 def test_what_falls_on_one_pixel_is_added_up() -> None:
     weights = np.array([1.0, 10.0, 100.0], np.float32)
     assert summed(weights, 0, 0).tolist() == [1.0, 110.0]
