@@ -10,7 +10,7 @@ import openvino as ov
 
 from sdvino.errors import DeviceError
 from sdvino.runtime.core import device_facts, shared_core
-from sdvino.runtime.defaults import cpu_defaults, default_precision
+from sdvino.runtime.defaults import cpu_defaults
 from sdvino.runtime.memory import MemoryStatus, memory_status
 from sdvino.runtime.profile import Profile, ProfileStore, machine_name
 from sdvino.runtime.topology import CpuReport, read_cpu
@@ -132,14 +132,7 @@ def _defaults(core: ov.Core, device: str) -> dict[str, str]:
     if facts.fast_bf16:
         parts.append(("arithmetic of UNet and VAE in 8 bits", "unet", True))
     for title, component, eight_bits in parts:
-        chosen = default_precision(
-            device,
-            component,
-            facts.capabilities,
-            amx=facts.amx,
-            fast_bf16=facts.fast_bf16,
-            eight_bits=eight_bits,
-        )
+        chosen = facts.precision_for(device, component, eight_bits=eight_bits)
         if chosen.precision is not None:
             found[title] = f"{chosen.precision} ({chosen.why})"
     return found

@@ -13,7 +13,7 @@ from typing import Any
 
 from sdvino.errors import DeviceError
 from sdvino.runtime.acceleration import channel_norms, linear_kernel
-from sdvino.runtime.defaults import cpu_defaults, default_precision
+from sdvino.runtime.defaults import PrecisionDefault, cpu_defaults, default_precision
 from sdvino.runtime.topology import CpuReport, bf16_is_fast
 from sdvino.settings import DeviceSettings
 
@@ -55,6 +55,19 @@ class DeviceFacts:
     def fast_bf16(self) -> bool:
         """Whether bf16 is faster than f32 without AMX."""
         return bf16_is_fast(self.cpu)
+
+    def precision_for(
+        self, device: str, component: str | None, *, eight_bits: bool = False
+    ) -> PrecisionDefault:
+        """Return `default_precision` for ``component`` on ``device``, whose facts these are."""
+        return default_precision(
+            device,
+            component,
+            self.capabilities,
+            amx=self.amx,
+            fast_bf16=self.fast_bf16,
+            eight_bits=eight_bits,
+        )
 
 
 def normalize_device(device: str, available: Collection[str]) -> str:
@@ -186,14 +199,7 @@ def _hardware_properties(
             streams = 1
         if streams is not None:
             properties["NUM_STREAMS"] = streams
-    chosen = default_precision(
-        device,
-        component,
-        facts.capabilities,
-        amx=facts.amx,
-        fast_bf16=facts.fast_bf16,
-        eight_bits=eight_bits,
-    )
+    chosen = facts.precision_for(device, component, eight_bits=eight_bits)
     precision = _precision(settings, kind, device, facts, chosen.precision)
     if precision is not None:
         properties["INFERENCE_PRECISION_HINT"] = precision

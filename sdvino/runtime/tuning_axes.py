@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import get_args
 
 from sdvino.runtime.acceleration import linear_kernel
-from sdvino.runtime.defaults import cpu_defaults, default_precision
+from sdvino.runtime.defaults import cpu_defaults
 from sdvino.runtime.properties import DeviceFacts
 from sdvino.runtime.search import Axis, Candidate
 from sdvino.runtime.topology import CpuReport
@@ -72,14 +72,7 @@ def places(
     found: list[Candidate[Choice]] = []
     for device in devices:
         entry = facts[device]
-        default = default_precision(
-            device,
-            component,
-            entry.capabilities,
-            amx=entry.amx,
-            fast_bf16=entry.fast_bf16,
-            eight_bits=eight_bits,
-        ).precision
+        default = entry.precision_for(device, component, eight_bits=eight_bits).precision
         own: list[Precision] = [
             precision
             for precision, flag in _FLAGS.items()
