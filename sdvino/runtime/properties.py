@@ -157,7 +157,7 @@ def convolves_linears(settings: DeviceSettings, facts: Mapping[str, DeviceFacts]
 
     ``facts`` are of the hardware that the model may run on: on anything but CPUs they are products.
     """
-    if settings.linear_kernel is not None and _cpus_alone(facts):
+    if settings.linear_kernel is not None and cpus_alone(facts):
         return settings.linear_kernel == "convolution"
     return _on_all_cpus(facts, lambda isa: linear_kernel(isa) == "convolution")
 
@@ -172,14 +172,15 @@ def norms_by_channel(
     return component in _AUTOENCODER and precision == "f32" and _on_all_cpus(facts, channel_norms)
 
 
-def _cpus_alone(facts: Mapping[str, DeviceFacts]) -> bool:
+def cpus_alone(facts: Mapping[str, DeviceFacts]) -> bool:
+    """Return whether ``facts`` are of CPUs, and of nothing else."""
     return bool(facts) and all(name.partition(".")[0] == "CPU" for name in facts)
 
 
 def _on_all_cpus(facts: Mapping[str, DeviceFacts], pays: Callable[[Collection[str]], bool]) -> bool:
     """Return whether ``facts`` are of known CPUs alone, whose instruction sets all make it pay."""
     cpus = [entry.cpu for entry in facts.values()]
-    return _cpus_alone(facts) and all(cpu is not None and pays(cpu.isa) for cpu in cpus)
+    return cpus_alone(facts) and all(cpu is not None and pays(cpu.isa) for cpu in cpus)
 
 
 def _hardware_properties(

@@ -8,7 +8,13 @@ import openvino as ov
 
 from sdvino.graph.linears import linears_to_convolutions
 from sdvino.graph.norms import group_norms_to_channels
-from sdvino.runtime.properties import DeviceFacts, convolves_linears, norms_by_channel
+from sdvino.graph.zero_points import zero_points_to_biases
+from sdvino.runtime.properties import (
+    DeviceFacts,
+    convolves_linears,
+    cpus_alone,
+    norms_by_channel,
+)
 from sdvino.settings import DeviceSettings
 
 
@@ -26,5 +32,7 @@ def rewrite_for(
     """
     if convolves_linears(settings, facts):
         linears_to_convolutions(model)
+    if cpus_alone(facts):
+        zero_points_to_biases(model)
     if norms_by_channel(component, precision, facts):
         group_norms_to_channels(model)
