@@ -22,7 +22,6 @@ import openvino as ov
 
 from sdvino.compress.coverage import fix_shapes
 from sdvino.errors import RequestError, SdvinoError
-from sdvino.graph.walk import rounds_activations
 from sdvino.model_folder import ModelFolder
 from sdvino.runtime.core import device_facts, shared_core
 from sdvino.runtime.properties import compile_properties, precision_in
@@ -62,7 +61,7 @@ def prepared(
     else:
         fix_shapes(folder, component, model, latents, latents)
     facts = {"CPU": device_facts(shared_core(), "CPU")}
-    eight_bits = rounds_activations(model)
+    eight_bits = folder.components[component].ir.quantized
     properties = compile_properties(settings, "CPU", facts, component, eight_bits=eight_bits)
     rewrite_for(model, component, settings, precision_in(properties), facts)
     return model, properties

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, cast
+from functools import partial
+from typing import TYPE_CHECKING, cast
 
 from sdvino.errors import ModelFolderError
 from sdvino.graph.segments import BEGINNING, DEEP, END
@@ -12,6 +13,7 @@ from sdvino.graph.shapes import reshape_static
 from sdvino.graph.text_states import give_states
 from sdvino.graph.vae import decoder_to_float, decoder_to_pixels, encoder_from_pixels
 from sdvino.model_folder import ModelFolder
+from sdvino.runtime.compiling import Edit
 from sdvino.runtime.component import Component
 from sdvino.runtime.guard import Guard
 from sdvino.runtime.memory import return_memory
@@ -63,13 +65,14 @@ class Components:
         Its outputs are those of `sdvino.graph.text_states.give_states`.
         """
         kind = self.folder.kind
-
-        def prepare(model: ov.Model) -> None:
-            pooled = name == kind.pooled_encoder
-            give_states(model, skipped, final_norm=kind.final_norm, pooled=pooled)
-            reshape_static(model, {"input_ids": [1, self.folder.text_length]})
-
-        return self._get(name, tuple(skipped), prepare)
+        edit = partial(
+            _prepare_text,
+            skipped=tuple(skipped),
+            final_norm=kind.final_norm,
+            pooled=name == kind.pooled_encoder,
+            length=self.folder.text_length,
+        )
+        return self._get(name, tuple(skipped), edit)
 
     def unet(self, height: int, width: int, *, batch: int = 1) -> Component:
         """Return the whole UNet for latents of ``height`` x ``width``, with a float timestep.
@@ -107,9 +110,8 @@ class Components:
         folder = self.folder
         factor = folder.vae_scale_factor
         shapes = unet_shapes(folder, folder.height // factor, folder.width // factor)
-        component = self._get(
-            "unet.text", (), lambda model: prepare_text_keys(model, shapes), load=False
-        )
+        edit = partial(prepare_text_keys, shapes=shapes)
+        component = self._get("unet.text", (), edit, load=False)
         if self._text_keys is None or self._text_keys.component is not component:
             self._text_keys = TextKeys(component)
         return self._text_keys
@@ -150,7 +152,7 @@ class Components:
         return self._get(
             name,
             (size, plan.graph),
-            lambda model: prepare_unet(model, shapes, plan, number),
+            partial(prepare_unet, shapes=shapes, plan=plan, segment=number),
             settings=settings,
             load=plan.pieces == 1,
             keep_graph=plan.pieces > 1,
@@ -162,35 +164,32 @@ class Components:
         It gives uint8 pixels, or floats from 0 to 1 where they are to be blended or returned.
         """
         folder = self.folder
-
-        def prepare(model: ov.Model) -> None:
-            edit = decoder_to_pixels if pixels else decoder_to_float
-            edit(model, folder.scaling_factor, folder.shift_factor)
-            reshape_static(model, {"latent_sample": [1, folder.latent_channels, height, width]})
-
-        return self._get("vae_decoder", (height, width, pixels), prepare)
+        edit = partial(
+            _prepare_decoder,
+            pixels=pixels,
+            scaling=folder.scaling_factor,
+            shift=folder.shift_factor,
+            shape=(1, folder.latent_channels, height, width),
+        )
+        return self._get("vae_decoder", (height, width, pixels), edit)
 
     def vae_encoder(self, height: int, width: int) -> Component:
         """Return the encoder for pictures of ``height`` x ``width`` pixels."""
-
-        def prepare(model: ov.Model) -> None:
-            encoder_from_pixels(model, self.folder.scaling_factor, self.folder.shift_factor)
-            reshape_static(model, {"sample": [1, height, width, 3]})
-
-        return self._get("vae_encoder", (height, width), prepare)
+        edit = partial(
+            _prepare_encoder,
+            scaling=self.folder.scaling_factor,
+            shift=self.folder.shift_factor,
+            shape=(1, height, width, 3),
+        )
+        return self._get("vae_encoder", (height, width), edit)
 
     def tiny_vae(self, height: int, width: int) -> Component | None:
         """Return the small decoder for previews, or None when the folder has none."""
         if "tiny_vae" not in self.folder.components:
             return None
-
-        def prepare(model: ov.Model) -> None:
-            decoder_to_pixels(model, 1.0)
-            reshape_static(
-                model, {"latent_sample": [1, self.folder.latent_channels, height, width]}
-            )
-
-        return self._get("tiny_vae", (height, width), prepare)
+        shape = (1, self.folder.latent_channels, height, width)
+        edit = partial(_prepare_decoder, pixels=True, scaling=1.0, shift=None, shape=shape)
+        return self._get("tiny_vae", (height, width), edit)
 
     def release(self, *parts: str) -> None:
         """Unload the parts of these names, or all; "unet" stands for all its segments."""
@@ -209,7 +208,7 @@ class Components:
         self,
         name: str,
         variant: Hashable,
-        prepare: Callable[[Any], None],
+        prepare: Edit,
         *,
         settings: DeviceSettings | None = None,
         load: bool = True,
@@ -230,7 +229,7 @@ class Components:
     def _component(
         self,
         name: str,
-        prepare: Callable[[Any], None],
+        prepare: Edit,
         settings: DeviceSettings | None = None,
         *,
         keep_graph: bool = False,
@@ -252,3 +251,28 @@ class Components:
         component = Component(part, files.xml, settings, prepare=prepare, keep_graph=keep_graph)
         component.guard = self.guard
         return component
+
+
+# The edits say all that they do by their arguments: the cache of compiled models knows them by it.
+
+
+def _prepare_text(
+    model: ov.Model, *, skipped: Sequence[int], final_norm: bool, pooled: bool, length: int
+) -> None:
+    give_states(model, skipped, final_norm=final_norm, pooled=pooled)
+    reshape_static(model, {"input_ids": [1, length]})
+
+
+def _prepare_decoder(
+    model: ov.Model, *, pixels: bool, scaling: float, shift: float | None, shape: Sequence[int]
+) -> None:
+    edit = decoder_to_pixels if pixels else decoder_to_float
+    edit(model, scaling, shift)
+    reshape_static(model, {"latent_sample": shape})
+
+
+def _prepare_encoder(
+    model: ov.Model, *, scaling: float, shift: float | None, shape: Sequence[int]
+) -> None:
+    encoder_from_pixels(model, scaling, shift)
+    reshape_static(model, {"sample": shape})

@@ -51,7 +51,7 @@ def read_ir(xml: Path, weights: Path, what: str) -> IrSummary:
     Raises ModelFolderError when the XML is not an IR, is damaged, declares a document type (the way
     to entity bombs), or when the weights are missing or shorter than the XML says.
     """
-    raw = _read(xml, what)
+    raw = read_xml(xml, what)
     _check_xml(raw, what)
     summary = _summarize(raw, what)
     try:
@@ -66,7 +66,16 @@ def read_ir(xml: Path, weights: Path, what: str) -> IrSummary:
     return summary
 
 
-def _read(xml: Path, what: str) -> bytes:
+def quantizes_activations(raw: bytes) -> bool:
+    """Return whether the IR whose XML is ``raw`` has activations in 8 bits, or in fewer."""
+    return _QUANTIZED.search(raw) is not None
+
+
+def read_xml(xml: Path, what: str) -> bytes:
+    """Return the text of an IR's XML, within the size that any has; ``what`` names it in messages.
+
+    Raises ModelFolderError.
+    """
     try:
         with xml.open("rb") as file:
             raw = file.read(MAX_XML_BYTES + 1)
@@ -135,7 +144,7 @@ def _summarize(raw: bytes, what: str) -> IrSummary:
         input_names=tuple(groups),
         weights_end=end,
         weights=weights,
-        quantized=_QUANTIZED.search(raw) is not None,
+        quantized=quantizes_activations(raw),
     )
 
 

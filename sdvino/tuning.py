@@ -13,7 +13,6 @@ import numpy as np
 
 from sdvino.components import Components
 from sdvino.errors import RequestError, SdvinoError
-from sdvino.graph.walk import rounds_activations
 from sdvino.model_folder import ModelFolder
 from sdvino.outputs import Array
 from sdvino.runtime.component import Component
@@ -121,7 +120,7 @@ def tune(
 def _eight_bits(folder: ModelFolder, name: str) -> bool:
     """Return whether activations of a component are in 8 bits."""
     files = folder.components.get(name)
-    return files is not None and rounds_activations(shared_core().read_model(files.xml))
+    return files is not None and files.ir.quantized
 
 
 def latent_size(folder: ModelFolder, width: int | None, height: int | None) -> tuple[int, int]:

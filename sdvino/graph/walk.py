@@ -60,11 +60,6 @@ def is_constant(port: ov.Output, depth: int = _WEIGHT_DEPTH) -> bool:
     return all(is_constant(source, depth - 1) for source in sources)
 
 
-def rounds_activations(model: ov.Model) -> bool:
-    """Return whether any of the activations of ``model`` are in 8 bits, or in fewer."""
-    return any(node.get_type_name() == "FakeQuantize" for node in model.get_ops())
-
-
 def view_constant(node: ov.Node, values: NDArray[Any]) -> ov.Output:
     """Return a constant of ``values``, a contiguous view of the data of the constant ``node``.
 

@@ -1,6 +1,6 @@
 """Compiled models kept between runs, in the user's cache folder, within a size.
 
-OpenVINO writes the blob; this file decides where it lies and whether it may be read. Each entry is
+OpenVINO makes the blob; this file decides where it lies and whether it may be read. Each entry is
 a folder with its blob and `checksums.json`: it is written under another name and renamed when
 complete, so a second process never sees half of one, and a blob that differs from its checksum is
 deleted before OpenVINO reads it (a damaged blob can take the process down).
@@ -66,25 +66,25 @@ def cache_key(*parts: object) -> str:
     return hashlib.sha256("\0".join(repr(part) for part in parts).encode()).hexdigest()[:32]
 
 
-def graph_key(
-    model: ov.Model, xml_path: Path, device: str, properties: Mapping[str, Any], more: str
-) -> str:
+def graph_key(model: ov.Model, xml_path: Path, device: str, properties: Mapping[str, Any]) -> str:
     """Say which blob this is: the files, the edits as ``model`` shows them, the device.
 
     OpenVINO's own hash of the graph (constants included) stands behind it, in the file's name.
     """
-    files = [
-        (path.stat().st_size, path.stat().st_mtime_ns)
-        for path in (xml_path, xml_path.with_suffix(".bin"))
-    ]
     ports = [
         (sorted(port.get_names()), str(port.get_partial_shape()), str(port.get_element_type()))
         for port in (*model.inputs, *model.outputs)
     ]
     nodes = [_describe(node) for node in model.get_ordered_ops()]
     described = sorted(properties.items())
-    where = str(xml_path.resolve())
-    return cache_key(ov.get_version(), where, files, ports, nodes, device, described, more)
+    files = described_files(xml_path)
+    return cache_key(ov.get_version(), files, ports, nodes, device, described)
+
+
+def described_files(xml_path: Path) -> list[object]:
+    """Return which files of a graph these are: where, and for XML and weights size and time."""
+    files = [path.stat() for path in (xml_path, xml_path.with_suffix(".bin"))]
+    return [str(xml_path.resolve()), *((stat.st_size, stat.st_mtime_ns) for stat in files)]
 
 
 def _describe(node: ov.Node) -> tuple[object, ...]:
@@ -111,6 +111,7 @@ class CompiledCache:
         entry = self.root / key
         if entry.is_dir():
             if self._intact(entry):
+                before = _files(entry)
                 try:
                     result = compile_model(entry)
                 except RuntimeError:
@@ -118,7 +119,7 @@ class CompiledCache:
                         "A compiled model in the cache cannot be used; compiling it again."
                     )
                 else:
-                    self._note_use(entry)
+                    self._note_use(entry, changed=_files(entry) != before)
                     return result
             else:
                 _log.warning("A compiled model in the cache is damaged; compiling it again.")
@@ -185,14 +186,23 @@ class CompiledCache:
         except (OSError, ValueError):
             return False
 
-    def _note_use(self, entry: Path) -> None:
+    def _note_use(self, entry: Path, *, changed: bool) -> None:
         try:
-            if self._intact(entry):
-                os.utime(entry / _CHECKSUMS)
-            else:  # OpenVINO found the blob outdated and wrote another
+            if changed:  # OpenVINO found the blob outdated and wrote another
                 _write_checksums(entry)
+            else:
+                os.utime(entry / _CHECKSUMS)
         except OSError as error:
             _log.debug("The use of a compiled model was not noted: %s", error)
+
+
+def _files(folder: Path) -> list[tuple[str, int, int]]:
+    """Return the names, sizes and times of what is in an entry; empty where it cannot be read."""
+    try:
+        found = [(file.name, file.stat()) for file in folder.iterdir()]
+    except OSError:
+        return []
+    return sorted((name, stat.st_size, stat.st_mtime_ns) for name, stat in found)
 
 
 def _checksums(folder: Path) -> dict[str, str]:

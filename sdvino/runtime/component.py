@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,10 +13,10 @@ import openvino as ov
 from numpy.typing import NDArray
 
 from sdvino.errors import DeviceError, ModelFolderError, SdvinoError
-from sdvino.graph.walk import rounds_activations
+from sdvino.ir import quantizes_activations, read_xml
 from sdvino.runtime.cache import CompiledCache, default_cache_dir, graph_key
+from sdvino.runtime.compiling import Compiler, Edit, key_of_files
 from sdvino.runtime.core import device_facts, shared_core, short_reason
-from sdvino.runtime.mapped import pages_dropped
 from sdvino.runtime.properties import (
     compile_properties,
     hardware_of,
@@ -28,8 +29,6 @@ from sdvino.settings import DeviceSettings
 
 Array = NDArray[Any]
 
-#: Devices that take blobs without weights.
-_WEIGHTLESS = ("CPU", "GPU", "AUTO", "HETERO")
 #: Milliseconds between looks at the keyboard while a graph runs.
 _WAIT_MS = 100
 
@@ -62,8 +61,7 @@ class Component:
         settings: DeviceSettings | None = None,
         *,
         core: ov.Core | None = None,
-        prepare: Callable[[ov.Model], None] | None = None,
-        cache_key: str = "",
+        prepare: Edit | None = None,
         keep_graph: bool = False,
     ) -> None:
         """Describe the component; nothing is read before `load`.
@@ -78,7 +76,6 @@ class Component:
         self.settings = DeviceSettings() if settings is None else settings
         self._core = core
         self._prepare = prepare
-        self._cache_key = cache_key
         self._keep_graph = keep_graph
         self._graph: ov.Model | None = None
         #: Sees every result before the caller does, and may run the graph elsewhere instead.
@@ -129,7 +126,6 @@ class Component:
             settings,
             core=self._core,
             prepare=self._prepare,
-            cache_key=self._cache_key,
         )
 
     @property
@@ -203,7 +199,8 @@ class Component:
     def _evaluate(
         self, inputs: Sequence[Mapping[str, Array]], together: bool
     ) -> list[Mapping[str, Array]]:
-        requests = [self._request(number) for number in range(len(inputs))]
+        compiled = self.compiled  # what it reads goes with it, if another thread unloads
+        requests = [self._request(compiled, number) for number in range(len(inputs))]
         held = [self._set_inputs(*pair) for pair in zip(requests, inputs, strict=True)]
         for group in [requests] if together else [[request] for request in requests]:
             self._run(group)
@@ -235,11 +232,13 @@ class Component:
                 raise self._failed(error) from error
             raise
 
-    def _request(self, number: int) -> ov.InferRequest:
-        compiled = self.compiled
-        requests: list[ov.InferRequest] | None = getattr(self._requests, "all", None)
-        if requests is None:
-            requests = self._requests.all = []
+    def _request(self, compiled: ov.CompiledModel, number: int) -> ov.InferRequest:
+        """Return this thread's request ``number`` of ``compiled``."""
+        mine: tuple[ov.CompiledModel, list[ov.InferRequest]] | None
+        mine = getattr(self._requests, "mine", None)
+        if mine is None or mine[0] is not compiled:
+            mine = self._requests.mine = (compiled, [])
+        requests = mine[1]
         while len(requests) <= number:
             requests.append(compiled.create_infer_request())
         return requests[number]
@@ -306,32 +305,41 @@ class Component:
         available = core.available_devices
         device = normalize_device(self.settings.device, available)
         facts = {name: device_facts(core, name) for name in hardware_of(device, available)}
-        model = self._read(core)
-        eight_bits = rounds_activations(model)
+        xml = read_xml(self.xml_path, self.name)
         properties = compile_properties(
-            self.settings, device, facts, self.name, eight_bits=eight_bits
+            self.settings, device, facts, self.name, eight_bits=quantizes_activations(xml)
         )
         self._hardware = tuple(facts)
         self._precision = precision_in(properties)
-        rewrite_for(model, self.name, self.settings, self._precision, facts)
+
+        @functools.cache
+        def read() -> ov.Model:
+            model = self._read(core)
+            rewrite_for(model, self.name, self.settings, self._precision, facts)
+            return model
+
         weights = self.xml_path.with_suffix(".bin")
-
-        def compile_model(cache_dir: Path | None) -> ov.CompiledModel:
-            own = {} if cache_dir is None else _cache_properties(cache_dir, device, weights)
-            # Other devices may read what is mapped where it lies, each time.
-            mapped = [weights] if cache_dir is None else [weights, cache_dir]
-            with pages_dropped(mapped if self._hardware == ("CPU",) else []):
-                return core.compile_model(model, device, {**properties, **own})
-
+        compiler = Compiler(
+            core=core,
+            read=read,
+            weights=weights,
+            device=device,
+            properties=properties,
+            facts=facts,
+        )
         try:
             if not self.settings.cache:
-                return compile_model(None)
+                return compiler.by_openvino(None)
             folder = self.settings.cache_dir
             cache = CompiledCache(
                 default_cache_dir() if folder is None else folder, self.settings.cache_limit_bytes
             )
-            key = graph_key(model, self.xml_path, device, properties, self._cache_key)
-            return cache.compile(key, compile_model)
+            known_by = (self.name, self.settings.linear_kernel)
+            key = key_of_files(self.xml_path, xml, self._prepare, known_by, properties, facts)
+            if key is not None:
+                return cache.compile(key, compiler.by_key)
+            key = graph_key(read(), self.xml_path, device, properties)
+            return cache.compile(key, compiler.by_openvino)
         except RuntimeError as error:
             raise DeviceError(
                 f"{device} cannot run the {self.name} ({short_reason(error)});"
@@ -353,22 +361,6 @@ class Component:
         if self._keep_graph:
             self._graph = model
         return model
-
-
-def _cache_properties(cache_dir: Path, device: str, weights: Path) -> dict[str, Any]:
-    """Return the cache's properties; blobs without weights where the device is known to do that.
-
-    Their size is a hundredth, and on a CPU they load as fast as whole ones: in about half the time
-    of compiling, for graphs of every size. OpenVINO finds the weights of an edited graph again only
-    when told where they are.
-    """
-    if device.partition(".")[0].partition(":")[0] not in _WEIGHTLESS:
-        return {"CACHE_DIR": str(cache_dir)}
-    return {
-        "CACHE_DIR": str(cache_dir),
-        "CACHE_MODE": "OPTIMIZE_SIZE",
-        "WEIGHTS_PATH": str(weights),
-    }
 
 
 def _readable(name: str) -> tuple[bool, int, str]:

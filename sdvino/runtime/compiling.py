@@ -1,0 +1,162 @@
+"""A graph's files become a compiled model: read, edited and compiled, or as the cache keeps it.
+
+An edit that can say what it does (a `functools.partial` of a function of sdvino) has the fastest
+second start: what it made is known by the files, the edit and the program, so the graph is neither
+read nor edited again, and OpenVINO imports the blob. Any other edit is made again, and OpenVINO
+looks for its blob by a hash of the edited graph, all its weights included.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import mmap
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import openvino as ov
+from numpy import frombuffer, uint8
+
+from sdvino.runtime.cache import cache_key, described_files
+from sdvino.runtime.mapped import pages_dropped
+from sdvino.runtime.properties import DeviceFacts, cpus_alone
+
+#: Changes a graph in place before it is compiled.
+Edit = Callable[[ov.Model], object]
+#: Devices that take blobs without weights.
+_WEIGHTLESS = ("CPU", "GPU", "AUTO", "HETERO")
+_BLOB = "compiled.blob"
+_PACKAGE = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Compiler:
+    """Makes the compiled model of one graph, in the ways that `CompiledCache.compile` asks for."""
+
+    core: ov.Core
+    #: Gives the edited graph.
+    read: Callable[[], ov.Model]
+    weights: Path
+    device: str
+    properties: Mapping[str, Any]
+    #: Of the hardware that may run it, by device.
+    facts: Mapping[str, DeviceFacts]
+
+    def by_openvino(self, cache_dir: Path | None) -> ov.CompiledModel:
+        """Read and compile the graph, with ``cache_dir`` as OpenVINO's cache unless it is None."""
+        kept = {} if cache_dir is None else {"CACHE_DIR": str(cache_dir), **self._without_weights}
+        model = self.read()
+        with self._pages_dropped(cache_dir):
+            return self.core.compile_model(model, self.device, {**self.properties, **kept})
+
+    def by_key(self, entry: Path | None) -> ov.CompiledModel:
+        """Import what ``entry`` has; where it has nothing, compile the graph and put it there.
+
+        None: compile and keep nothing.
+        """
+        if entry is None:
+            return self.by_openvino(None)
+        blob = entry / _BLOB
+        properties = {**self.properties, **self._without_weights}
+        if blob.exists():
+            content: Any = _mapped(blob)
+            with self._pages_dropped(entry):
+                imported = self.core.import_model(content, self.device, properties)
+            # It goes on reading what it was imported from, which is to live as long.
+            return ov.CompiledModel(imported, content)
+        model = self.read()
+        with self._pages_dropped(entry):
+            compiled = self.core.compile_model(model, self.device, properties)
+            with blob.open("wb") as file:
+                file.write(compiled.export_model().getbuffer())
+        return compiled
+
+    @property
+    def _without_weights(self) -> dict[str, str]:
+        """Properties for blobs without weights, where the device is known to make them.
+
+        Their size is a hundredth, and on a CPU they load as fast as whole ones. OpenVINO finds the
+        weights of an edited graph again only when told where they are.
+        """
+        if self.device.partition(".")[0].partition(":")[0] not in _WEIGHTLESS:
+            return {}
+        return {"CACHE_MODE": "OPTIMIZE_SIZE", "WEIGHTS_PATH": str(self.weights)}
+
+    def _pages_dropped(self, cache_dir: Path | None) -> Any:
+        # Other devices may read what is mapped where it lies, each time.
+        mapped = [self.weights] if cache_dir is None else [self.weights, cache_dir]
+        return pages_dropped(mapped if tuple(self.facts) == ("CPU",) else [])
+
+
+def key_of_files(
+    xml_path: Path,
+    xml: bytes,
+    edit: Edit | None,
+    more: object,
+    properties: Mapping[str, Any],
+    facts: Mapping[str, DeviceFacts],
+) -> str | None:
+    """Return a key for what ``edit`` makes of these files on a CPU, the graph unread.
+
+    ``xml`` is the graph's text and ``more`` what else decides on the compiled model. None where the
+    edit does not say what it does, or the hardware is not CPUs alone.
+    """
+    said = _said_of(edit)
+    if said is None or not cpus_alone(facts):
+        return None
+    return cache_key(
+        ov.get_version(),
+        program_digest(),
+        described_files(xml_path),
+        hashlib.sha256(xml).hexdigest(),
+        said,
+        more,
+        sorted(properties.items()),
+        [_kind_of(entry) for entry in facts.values()],
+    )
+
+
+def _said_of(edit: Edit | None) -> str | None:
+    """Return what ``edit`` is and is given; None where that cannot be told from another's."""
+    if edit is None:
+        return ""
+    if not isinstance(edit, functools.partial):
+        return None
+    name = f"{edit.func.__module__}.{edit.func.__qualname__}"
+    said = repr((name, edit.args, sorted(edit.keywords.items())))
+    # `program_digest` covers sdvino's functions alone. One within another, and an object known by
+    # its address, are other ones every time.
+    own = name.startswith("sdvino.") and "<" not in name
+    return said if own and " at 0x" not in said else None
+
+
+def _kind_of(facts: DeviceFacts) -> object:
+    """Return what of a CPU decides on the kernels that OpenVINO chooses for it."""
+    cpu = facts.cpu
+    known = None if cpu is None else (cpu.vendor, sorted(cpu.flags), cpu.limited)
+    return sorted(facts.capabilities), facts.amx, known
+
+
+@functools.cache
+def program_digest() -> str:
+    """Return a digest of sdvino's own code: an edit of the same name may do other things in it."""
+    digest = hashlib.sha256()
+    for path in sorted(_PACKAGE.rglob("*.py")):
+        content = path.read_bytes()
+        digest.update(f"{path.relative_to(_PACKAGE).as_posix()} {len(content)} ".encode())
+        digest.update(content)
+    return digest.hexdigest()
+
+
+def _mapped(path: Path) -> ov.Tensor:
+    """Return the bytes of a file, read where they lie when they are looked at."""
+    with path.open("rb") as file:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    # OpenVINO shares writable arrays alone, so this view says it is one; nobody writes.
+    address = frombuffer(mapped, uint8).ctypes.data
+    memory: Any = (ctypes.c_uint8 * len(mapped)).from_address(address)
+    memory.owner = mapped
+    return ov.Tensor(frombuffer(memory, uint8), shared_memory=True)
