@@ -234,14 +234,14 @@ class Component:
 
     def _request(self, compiled: ov.CompiledModel, number: int) -> ov.InferRequest:
         """Return this thread's request ``number`` of ``compiled``."""
-        mine: tuple[ov.CompiledModel, list[ov.InferRequest]] | None
-        mine = getattr(self._requests, "mine", None)
-        if mine is None or mine[0] is not compiled:
-            mine = self._requests.mine = (compiled, [])
-        requests = mine[1]
+        of, requests = getattr(self._requests, "mine", (None, []))
+        if of is not compiled:
+            requests = []
+            self._requests.mine = (compiled, requests)
         while len(requests) <= number:
             requests.append(compiled.create_infer_request())
-        return requests[number]
+        request: ov.InferRequest = requests[number]
+        return request
 
     def _set_inputs(self, request: ov.InferRequest, inputs: Mapping[str, Array]) -> list[Array]:
         held: list[Array] = []

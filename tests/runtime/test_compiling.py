@@ -165,9 +165,7 @@ def test_unloading_while_another_thread_runs(tmp_path: Path) -> None:
 KEYS: dict[str, Callable[[Path], object]] = {
     "a function of another's": lambda xml: key(xml, partial(table, seed=1)),
     "a function in a function": lambda xml: key(xml, partial(within())),
-    "an object known by its address": lambda xml: key(
-        xml, partial(reshape_static, shapes=object())
-    ),
+    "an object known by its address": lambda xml: key(xml, partial(reshape_static, object())),
     "a function alone": lambda xml: key(xml, reshape_static),
     "another device": lambda xml: key(xml, None, {"GPU": CPU["CPU"]}),
     "a second device": lambda xml: key(xml, None, {**CPU, "GPU.0": CPU["CPU"]}),
