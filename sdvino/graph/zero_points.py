@@ -176,10 +176,12 @@ def _add_to_bias(node: ov.Node, rounding: _Rounding) -> None:
         total = ops.constant((values + lacking).astype(np.float32))
         readers[0].input(index).replace_source_output(total.output(0))
         return
-    targets = node.output(0).get_target_inputs()
+    targets, names = node.output(0).get_target_inputs(), node.output(0).get_names()
     together = ops.add(node, ops.constant(lacking.astype(np.float32)))
     for target in targets:
         target.replace_source_output(together.output(0))
+    node.output(0).set_names(set())
+    together.output(0).set_names(names)
 
 
 def _bias(node: ov.Node, channels: int) -> tuple[int, NDArray[Any]] | None:

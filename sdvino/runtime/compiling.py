@@ -12,6 +12,7 @@ import ctypes
 import functools
 import hashlib
 import mmap
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,9 @@ from sdvino.runtime.properties import DeviceFacts, cpus_alone
 Edit = Callable[[ov.Model], object]
 #: Devices that take blobs without weights.
 _WEIGHTLESS = ("CPU", "GPU", "AUTO", "HETERO")
-_BLOB = "compiled.blob"
+#: The line before a model in OpenVINO's cache is not longer, and says how the model is padded.
+_HEADER_BYTES = 4096
+_PADDED = re.compile(rb'header_size_alignment="[^0"]')
 _PACKAGE = Path(__file__).resolve().parent.parent
 
 
@@ -57,22 +60,17 @@ class Compiler:
 
         None: compile and keep nothing.
         """
-        if entry is None:
-            return self.by_openvino(None)
-        blob = entry / _BLOB
-        properties = {**self.properties, **self._without_weights}
-        if blob.exists():
-            content: Any = _mapped(blob)
-            with self._pages_dropped(entry):
-                imported = self.core.import_model(content, self.device, properties)
-            # It goes on reading what it was imported from, which is to live as long.
-            return ov.CompiledModel(imported, content)
-        model = self.read()
+        blob = None if entry is None else next(entry.glob("*.blob"), None)
+        if blob is None:
+            # OpenVINO's cache writes to the disk; `export_model` makes four copies in memory.
+            return self.by_openvino(entry)
+        content: Any = _mapped(blob)
         with self._pages_dropped(entry):
-            compiled = self.core.compile_model(model, self.device, properties)
-            with blob.open("wb") as file:
-                file.write(compiled.export_model().getbuffer())
-        return compiled
+            imported = self.core.import_model(
+                content, self.device, {**self.properties, **self._without_weights}
+            )
+        # It goes on reading what it was imported from, which is to live as long.
+        return ov.CompiledModel(imported, content)
 
     @property
     def _without_weights(self) -> dict[str, str]:
@@ -151,12 +149,20 @@ def program_digest() -> str:
     return digest.hexdigest()
 
 
-def _mapped(path: Path) -> ov.Tensor:
-    """Return the bytes of a file, read where they lie when they are looked at."""
-    with path.open("rb") as file:
+def _mapped(blob: Path) -> ov.Tensor:
+    """Return the compiled model in a file of OpenVINO's cache, read where it lies when it is.
+
+    Raises RuntimeError where the file is not as OpenVINO 2026.4 writes it for a CPU: a line of XML
+    about the compiled model (`CompiledBlobHeader` in its src/inference/src), then the model.
+    """
+    with blob.open("rb") as file:
+        header = file.readline(_HEADER_BYTES)
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    if not header.startswith(b"<?xml") or not header.endswith(b"\n") or _PADDED.search(header):
+        raise RuntimeError("its form is not known")
+    size = len(mapped) - len(header)
     # OpenVINO shares writable arrays alone, so this view says it is one; nobody writes.
-    address = frombuffer(mapped, uint8).ctypes.data
-    memory: Any = (ctypes.c_uint8 * len(mapped)).from_address(address)
+    address = frombuffer(mapped, uint8).ctypes.data + len(header)
+    memory: Any = (ctypes.c_uint8 * size).from_address(address)
     memory.owner = mapped
     return ov.Tensor(frombuffer(memory, uint8), shared_memory=True)

@@ -133,6 +133,16 @@ def test_the_kernels_run_in_eight_bits_without_zero_points() -> None:
     assert [node.get_type_name() for node in model.get_ops()].count("Add") == 1  # one bias
 
 
+@pytest.mark.parametrize("end", [convolution, lambda q: biased(convolution(q))])
+def test_names_of_outputs_stay(end: Callable[[ov.Node], ov.Node]) -> None:
+    def make(x: ov.Node) -> list[ov.Node]:
+        made = end(rounded(x))
+        made.output(0).set_names({"made"})
+        return [made]
+
+    assert assert_the_same(make, 1).output(0).get_names() == {"made"}
+
+
 def test_what_several_read_is_padded_once() -> None:
     def make(x: ov.Node) -> list[ov.Node]:
         source = rounded(x)

@@ -19,6 +19,7 @@ from openvino import opset13 as ops
 
 from sdvino.graph.shapes import reshape_static
 from sdvino.runtime import compiling
+from sdvino.runtime.cache import _write_checksums
 from sdvino.runtime.compiling import key_of_files, program_digest
 from sdvino.runtime.component import Component
 from sdvino.runtime.properties import DeviceFacts
@@ -80,7 +81,7 @@ def test_the_second_load_reads_no_graph(tmp_path: Path, reads: list[Path]) -> No
     np.testing.assert_array_equal(results[0], results[1])
     np.testing.assert_array_equal(results[0], results[2])
     (entry,) = cache.iterdir()
-    assert {file.name for file in entry.iterdir()} == {"compiled.blob", "checksums.json"}
+    assert sorted(file.suffix for file in entry.iterdir()) == [".blob", ".json"]
 
 
 def test_another_edit_and_other_files_are_other_entries(tmp_path: Path, reads: list[Path]) -> None:
@@ -131,6 +132,20 @@ def test_a_blob_that_openvino_cannot_import_is_made_again(
     assert len(reads) == 2
 
 
+@pytest.mark.parametrize("header", [b"RR_UPCVO", b'<?xml header_size_alignment="64"/>\n', b"<?xml"])
+def test_a_blob_of_another_form_is_made_again(
+    header: bytes, tmp_path: Path, reads: list[Path]
+) -> None:
+    xml, cache = table(tmp_path / "net"), tmp_path / "cache"
+    expected = looked_up(component(xml, cache, fixed(7)), 7)
+    blob = next(cache.glob("*/*.blob"))
+    blob.write_bytes(header + blob.read_bytes().partition(b"\n")[2])
+    _write_checksums(blob.parent)  # as if it had been written so
+    np.testing.assert_array_equal(looked_up(component(xml, cache, fixed(7)), 7), expected)
+    np.testing.assert_array_equal(looked_up(component(xml, cache, fixed(7)), 7), expected)
+    assert len(reads) == 2
+
+
 def test_what_was_imported_outlives_its_file(tmp_path: Path) -> None:
     xml, cache = table(tmp_path / "net"), tmp_path / "cache"
     expected = looked_up(component(xml, cache, fixed(7)), 7)
@@ -138,7 +153,7 @@ def test_what_was_imported_outlives_its_file(tmp_path: Path) -> None:
     imported.load()
     gc.collect()
     if os.name == "posix":  # elsewhere a file in use stays
-        next(cache.glob("*/compiled.blob")).unlink()
+        next(cache.glob("*/*.blob")).unlink()
     for _ in range(3):
         np.testing.assert_array_equal(looked_up(imported, 7), expected)
 
