@@ -43,7 +43,16 @@ from bench_cases import (
 from bench_limit import Peaks, count, describe, limit_of
 from bench_machine import ISAS, ROOT, Isa, about_machine, choose_isa, folder_bytes, installed_bytes
 from bench_prepare import Exporter, PrepareError, Workshop, missing, prepare
-from bench_record import Entry, Journal, MeasureError, Progress, make_key, run_job, source_stamp
+from bench_record import (
+    Entry,
+    Journal,
+    MeasureError,
+    Progress,
+    compile_installed,
+    make_key,
+    run_job,
+    source_stamp,
+)
 from bench_report import (
     SECTIONS,
     Section,
@@ -185,6 +194,7 @@ class Bench:
             **job,
             "bytes": self.disk(case.arch, contender.format),
             "environment": dict(self.isa.environment),
+            "bytecode": True,  # older journals have starts without
             "machine": self.machine,
             "sdvino": self._own if contender.runner == "sdvino" else "",
         }
@@ -345,6 +355,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         bench.prepare()
         if options.prepare:
             return 1 if bench.failed else 0
+        _say("compiling what is installed to bytecode, if it is not")
+        compile_installed()
         bench.measure()
         sections = bench.sections(None if options.no_limit else measured_peaks(bench.isa))
     except PrepareError as error:
