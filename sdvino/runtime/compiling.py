@@ -51,8 +51,8 @@ class Compiler:
     def by_openvino(self, cache_dir: Path | None) -> ov.CompiledModel:
         """Read and compile the graph, with ``cache_dir`` as OpenVINO's cache unless it is None."""
         kept = {} if cache_dir is None else {"CACHE_DIR": str(cache_dir), **self._without_weights}
-        model = self.read()
-        with self._pages_dropped(cache_dir):
+        with self._pages_dropped(cache_dir):  # reading edits the graph, which may look at weights
+            model = self.read()
             return self.core.compile_model(model, self.device, {**self.properties, **kept})
 
     def by_key(self, entry: Path | None) -> ov.CompiledModel:

@@ -7,7 +7,8 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,32 @@ def test_the_second_load_reads_no_graph(tmp_path: Path, reads: list[Path]) -> No
     np.testing.assert_array_equal(results[0], results[2])
     (entry,) = cache.iterdir()
     assert sorted(file.suffix for file in entry.iterdir()) == [".blob", ".json"]
+
+
+def test_the_graph_is_edited_while_its_pages_are_dropped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An edit that looks at all weights would otherwise hold as many bytes of the file."""
+    xml, within, during = table(tmp_path / "net"), [0], []
+
+    @contextmanager
+    def dropping(paths: object) -> Iterator[None]:
+        within[0] += 1
+        yield
+        within[0] -= 1
+
+    read = Component._read
+
+    def noted(self: Component, core: ov.Core) -> ov.Model:
+        during.append(within[0])
+        return read(self, core)
+
+    monkeypatch.setattr(compiling, "pages_dropped", dropping)
+    monkeypatch.setattr(Component, "_read", noted)
+    for cache in (True, False):
+        settings = DeviceSettings(cache=cache, cache_dir=tmp_path / "cache")
+        Component("text_encoder", xml, settings, prepare=fixed(7)).load()
+    assert during == [1, 1]
 
 
 def test_another_edit_and_other_files_are_other_entries(tmp_path: Path, reads: list[Path]) -> None:
