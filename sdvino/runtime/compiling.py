@@ -23,7 +23,7 @@ from numpy import frombuffer, uint8
 
 from sdvino.runtime.cache import cache_key, described_files
 from sdvino.runtime.mapped import pages_dropped
-from sdvino.runtime.properties import DeviceFacts, cpus_alone
+from sdvino.runtime.properties import DeviceFacts
 
 #: Changes a graph in place before it is compiled.
 Edit = Callable[[ov.Model], object]
@@ -94,16 +94,17 @@ def key_of_files(
     xml: bytes,
     edit: Edit | None,
     more: object,
+    device: str,
     properties: Mapping[str, Any],
     facts: Mapping[str, DeviceFacts],
 ) -> str | None:
-    """Return a key for what ``edit`` makes of these files on a CPU, the graph unread.
+    """Return a key for what ``edit`` makes of these files on the device CPU, the graph unread.
 
     ``xml`` is the graph's text and ``more`` what else decides on the compiled model. None where the
-    edit does not say what it does, or the hardware is not CPUs alone.
+    edit does not say what it does, and for other devices, AUTO and HETERO among them.
     """
     said = _said_of(edit)
-    if said is None or not cpus_alone(facts):
+    if said is None or device != "CPU":
         return None
     return cache_key(
         ov.get_version(),

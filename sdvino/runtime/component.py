@@ -335,7 +335,9 @@ class Component:
                 default_cache_dir() if folder is None else folder, self.settings.cache_limit_bytes
             )
             known_by = (self.name, self.settings.linear_kernel)
-            key = key_of_files(self.xml_path, xml, self._prepare, known_by, properties, facts)
+            key = key_of_files(
+                self.xml_path, xml, self._prepare, known_by, device, properties, facts
+            )
             if key is not None:
                 return cache.compile(key, compiler.by_key)
             key = graph_key(read(), self.xml_path, device, properties)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import subprocess
 import sys
@@ -133,6 +134,20 @@ def test_other_code_of_ours_is_another_entry(
     assert len(reads) == 2
 
 
+@pytest.mark.parametrize("device", ["AUTO", "HETERO:CPU"])
+def test_devices_that_choose_have_a_cache_too(
+    device: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    xml, cache = table(tmp_path / "net"), tmp_path / "cache"
+    expected = looked_up(component(xml, cache, fixed(7)), 7)
+    with caplog.at_level(logging.INFO, logger="sdvino"):
+        for _ in range(2):
+            found = looked_up(component(xml, cache, fixed(7), device=device), 7)
+            np.testing.assert_array_equal(found, expected)
+    assert not caplog.records
+    assert len(list(cache.glob("*/*.blob"))) == 2
+
+
 def test_an_edit_that_says_nothing_is_made_every_time(tmp_path: Path, reads: list[Path]) -> None:
     xml, cache = table(tmp_path / "net"), tmp_path / "cache"
     for _ in range(2):
@@ -209,13 +224,14 @@ KEYS: dict[str, Callable[[Path], object]] = {
     "a function in a function": lambda xml: key(xml, partial(within())),
     "an object known by its address": lambda xml: key(xml, partial(reshape_static, object())),
     "a function alone": lambda xml: key(xml, reshape_static),
-    "another device": lambda xml: key(xml, None, {"GPU": CPU["CPU"]}),
-    "a second device": lambda xml: key(xml, None, {**CPU, "GPU.0": CPU["CPU"]}),
+    "another device": lambda xml: key(xml, None, device="GPU.0"),
+    "a device that chooses": lambda xml: key(xml, None, device="AUTO"),
 }
 
 
-def key(xml: Path, edit: Any, devices: Any = CPU) -> str | None:
-    return key_of_files(xml, xml.read_bytes(), edit, ("net", None), {"NUM_STREAMS": 1}, devices)
+def key(xml: Path, edit: Any, devices: Any = CPU, device: str = "CPU") -> str | None:
+    properties = {"NUM_STREAMS": 1}
+    return key_of_files(xml, xml.read_bytes(), edit, ("net", None), device, properties, devices)
 
 
 def within() -> Callable[[Any], None]:
