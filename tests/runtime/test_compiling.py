@@ -120,7 +120,7 @@ def test_another_edit_and_other_files_are_other_entries(tmp_path: Path, reads: l
     assert len(reads) == 2
     table(tmp_path / "net", seed=1)
     assert not np.array_equal(looked_up(component(xml, cache, fixed(7)), 7), before)
-    looked_up(component(xml, cache, fixed(7), precision="f32", num_threads=1), 7)
+    looked_up(component(xml, cache, fixed(7), num_streams=2), 7)
     assert len(reads) == 4
 
 
