@@ -34,5 +34,6 @@ def rewrite_for(
         linears_to_convolutions(model)
     if cpus_alone(facts):
         zero_points_to_biases(model)
-    if norms_by_channel(component, precision, facts):
-        group_norms_to_channels(model)
+    largest = norms_by_channel(component, precision, facts)
+    if largest:
+        group_norms_to_channels(model, largest)
