@@ -14,13 +14,13 @@ import numpy as np
 import openvino as ov
 from openvino import opset13 as ops
 
-#: Numbers in the largest tensor that it pays for in f32, 4 MB. Larger ones do not stay in a core's
-#: cache from one pass to the next: nothing is gained, and each pass would take their memory.
+#: Numbers in the largest tensor that is rewritten, 4 MB of floats. Larger ones do not stay in a
+#: core's cache from one pass to the next: nothing is gained, and each pass would take their memory.
 LARGEST = 1 << 20
 
 
 def group_norms_to_channels(model: ov.Model, largest: int = LARGEST) -> int:
-    """Rewrite every group norm of at most ``largest`` numbers [N, C, ...], in place; exact.
+    """Rewrite every group norm of at most ``largest`` float32 numbers [N, C, ...], in place; exact.
 
     Needs fixed shapes. Mean first, then the squares of what differs from it, so that a large mean
     costs no digits. Returns how many were rewritten; others stay as they are.

@@ -7,13 +7,11 @@ because one set of settings may serve a pipeline whose parts run in several plac
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from sdvino.errors import DeviceError
-from sdvino.graph.norms import LARGEST
 from sdvino.runtime.acceleration import channel_norms, linear_kernel
 from sdvino.runtime.defaults import PrecisionDefault, cpu_defaults, default_precision
 from sdvino.runtime.topology import CpuReport, bf16_is_fast
@@ -166,18 +164,12 @@ def convolves_linears(settings: DeviceSettings, facts: Mapping[str, DeviceFacts]
 
 def norms_by_channel(
     component: str, precision: str | None, facts: Mapping[str, DeviceFacts]
-) -> int:
-    """Return how large the tensors may be whose group norms are to run as means of channels.
+) -> bool:
+    """Return whether the group norms of ``component`` are to run as means of channels.
 
-    In numbers; 0: none of ``component`` is. ``precision`` is what floats are computed in: in bf16
-    every pass over a tensor is half as long, and large ones gain as well. A UNet's gain nothing
-    (both measured).
+    ``precision`` is what floats are computed in. A UNet's gain nothing (measured).
     """
-    if component not in _AUTOENCODER or not cpus_alone(facts):
-        return 0
-    if precision == "bf16" and all(entry.fast_bf16 for entry in facts.values()):
-        return sys.maxsize
-    return LARGEST if precision == "f32" and _on_all_cpus(facts, channel_norms) else 0
+    return component in _AUTOENCODER and precision == "f32" and _on_all_cpus(facts, channel_norms)
 
 
 def cpus_alone(facts: Mapping[str, DeviceFacts]) -> bool:

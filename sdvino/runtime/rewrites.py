@@ -34,6 +34,5 @@ def rewrite_for(
         linears_to_convolutions(model)
     if cpus_alone(facts):
         zero_points_to_biases(model)
-    largest = norms_by_channel(component, precision, facts)
-    if largest:
-        group_norms_to_channels(model, largest)
+    if norms_by_channel(component, precision, facts):
+        group_norms_to_channels(model)

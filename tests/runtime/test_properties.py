@@ -1,13 +1,11 @@
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from sdvino.errors import DeviceError
-from sdvino.graph.norms import LARGEST
 from sdvino.runtime.properties import (
     DeviceFacts,
     compile_properties,
@@ -202,18 +200,14 @@ def test_linear_layers_are_convolutions_on_a_cpu_alone(
 @pytest.mark.parametrize(
     ("component", "precision", "isa", "hardware", "expected"),
     [
-        ("vae_decoder", "f32", ("avx2",), ("CPU",), LARGEST),
-        ("vae_encoder", "f32", ("avx2",), ("CPU",), LARGEST),
-        ("unet", "f32", ("avx2",), ("CPU",), 0),
-        ("vae_decoder", "bf16", ("avx2",), ("CPU",), 0),
-        ("vae_decoder", None, ("avx2",), ("CPU",), 0),
-        ("vae_decoder", "f32", ("avx2", "avx_vnni"), ("CPU",), 0),
-        ("vae_decoder", "f32", ("avx2",), ("GPU", "CPU"), 0),
-        ("vae_decoder", "f32", ("avx2",), (), 0),
-        ("vae_decoder", "bf16", ("avx2", "avx512_bf16"), ("CPU",), sys.maxsize),
-        ("unet", "bf16", ("avx2", "avx512_bf16"), ("CPU",), 0),
-        ("vae_decoder", "f32", ("avx2", "avx512_bf16"), ("CPU",), LARGEST),
-        ("vae_decoder", "bf16", ("avx2", "avx512_bf16"), ("CPU", "GPU"), 0),
+        ("vae_decoder", "f32", ("avx2",), ("CPU",), True),
+        ("vae_encoder", "f32", ("avx2",), ("CPU",), True),
+        ("unet", "f32", ("avx2",), ("CPU",), False),
+        ("vae_decoder", "bf16", ("avx2",), ("CPU",), False),
+        ("vae_decoder", None, ("avx2",), ("CPU",), False),
+        ("vae_decoder", "f32", ("avx2", "avx_vnni"), ("CPU",), False),
+        ("vae_decoder", "f32", ("avx2",), ("GPU", "CPU"), False),
+        ("vae_decoder", "f32", ("avx2",), (), False),
     ],
 )
 def test_group_norms_are_of_channels_in_an_autoencoder_on_a_cpu(
@@ -221,9 +215,9 @@ def test_group_norms_are_of_channels_in_an_autoencoder_on_a_cpu(
     precision: str | None,
     isa: tuple[str, ...],
     hardware: tuple[str, ...],
-    expected: int,
+    expected: bool,
 ) -> None:
-    cpu = CpuReport(performance_cores=4, flags=frozenset(isa), vendor="AuthenticAMD")
+    cpu = CpuReport(performance_cores=4, flags=frozenset(isa))
     known = {"CPU": replace(CPU, cpu=cpu), "GPU": GPU}
     facts = {name: known[name] for name in hardware}
     assert norms_by_channel(component, precision, facts) == expected
