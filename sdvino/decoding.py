@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from concurrent.futures import TimeoutError as NotYet
 from types import TracebackType
 from typing import Any
 
@@ -17,11 +16,10 @@ from sdvino.image.autoencoder import VaeDecoder
 from sdvino.image.tiling import OVERLAP, tile_shape, to_levels
 from sdvino.outputs import Array, OutputType, PictureEvent, Timings, clock
 from sdvino.runtime.memory_plan import MemoryPlan
+from sdvino.runtime.waiting import result_of
 from sdvino.settings import PerformanceHint
 
 Pixels = NDArray[Any]
-#: Seconds between looks at the keyboard while waiting for a picture.
-_LOOK = 0.1
 
 
 def decodes_aside(hint: PerformanceHint, pictures: int, memory: MemoryPlan) -> bool:
@@ -128,14 +126,7 @@ class DecodeQueue:
         return PictureEvent(job=job, latents=latents, pixels=pixels), timings
 
     def _next(self) -> PictureEvent:
-        future = self._waiting.popleft()
-        while True:
-            try:
-                event, timings = future.result(timeout=_LOOK)
-            except NotYet:
-                if future.done():
-                    raise
-                continue  # so that Ctrl-C is seen on Windows too
-            self._timings.load += timings.load
-            self._timings.decode += timings.decode
-            return event
+        event, timings = result_of(self._waiting.popleft())
+        self._timings.load += timings.load
+        self._timings.decode += timings.decode
+        return event

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from types import TracebackType
 
 import numpy as np
 
@@ -17,6 +19,7 @@ from sdvino.outputs import Array, Timings, clock
 from sdvino.runtime.guidance import guidance_mode_for
 from sdvino.runtime.memory_plan import MemoryPlan
 from sdvino.runtime.remote import keep_on_device
+from sdvino.runtime.waiting import result_of
 from sdvino.settings import GuidanceMode, RunSettings, SpeedSettings
 from sdvino.unet import Branch, Unet, UnetPlan, both_in_one
 
@@ -63,7 +66,10 @@ def unet_plans(
 
 
 class PictureDenoiser:
-    """Makes the `Denoiser` of each picture of a request."""
+    """Makes the `Denoiser` of each picture of a request.
+
+    A context manager: leaving it waits for what `load_ahead` began.
+    """
 
     def __init__(
         self,
@@ -81,20 +87,57 @@ class PictureDenoiser:
         self._mode = guidance_mode(request.speed, components.settings)
         factor = components.folder.vae_scale_factor
         self._size = request.height // factor, request.width // factor
+        self._pool = ThreadPoolExecutor(1, "sdvino-load")
+        self._loading: Future[list[Unet]] | None = None
+
+    def __enter__(self) -> PictureDenoiser:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._pool.shutdown(wait=True)
+
+    def load_ahead(self, *, guided: bool) -> None:
+        """Begin to load the UNets in a thread if the memory plan allows; `denoiser` waits for it.
+
+        Their graph is read by one core, and so are texts: beside each other they take half as long.
+        """
+        components = self._components
+        # What makes the text's keys and values comes before a UNet that has its text apart.
+        if self._memory.load_ahead and components.observe is None and not components.text_apart:
+            self._loading = self._pool.submit(components.unets, self._size, self._plans(guided))
+
+    def _plans(self, guided: bool) -> list[UnetPlan]:
+        speed, memory = self._request.speed, self._memory
+        return unet_plans(speed, memory, self._mode, guided=guided, text_apart=self._apart)
+
+    @property
+    def _apart(self) -> bool:
+        # An observed UNet takes what the folder's own takes, so that its inputs fit any other.
+        return self._components.text_apart and self._components.observe is None
+
+    def _wait(self) -> None:
+        """Wait for what was begun; raises what it raised."""
+        if self._loading is not None:
+            result_of(self._loading)
+            self._loading = None
 
     def denoiser(self, cond: Mapping[str, Array], uncond: Mapping[str, Array] | None) -> Denoiser:
         """Load what is needed and return the denoiser of a picture with these conditions."""
         request, guided = self._request, uncond is not None
-        # An observed UNet takes what the folder's own takes, so that its inputs fit any other.
-        apart = self._components.text_apart and self._components.observe is None
-        plans = unet_plans(request.speed, self._memory, self._mode, guided=guided, text_apart=apart)
-        if apart:
+        plans = self._plans(guided)
+        if self._apart:
             with clock(self._timings, "text"):
                 keys = self._components.text_keys()
                 cond, uncond = keys(cond), None if uncond is None else keys(uncond)
                 if self._memory.release_text:
                     self._components.release_text_keys()
         with clock(self._timings, "load"):
+            self._wait()
             unets = self._components.unets(self._size, plans)
         interval = request.speed.guidance_interval if guided else None
         branch = Branch(keep_on_device(unets[-1].hardware, cond))

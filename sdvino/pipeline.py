@@ -253,7 +253,8 @@ class StableDiffusionPipeline:
         )
         hint = self.settings.default.performance_hint
         aside = decodes_aside(hint, len(request.jobs), memory)
-        with DecodeQueue(decoder, timings, aside=aside) as queue:
+        with denoising, DecodeQueue(decoder, timings, aside=aside) as queue:
+            denoising.load_ahead(guided=self.conditioner.needs_negative(request.guidance_scale))
             for job, (cond, uncond) in self._conditions(request, embeddings, memory, timings):
                 denoise = denoising.denoiser(cond, uncond)
                 noise = make_noise(request.noise, job.seed)

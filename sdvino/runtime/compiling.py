@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import logging
 import mmap
 import re
 from collections.abc import Callable, Mapping
@@ -25,6 +26,7 @@ from sdvino.runtime.cache import cache_key, described_files
 from sdvino.runtime.mapped import pages_dropped
 from sdvino.runtime.properties import DeviceFacts
 
+_log = logging.getLogger("sdvino")
 #: Changes a graph in place before it is compiled.
 Edit = Callable[[ov.Model], object]
 #: Devices that take blobs without weights.
@@ -58,19 +60,21 @@ class Compiler:
     def by_key(self, entry: Path | None) -> ov.CompiledModel:
         """Import what ``entry`` has; where it has nothing, compile the graph and put it there.
 
-        None: compile and keep nothing.
+        None: compile and keep nothing. OpenVINO itself writes the blob (`export_model` would make
+        four copies in memory first), and reads it where this cannot.
         """
         blob = None if entry is None else next(entry.glob("*.blob"), None)
-        if blob is None:
-            # OpenVINO's cache writes to the disk; `export_model` makes four copies in memory.
-            return self.by_openvino(entry)
-        content: Any = _mapped(blob)
-        with self._pages_dropped(entry):
-            imported = self.core.import_model(
-                content, self.device, {**self.properties, **self._without_weights}
-            )
-        # It goes on reading what it was imported from, which is to live as long.
-        return ov.CompiledModel(imported, content)
+        content: Any = None if blob is None else _mapped(blob)
+        if content is not None:
+            properties = {**self.properties, **self._without_weights}
+            try:
+                with self._pages_dropped(entry):
+                    imported = self.core.import_model(content, self.device, properties)
+                # It goes on reading what it was imported from, which is to live as long.
+                return ov.CompiledModel(imported, content)
+            except RuntimeError as error:
+                _log.debug("A compiled model could not be imported: %s", error)
+        return self.by_openvino(entry)
 
     @property
     def _without_weights(self) -> dict[str, str]:
@@ -150,17 +154,17 @@ def program_digest() -> str:
     return digest.hexdigest()
 
 
-def _mapped(blob: Path) -> ov.Tensor:
+def _mapped(blob: Path) -> ov.Tensor | None:
     """Return the compiled model in a file of OpenVINO's cache, read where it lies when it is.
 
-    Raises RuntimeError where the file is not as OpenVINO 2026.4 writes it for a CPU: a line of XML
-    about the compiled model (`CompiledBlobHeader` in its src/inference/src), then the model.
+    None where the file is not as OpenVINO 2026.4 writes it for a CPU: a line of XML about the
+    compiled model (`CompiledBlobHeader` in its src/inference/src), then the model.
     """
     with blob.open("rb") as file:
         header = file.readline(_HEADER_BYTES)
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     if not header.startswith(b"<?xml") or not header.endswith(b"\n") or _PADDED.search(header):
-        raise RuntimeError("its form is not known")
+        return None
     size = len(mapped) - len(header)
     # OpenVINO shares writable arrays alone, so this view says it is one; nobody writes.
     address = frombuffer(mapped, uint8).ctypes.data + len(header)

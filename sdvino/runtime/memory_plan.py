@@ -61,6 +61,8 @@ class MemoryPlan:
     pieces: int = 1
     #: Bytes at the peak, estimated.
     peak: int = 0
+    #: The UNet is loaded while the text encoders read: they are no more than the peak together.
+    load_ahead: bool = False
 
 
 def measure_parts(folder: ModelFolder, height: int, width: int, *, tiny: bool = False) -> PartSizes:
@@ -104,7 +106,7 @@ def plan_memory(
     """
     leanest: MemoryPlan | None = None
     for plan in _candidates(sizes, tiling, low_memory, once):
-        plan = replace(plan, peak=_peak(sizes, plan))
+        plan = _completed(sizes, plan)
         if limit is None or plan.peak <= limit:
             return plan
         if not strict and not low_memory and plan.pieces > 1:
@@ -141,6 +143,14 @@ def _candidates(
         yield MemoryPlan(release_text=True, release_models=True, tile=tile)
     for pieces in PIECES:
         yield MemoryPlan(release_text=True, release_models=True, tile=last, pieces=pieces)
+
+
+def _completed(sizes: PartSizes, plan: MemoryPlan) -> MemoryPlan:
+    """Return ``plan`` with what follows from it."""
+    peak = _peak(sizes, plan)
+    kept = 0 if plan.release_models else sizes.decoder
+    loading = sizes.process + sizes.text + sizes.unet + kept
+    return replace(plan, peak=peak, load_ahead=plan.pieces == 1 and loading <= peak)
 
 
 def _peak(sizes: PartSizes, plan: MemoryPlan) -> int:

@@ -157,7 +157,7 @@ def test_an_edit_that_says_nothing_is_made_every_time(tmp_path: Path, reads: lis
     assert silent.compiled.get_property("LOADED_FROM_CACHE")  # OpenVINO's own hash found it
 
 
-def test_a_blob_that_openvino_cannot_import_is_made_again(
+def test_what_cannot_be_imported_is_read_by_openvino_itself(
     tmp_path: Path, reads: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     xml, cache = table(tmp_path / "net"), tmp_path / "cache"
@@ -170,12 +170,14 @@ def test_a_blob_that_openvino_cannot_import_is_made_again(
         raise AssertionError
 
     monkeypatch.setattr(ov.Core, "import_model", import_model)
-    np.testing.assert_array_equal(looked_up(component(xml, cache, fixed(7)), 7), expected)
+    again = component(xml, cache, fixed(7))
+    np.testing.assert_array_equal(looked_up(again, 7), expected)
+    assert again.compiled.get_property("LOADED_FROM_CACHE")
     assert len(reads) == 2
 
 
 @pytest.mark.parametrize("header", [b"RR_UPCVO", b'<?xml header_size_alignment="64"/>\n', b"<?xml"])
-def test_a_blob_of_another_form_is_made_again(
+def test_a_blob_of_another_form_is_left_to_openvino(
     header: bytes, tmp_path: Path, reads: list[Path]
 ) -> None:
     xml, cache = table(tmp_path / "net"), tmp_path / "cache"
@@ -183,8 +185,8 @@ def test_a_blob_of_another_form_is_made_again(
     blob = next(cache.glob("*/*.blob"))
     blob.write_bytes(header + blob.read_bytes().partition(b"\n")[2])
     _write_checksums(blob.parent)  # as if it had been written so
-    np.testing.assert_array_equal(looked_up(component(xml, cache, fixed(7)), 7), expected)
-    np.testing.assert_array_equal(looked_up(component(xml, cache, fixed(7)), 7), expected)
+    for _ in range(2):  # OpenVINO finds it wrong and writes it again
+        np.testing.assert_array_equal(looked_up(component(xml, cache, fixed(7)), 7), expected)
     assert len(reads) == 2
 
 

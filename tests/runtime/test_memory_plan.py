@@ -77,6 +77,18 @@ def test_no_plan_is_over_its_limit(limit: int, low: bool, tiling: bool | None) -
     except RequestError:
         return
     assert plan.peak <= limit
+    if plan.load_ahead:
+        assert plan.pieces == 1
+        held = SIZES.process + SIZES.text + SIZES.unet
+        assert held + (0 if plan.release_models else SIZES.decoder) <= plan.peak
+
+
+def test_a_unet_is_loaded_ahead_where_it_does_not_raise_the_peak() -> None:
+    assert plan_memory(SIZES, None).load_ahead
+    assert not plan_memory(SIZES, None, low_memory=True).load_ahead
+    # A single picture peaks with the UNet alone, and the text encoder is more than its activations.
+    assert not plan_memory(SIZES, None, once=True).load_ahead
+    assert plan_memory(replace(SIZES, text=GB // 20), None, once=True).load_ahead
 
 
 def test_the_demo_model_is_measured() -> None:
