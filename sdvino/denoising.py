@@ -104,7 +104,7 @@ class PictureDenoiser:
     def load_ahead(self, *, guided: bool) -> None:
         """Begin to load the UNets in a thread if the memory plan allows; `denoiser` waits for it.
 
-        Their graph is read by one core, and so are texts: beside each other they take half as long.
+        Much of either is the work of a single core.
         """
         components = self._components
         # What makes the text's keys and values comes before a UNet that has its text apart.

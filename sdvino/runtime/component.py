@@ -66,8 +66,8 @@ class Component:
     ) -> None:
         """Describe the component; nothing is read before `load`.
 
-        ``prepare`` edits the graph in memory before it is compiled (see sdvino.graph). The cache
-        tells edited graphs apart by themselves; ``cache_key`` separates what they do not show.
+        ``prepare`` edits the graph in memory before it is compiled (see sdvino.graph); one that
+        says what it does loads fastest from the cache (see sdvino.runtime.compiling).
         ``keep_graph`` is for what is loaded often: the edited graph stays after `unload`, without
         its weights, which are a mapped file.
         """
