@@ -162,9 +162,9 @@ def _mapped(blob: Path) -> ov.Tensor | None:
     """
     with blob.open("rb") as file:
         header = file.readline(_HEADER_BYTES)
+        if not header.startswith(b"<?xml") or not header.endswith(b"\n") or _PADDED.search(header):
+            return None
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    if not header.startswith(b"<?xml") or not header.endswith(b"\n") or _PADDED.search(header):
-        return None
     size = len(mapped) - len(header)
     # OpenVINO shares writable arrays alone, so this view says it is one; nobody writes.
     address = frombuffer(mapped, uint8).ctypes.data + len(header)

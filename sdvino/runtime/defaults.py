@@ -110,7 +110,7 @@ def default_precision(
     ``capabilities`` are the device's OPTIMIZATION_CAPABILITIES. OpenVINO's own default on a CPU
     with bf16 instructions is bf16, which without AMX is slower than f32 as well as less exact on
     most. Where it is faster, ``fast_bf16``, a component with ``eight_bits`` activations has it:
-    beside those it costs 0.3 dB of 46 (measured on the demo model, docs/profile.md).
+    beside those it costs tenths of a decibel (measured on the demo model, docs/profile.md).
     """
     kind = device.partition(".")[0]
     if kind == "CPU":

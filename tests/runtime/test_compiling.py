@@ -176,14 +176,16 @@ def test_what_cannot_be_imported_is_read_by_openvino_itself(
     assert len(reads) == 2
 
 
-@pytest.mark.parametrize("header", [b"RR_UPCVO", b'<?xml header_size_alignment="64"/>\n', b"<?xml"])
+@pytest.mark.parametrize(
+    "header", [b"", b"RR_UPCVO", b'<?xml header_size_alignment="64"/>\n', b"<?xml"]
+)
 def test_a_blob_of_another_form_is_left_to_openvino(
     header: bytes, tmp_path: Path, reads: list[Path]
 ) -> None:
     xml, cache = table(tmp_path / "net"), tmp_path / "cache"
     expected = looked_up(component(xml, cache, fixed(7)), 7)
     blob = next(cache.glob("*/*.blob"))
-    blob.write_bytes(header + blob.read_bytes().partition(b"\n")[2])
+    blob.write_bytes(header and header + blob.read_bytes().partition(b"\n")[2])
     _write_checksums(blob.parent)  # as if it had been written so
     for _ in range(2):  # OpenVINO finds it wrong and writes it again
         np.testing.assert_array_equal(looked_up(component(xml, cache, fixed(7)), 7), expected)
