@@ -23,10 +23,11 @@ from sdvino.compress.equal_bytes import compare_at_equal_bytes
 from sdvino.compress.ir import read_ir
 from sdvino.compress.local_quantization import apply_plan, measure, plan_local
 from sdvino.compress.local_report import table_lines
-from sdvino.compress.prompts import GENERAL_PROMPTS, read_prompts
+from sdvino.compress.prompts import GENERAL_PROMPTS
 from sdvino.compress.sensitivity import run_model
 from sdvino.compress.targets import get_target
 from sdvino.errors import SdvinoError
+from sdvino.inputs.prompts import read_prompts
 from sdvino.model_folder import ModelFolder
 
 

@@ -28,10 +28,11 @@ from sdvino.compress.calibration import CalibrationInputs, make_plan
 from sdvino.compress.component_recipe import ComponentRecipe
 from sdvino.compress.folder import calibrate, compress_component
 from sdvino.compress.ir import read_ir
-from sdvino.compress.prompts import GENERAL_PROMPTS, read_prompts
+from sdvino.compress.prompts import GENERAL_PROMPTS
 from sdvino.compress.recipes import CalibrationRecipe, get_recipe
 from sdvino.compress.targets import Target, get_target
 from sdvino.errors import SdvinoError
+from sdvino.inputs.prompts import read_prompts
 from sdvino.model_folder import ModelFolder
 
 Sample = dict[str, NDArray[Any]]

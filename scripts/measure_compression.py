@@ -41,7 +41,7 @@ from PIL import Image
 from sdvino import DeviceSettings, RunSettings
 from sdvino.compress.similarity import psnr, ssim
 from sdvino.convert.api import convert
-from sdvino.files import sha256_of
+from sdvino.inputs.files import sha256_of
 from sdvino.model_folder import ModelFolder
 from sdvino.settings import Precision
 

@@ -20,7 +20,7 @@ from sdvino.compress.recipes import RECIPES, get_recipe
 from sdvino.compress.weight_graph import weight_bytes
 from sdvino.convert.api import convert
 from sdvino.errors import SdvinoError
-from sdvino.files import sha256_of
+from sdvino.inputs.files import sha256_of
 from sdvino.model_folder import ModelFolder
 
 Say = Callable[[str], None]

@@ -99,6 +99,7 @@ def measure_model(
     settings: RunSettings | None = None,
     revision: str | None = None,
     offline: bool = False,
+    max_download: int | None = None,
     progress: Progress | None = None,
 ) -> BenchReport:
     """Measure ``model`` (a folder, a hub id; None: the bundled demo model) in this process.
@@ -129,6 +130,7 @@ def measure_model(
                 settings=with_cache(settings, Path(cache)),
                 revision=revision,
                 offline=offline,
+                max_download=max_download,
             )
 
         pipe = open_pipeline()

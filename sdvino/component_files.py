@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from sdvino.errors import ModelFolderError
-from sdvino.files import check_inside, read_json
-from sdvino.ir import IrSummary, read_ir
+from sdvino.inputs.files import check_inside, read_json
+from sdvino.inputs.ir import IrSummary, read_ir
 from sdvino.pipeline_kinds import FAMILIES
 
 _CLASSES = {
@@ -32,6 +32,11 @@ class ComponentFiles:
     #: Of the .xml and the .bin together.
     bytes: int
     ir: IrSummary
+
+    @property
+    def paths(self) -> tuple[Path, Path, Path]:
+        """The files that running reads."""
+        return self.xml, self.bin, self.xml.with_name("config.json")
 
 
 def read_component(folder: Path, name: str) -> ComponentFiles:

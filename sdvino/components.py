@@ -248,7 +248,14 @@ class Components:
             settings = replace(settings, num_streams=1)
         if self.guard is not None:
             settings = self.guard.settings(part, settings)
-        component = Component(part, files.xml, settings, prepare=prepare, keep_graph=keep_graph)
+        component = Component(
+            part,
+            files.xml,
+            settings,
+            prepare=prepare,
+            keep_graph=keep_graph,
+            sha256=self.folder.recorded(part),
+        )
         component.guard = self.guard
         return component
 

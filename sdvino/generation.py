@@ -24,6 +24,8 @@ from sdvino.settings import (
 #: Longer prompts are refused: 77 tokens are read, and no sentence is this long.
 MAX_PROMPT_CHARACTERS = 20_000
 MAX_PICTURES = 10_000
+#: Pictures of all prompts together.
+MAX_TOTAL = 100_000
 MAX_SIDE = 16_384
 
 
@@ -73,6 +75,11 @@ class GenerationRequest:
         _check_range("num_inference_steps", self.num_inference_steps, 1, 1000)
         _check_range("clip_skip", self.clip_skip, 0, 100)
         _check_range("num_images_per_prompt", self.num_images_per_prompt, 1, MAX_PICTURES)
+        if len(self.prompts) * self.num_images_per_prompt > MAX_TOTAL:
+            raise RequestError(
+                f"{len(self.prompts):,} prompts of {self.num_images_per_prompt:,} pictures each are"
+                f" more than the {MAX_TOTAL:,} of one request; make it several."
+            )
         _check_range("seed", self.seed, MIN_SEED, MAX_SEED)
         _check_number("guidance_scale", self.guidance_scale, 0.0, 1000.0)
         _check_number("guidance_rescale", self.guidance_rescale, 0.0, 1.0)

@@ -7,21 +7,23 @@ pickles and code in a repository stay there.
 from __future__ import annotations
 
 import errno
-import glob
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from sdvino.errors import ModelFolderError, RequestError, SdvinoError
+from sdvino.hub_files import (
+    Listing,
+    download,
+    download_limit,
+    network_errors,
+    note_commit,
+    read_listing,
+)
+from sdvino.inputs.names import user_path
+from sdvino.inputs.shown import lines
 from sdvino.settings import COMPONENTS
-
-if TYPE_CHECKING:
-    from huggingface_hub import HfApi
-    from huggingface_hub.hf_api import ModelInfo
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 _REVISION = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]|/(?!/)){0,250}")
@@ -38,20 +40,9 @@ Report = Callable[[str], None]
 Choose = Callable[[Sequence[str]], Sequence[str]]
 
 
-@dataclass(frozen=True, slots=True)
-class Listing:
-    """What a repository on the hub holds."""
-
-    model: str
-    #: The commit that the revision stands for.
-    commit: str
-    #: File -> bytes.
-    sizes: Mapping[str, int]
-
-
 def report_to_stderr(message: str) -> None:
     """Write one line to stderr."""
-    sys.stderr.write(f"sdvino: {message}\n")
+    sys.stderr.write(f"sdvino: {lines(message)}\n")
 
 
 def resolve_model(
@@ -60,6 +51,7 @@ def resolve_model(
     revision: str | None = None,
     cache_dir: str | Path | None = None,
     offline: bool = False,
+    max_download: int | None = None,
     progress: Report = report_to_stderr,
 ) -> Path:
     """Return the folder of ``model``, downloading it when need be.
@@ -68,14 +60,16 @@ def resolve_model(
     id of the same name); ``owner/name`` is a ready-made OpenVINO model on the hub, at ``revision``
     (branch, tag or commit), kept in ``cache_dir`` or the hub's own cache, from which it comes when
     ``offline``, when HF_HUB_OFFLINE is set, or when the hub cannot be reached. A download that was
-    cut off is resumed. ``progress`` is told, in a line, the size of what is about to be downloaded.
+    cut off is resumed. ``max_download`` is the most bytes that it may bring; None: 32 GB.
+    ``progress`` is told, in a line, the size of what is about to be downloaded.
 
-    Raises ModelFolderError when there is no such model or it is not an OpenVINO one, SdvinoError
-    when the hub cannot be reached and nothing was downloaded before.
+    Raises ModelFolderError when there is no such model or it is not an OpenVINO one, RequestError
+    when it is too large, OutputError when the disk is too small for it, SdvinoError when the hub
+    cannot be reached and nothing was downloaded before.
     """
     if model is None:
         return bundled_model()
-    path = Path(model).expanduser()
+    path = user_path(model)
     try:
         exists = model != "" and path.exists()
     except OSError:  # a name too long for a file
@@ -93,6 +87,7 @@ def resolve_model(
         revision=revision,
         cache_dir=cache_dir,
         offline=offline,
+        max_download=max_download,
         progress=progress,
     )
 
@@ -109,6 +104,7 @@ def fetch(
     revision: str | None = None,
     cache_dir: str | Path | None = None,
     offline: bool = False,
+    max_download: int | None = None,
     progress: Report = report_to_stderr,
 ) -> Path:
     """Return the folder of those files of the repository ``model`` that ``choose`` picks.
@@ -116,8 +112,9 @@ def fetch(
     The rest is as in `resolve_model`.
     """
     _check_revision(revision)
+    limit = download_limit(max_download)
     cache = None if cache_dir is None else Path(cache_dir)
-    return _from_hub(model, choose, revision, cache, offline, progress)
+    return _from_hub(model, choose, revision, cache, offline, limit, progress)
 
 
 def bundled_model() -> Path:
@@ -142,51 +139,9 @@ def list_files(model: str, *, revision: str | None = None, offline: bool = False
     if offline or constants.HF_HUB_OFFLINE:
         return None
     try:
-        with _answers(model, revision) as hub:
-            info = hub.model_info(model, revision=revision, files_metadata=True)
-    except _network_errors():
+        return read_listing(model, revision)
+    except network_errors():
         return None
-    found = [] if info.siblings is None else info.siblings
-    sizes = {file.rfilename: 0 if file.size is None else file.size for file in found}
-    return Listing(model, str(info.sha), sizes)
-
-
-def is_cached(listing: Listing, name: str) -> bool:
-    """Tell whether the file ``name`` was downloaded before, to the hub's own cache."""
-    from huggingface_hub import try_to_load_from_cache
-
-    return isinstance(try_to_load_from_cache(listing.model, name, revision=listing.commit), str)
-
-
-def read_remote_header(listing: Listing, name: str) -> Mapping[str, Any]:
-    """Return the header of a safetensors file on the hub, as its JSON has it; no weight is read.
-
-    Raises ModelFolderError for a file that is none, SdvinoError when the hub cannot be reached.
-    """
-    from huggingface_hub.errors import SafetensorsParsingError
-
-    try:
-        with _answers(listing.model, listing.commit) as hub:
-            found = hub.parse_safetensors_file_metadata(
-                listing.model, name, revision=listing.commit
-            )
-    except SafetensorsParsingError as error:
-        raise ModelFolderError(
-            f"{listing.model}/{name} is damaged or not a safetensors file; choose another."
-        ) from error
-    except _network_errors() as error:
-        raise SdvinoError(
-            f"The hub cannot be reached ({type(error).__name__}); try again with a connection."
-        ) from error
-    tensors = {
-        tensor: {
-            "dtype": info.dtype,
-            "shape": list(info.shape),
-            "data_offsets": list(info.data_offsets),
-        }
-        for tensor, info in found.tensors.items()
-    }
-    return {"__metadata__": dict(found.metadata), **tensors}
 
 
 def _check_revision(revision: str | None) -> None:
@@ -200,6 +155,7 @@ def _from_hub(
     revision: str | None,
     cache_dir: Path | None,
     offline: bool,
+    limit: int,
     progress: Report,
 ) -> Path:
     from huggingface_hub import constants
@@ -212,99 +168,26 @@ def _from_hub(
             cache_dir,
             f"{model} was not downloaded before, and sdvino is offline",
         )
+    listing: Listing | None = None
     try:
-        with _answers(model, revision) as hub:
-            info = hub.model_info(model, revision=revision, files_metadata=True)
-            return _download(info, model, choose, revision, cache_dir, progress)
-    except _network_errors() as error:
+        listing = read_listing(model, revision)
+        wanted = list(dict.fromkeys(choose(list(listing.sizes))))
+        folder = download(listing, wanted, cache_dir, limit, progress)
+        # Only now: what is here of the commit before is whole, and this was not until now.
+        note_commit(folder, revision)
+        return folder
+    except network_errors() as error:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EACCES, errno.EROFS):
             raise
-        folder = _from_cache(
-            model,
-            choose,
-            revision,
-            cache_dir,
+        complaint = (
             f"The hub cannot be reached ({type(error).__name__}), and {model} was not downloaded"
-            " before",
-            error,
+            " before"
         )
+        folder = _from_cache(model, choose, revision, cache_dir, complaint, error)
+        if listing is not None and folder.name == listing.commit:  # what just broke off
+            raise _not_here(complaint, revision) from error
         progress("The hub cannot be reached; using the copy that was downloaded before.")
         return folder
-
-
-@contextmanager
-def _answers(model: str, revision: str | None) -> Iterator[HfApi]:
-    """Turn the hub's answers that there is no such model into ModelFolderErrors."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    try:
-        yield HfApi()
-    except RevisionNotFoundError as error:
-        raise ModelFolderError(
-            f"{model} has no revision {revision!r} on the hub; leave --revision out or correct it."
-        ) from error
-    except GatedRepoError as error:
-        raise ModelFolderError(
-            f"{model} asks for its terms to be accepted on its page at the hub; do that, run"
-            " `hf auth login`, and try again."
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise ModelFolderError(
-            f"There is no folder {model!r} here and no model of that name on the hub (a private one"
-            " needs `hf auth login`); check the spelling."
-        ) from error
-
-
-def _network_errors() -> tuple[type[Exception], ...]:
-    """Return what a hub that cannot be reached raises.
-
-    huggingface_hub 0 stands on requests, whose exceptions are OSErrors; 1 on httpx, whose
-    exceptions have a root that HfHubHTTPError derives from.
-    """
-    from huggingface_hub.errors import HfHubHTTPError
-
-    roots = (base for base in HfHubHTTPError.__bases__ if issubclass(base, Exception))
-    return (OSError, *roots)
-
-
-def _download(
-    info: ModelInfo,
-    model: str,
-    choose: Choose,
-    revision: str | None,
-    cache_dir: Path | None,
-    progress: Report,
-) -> Path:
-    """Download what `info` lists and ``choose`` picks, and is not there yet."""
-    from huggingface_hub import snapshot_download, try_to_load_from_cache
-
-    found = [] if info.siblings is None else info.siblings
-    wanted = set(choose([f.rfilename for f in found]))
-    sizes = {f.rfilename: f.size for f in found if f.rfilename in wanted}
-    missing = [
-        name
-        for name in sizes
-        if not isinstance(
-            try_to_load_from_cache(model, name, cache_dir=cache_dir, revision=info.sha), str
-        )
-    ]
-    if missing:
-        size = sum(sizes[name] or 0 for name in missing)
-        progress(f"Downloading {model}: {len(missing)} files, {_megabytes(size)}.")
-    # Also when nothing is missing: it notes which commit the revision now stands for.
-    return Path(
-        snapshot_download(
-            model,
-            revision=revision,
-            cache_dir=cache_dir,
-            allow_patterns=[glob.escape(name) for name in sizes],
-        )
-    )
 
 
 def _from_cache(
@@ -324,13 +207,15 @@ def _from_cache(
             snapshot_download(model, revision=revision, cache_dir=cache_dir, local_files_only=True)
         )
     except LocalEntryNotFoundError as error:
-        what = "" if revision is None else f" at revision {revision}"
-        raise SdvinoError(
-            f"{complaint}{what}; connect once, or give the folder of a model with -m."
-        ) from (error if cause is None else cause)
+        raise _not_here(complaint, revision) from (error if cause is None else cause)
     # Only what is whole is linked to from here.
     choose([p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()])
     return folder
+
+
+def _not_here(complaint: str, revision: str | None) -> SdvinoError:
+    what = "" if revision is None else f" at revision {revision}"
+    return SdvinoError(f"{complaint}{what}; connect once, or give the folder of a model with -m.")
 
 
 def _choose_runnable(model: str, names: Sequence[str]) -> list[str]:
@@ -352,7 +237,3 @@ def _no_openvino(model: str, names: Sequence[str]) -> ModelFolderError:
         f"{model} has no unet/openvino_model.xml, or its download was cut off;"
         " run again with a connection, or choose another model."
     )
-
-
-def _megabytes(size: int) -> str:
-    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"

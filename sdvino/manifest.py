@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from sdvino.errors import ModelFolderError
-from sdvino.files import read_json, sha256_of
+from sdvino.inputs.files import read_json, sha256_of
 from sdvino.settings import COMPONENTS, SAMPLERS, Precision, SamplerName
 
 MANIFEST_FILE = "sdvino.json"
@@ -19,6 +20,8 @@ MANIFEST_FORMAT = 1
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*")
+#: What of a folder running reads beside its components.
+_AROUND = ("model_index.json", "scheduler/*.json", "tokenizer*/*.json", "tokenizer*/*.txt")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +78,8 @@ class Manifest:
     family: str
     recipe: str
     components: Mapping[str, ManifestComponent]
+    #: What else running reads (tokenizers, scheduler, index): name in the folder to its SHA-256.
+    files: Mapping[str, str] = field(default_factory=dict)
     #: What the compression cost the picture, as `sdvino convert` measured it.
     quality: Mapping[str, Any] | None = None
     suggested: Suggested = field(default_factory=Suggested)
@@ -91,7 +96,7 @@ class Manifest:
     def read(cls, folder: Path) -> Manifest | None:
         """Return the manifest of ``folder``, or None without one; raises ModelFolderError."""
         path = folder / MANIFEST_FILE
-        return cls.from_dict(read_json(path, MANIFEST_FILE)) if path.exists() else None
+        return cls.from_dict(read_json(path, MANIFEST_FILE)) if os.path.lexists(path) else None
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> Manifest:
@@ -108,12 +113,13 @@ class Manifest:
         components = _get(value, "components", dict)
         for name in components:
             if name not in COMPONENTS:
-                raise _wrong(f"names a component {name!r}")
+                raise _wrong(f"names a component {name[:80]!r}")
         return cls(
             source=_get(value, "source", str),
             family=_get(value, "family", str),
             recipe=_get(value, "recipe", str),
             components={name: _component(name, entry) for name, entry in components.items()},
+            files=_sums("files", _get(value, "files", dict, {}), "/"),
             quality=None if value.get("quality") is None else _get(value, "quality", dict),
             suggested=_suggested(value.get("suggested", {})),
             baked=_get(value, "baked", dict, {}),
@@ -141,6 +147,7 @@ class Manifest:
                 }
                 for name, entry in self.components.items()
             },
+            **({"files": dict(self.files)} if self.files else {}),
             "quality": None if self.quality is None else dict(self.quality),
             "suggested": {
                 name: value
@@ -162,19 +169,31 @@ class Manifest:
         return json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"
 
 
+def checksums_around(folder: Path) -> dict[str, str]:
+    """Return name and SHA-256 of what running a model reads beside its components."""
+    paths = sorted(path for pattern in _AROUND for path in folder.glob(pattern))
+    return {path.relative_to(folder).as_posix(): sha256_of(path) for path in paths}
+
+
 def _component(name: str, entry: object) -> ManifestComponent:
     if not isinstance(entry, dict):
         raise _wrong(f"has no object for {name}")
-    sums = _get(entry, "sha256", dict)
-    for file, digest in sums.items():
-        if _FILE_NAME.fullmatch(file) is None:
-            raise _wrong(f"lists a file {file!r}, which is no plain file name")
-        if not isinstance(digest, str) or _SHA256.fullmatch(digest) is None:
-            raise _wrong(f"has a checksum for {name}/{file} that is no SHA-256")
+    sums = _sums(name, _get(entry, "sha256", dict))
     size = _get(entry, "bytes", int)
     if size < 0:
         raise _wrong(f"says that {name} has {size} bytes")
     return ManifestComponent(precision=_get(entry, "precision", str), bytes=size, sha256=sums)
+
+
+def _sums(name: str, sums: dict[str, Any], separator: str = "") -> dict[str, str]:
+    """Return the checksums listed under ``name``, checked; ``separator`` allows for folders."""
+    for file, digest in sums.items():
+        parts = file.split(separator) if separator else [file]
+        if any(_FILE_NAME.fullmatch(part) is None for part in parts):
+            raise _wrong(f"lists a file {file[:80]!r}, which is no plain file name")
+        if not isinstance(digest, str) or _SHA256.fullmatch(digest) is None:
+            raise _wrong(f"has a checksum for {name}/{file[:80]} that is no SHA-256")
+    return sums
 
 
 def _passes(value: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
@@ -195,7 +214,7 @@ def _suggested(value: object) -> Suggested:
     if guidance is not None and not (math.isfinite(guidance) and 0 <= guidance <= 1000):
         raise _wrong(f"suggests a guidance_scale of {guidance}")
     if scheduler is not None and scheduler not in SAMPLERS:
-        raise _wrong(f"suggests a scheduler {scheduler!r} that this sdvino does not have")
+        raise _wrong(f"suggests a scheduler {scheduler[:80]!r} that this sdvino does not have")
     return Suggested(
         num_inference_steps=steps,
         guidance_scale=None if guidance is None else float(guidance),
@@ -213,7 +232,7 @@ def _accelerated(entry: object) -> Accelerated:
     precision = _get(entry, "precision", str, None)
     rewrites = _get(entry, "rewrites", list, [])
     if precision is not None and precision not in get_args(Precision):
-        raise _wrong(f"has a precision {precision!r} that this sdvino does not have")
+        raise _wrong(f"has a precision {precision[:80]!r} that this sdvino does not have")
     if not all(isinstance(name, str) for name in rewrites):
         raise _wrong("has `rewrites` that are no names")
     return Accelerated(

@@ -7,6 +7,7 @@ written by somebody else, so everything is checked here, before memory is taken 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +15,27 @@ from typing import Any
 
 from sdvino.component_files import ComponentFiles, read_component
 from sdvino.errors import ModelFolderError
-from sdvino.files import check_inside, read_json, sha256_of
-from sdvino.manifest import Manifest, ManifestComponent, Suggested
+from sdvino.inputs.digests import wrong_file
+from sdvino.inputs.files import check_inside, open_file, read_json, sha256_of
+from sdvino.manifest import (
+    MANIFEST_FILE,
+    Manifest,
+    ManifestComponent,
+    Suggested,
+    checksums_around,
+)
 from sdvino.model_sizes import Sizes
 from sdvino.pipeline_kinds import FAMILIES, PIPELINE_KINDS, SPECIAL_UNETS, PipelineKind
 from sdvino.settings import COMPONENTS
 
-__all__ = ["ComponentFiles", "Manifest", "ManifestComponent", "ModelFolder", "Suggested"]
+__all__ = [
+    "ComponentFiles",
+    "Manifest",
+    "ManifestComponent",
+    "ModelFolder",
+    "Suggested",
+    "Verified",
+]
 
 INDEX_FILE = "model_index.json"
 #: Weights of torch: a folder with these and no IR is yet to be converted.
@@ -87,7 +102,7 @@ class ModelFolder:
             kind=kind,
             components=components,
             scheduler_config=_read_inside(folder, "scheduler/scheduler_config.json"),
-            manifest=_read_manifest(folder),
+            manifest=_read_manifest(folder, components),
             in_channels=sizes.in_channels,
             latent_channels=sizes.latent_channels,
             vae_scale_factor=sizes.vae_scale_factor,
@@ -145,24 +160,54 @@ class ModelFolder:
         """Return the tokenizer folder that belongs to ``text_encoder``."""
         return self.path / text_encoder.replace("text_encoder", "tokenizer")
 
-    def verify(self) -> None:
-        """Compare every file that the manifest lists with its SHA-256.
+    def recorded(self, component: str) -> Mapping[str, str]:
+        """Return the SHA-256 that the manifest gives for the files of ``component``, by name."""
+        entry = None if self.manifest is None else self.manifest.components.get(component)
+        return {} if entry is None else entry.sha256
 
-        A folder without a manifest has nothing to compare with. Raises ModelFolderError.
+    def verify(self) -> Verified:
+        """Compare every file that the manifest lists with its SHA-256; return what was compared.
+
+        Raises ModelFolderError when one differs, and when there is nothing to compare with: no
+        manifest, or one that leaves out a file of a component.
         """
         if self.manifest is None:
-            return
+            raise ModelFolderError(
+                f"{self.path} has no sdvino.json, so there is nothing to compare its files with."
+            )
+        listed = dict(self.manifest.files)
         for name, component in self.manifest.components.items():
-            for file, expected in component.sha256.items():
-                path = self.path / name / file
-                check_inside(path, self.path)
-                if not path.is_file():
-                    raise ModelFolderError(f"{name}/{file} is missing; get the model again.")
-                if sha256_of(path) != expected:
-                    raise ModelFolderError(
-                        f"{name}/{file} is not the file that sdvino.json was written for: its"
-                        " SHA-256 differs; get the model again."
-                    )
+            listed |= {f"{name}/{file}": digest for file, digest in component.sha256.items()}
+        read = [path for files in self.components.values() for path in files.paths]
+        for path in read:
+            name = path.relative_to(self.path).as_posix()
+            if name not in listed:
+                raise ModelFolderError(
+                    f"sdvino.json does not list {name}, so nothing tells whether it is the right"
+                    " file; get the model again, or convert it again."
+                )
+        size = 0
+        for name, expected in listed.items():
+            path = self.path / name
+            check_inside(path, self.path)
+            with open_file(path, name) as file:
+                size += os.fstat(file.fileno()).st_size
+            if sha256_of(path) != expected:
+                raise wrong_file(name)
+        around = checksums_around(self.path)
+        unlisted = tuple(name for name in around if name not in listed)
+        return Verified(files=len(listed), bytes=size, unlisted=unlisted)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verified:
+    """What `ModelFolder.verify` compared."""
+
+    #: Files that are as the manifest has them, and their bytes together.
+    files: int
+    bytes: int
+    #: Files that running reads and the manifest does not list.
+    unlisted: tuple[str, ...]
 
 
 def _read_index(folder: Path) -> dict[str, Any]:
@@ -193,9 +238,29 @@ def _read_inside(folder: Path, file: str) -> dict[str, Any]:
     return read_json(folder / file, file)
 
 
-def _read_manifest(folder: Path) -> Manifest | None:
-    check_inside(folder / "sdvino.json", folder)
-    return Manifest.read(folder)
+def _read_manifest(folder: Path, components: Mapping[str, ComponentFiles]) -> Manifest | None:
+    """Read the manifest, and hold the sizes that it gives against the files."""
+    check_inside(folder / MANIFEST_FILE, folder)
+    manifest = Manifest.read(folder)
+    if manifest is None:
+        return None
+    for name, entry in manifest.components.items():
+        files = components.get(name)
+        if files is None or not all(path.name in entry.sha256 for path in files.paths):
+            continue
+        try:
+            size = sum((folder / name / file).stat().st_size for file in entry.sha256)
+        except OSError as error:
+            raise ModelFolderError(
+                f"A file of {name} that sdvino.json lists cannot be read ({error.strerror});"
+                " get the model again."
+            ) from error
+        if size != entry.bytes:
+            raise ModelFolderError(
+                f"The files of {name} have {size:,} bytes together, and sdvino.json says"
+                f" {entry.bytes:,}; get the model again."
+            )
+    return manifest
 
 
 def _wanted(folder: Path, name: str) -> bool:

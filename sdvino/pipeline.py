@@ -107,6 +107,7 @@ class StableDiffusionPipeline:
         revision: str | None = None,
         cache_dir: str | Path | None = None,
         offline: bool = False,
+        max_download: int | None = None,
         verify: bool = False,
         vae_tiling: bool | None = None,
         profile: bool = True,
@@ -115,14 +116,21 @@ class StableDiffusionPipeline:
 
         ``device`` is one OpenVINO device name, or names by component, with ``default`` for the
         rest; ``plugins`` makes devices of vendors' OpenVINO libraries first, name to path;
-        ``settings`` says everything else too. ``cache_dir`` is the hub's download cache.
+        ``settings`` says everything else too. ``cache_dir`` is the hub's download cache,
+        ``max_download`` the most bytes that may come from the hub (None: 32 GB).
         ``verify`` compares every file with the SHA-256 of the manifest. With ``profile``, what
         `sdvino tune` measured on this machine fills in what is left open. Nothing is compiled
         before the first call. Raises RequestError (ModelFolderError, DeviceError) for a wrong
         request.
         """
         register_plugins({} if plugins is None else plugins)
-        path = resolve_model(model, revision=revision, cache_dir=cache_dir, offline=offline)
+        path = resolve_model(
+            model,
+            revision=revision,
+            cache_dir=cache_dir,
+            offline=offline,
+            max_download=max_download,
+        )
         folder = ModelFolder.open(path)
         if verify:
             folder.verify()

@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sdvino.errors import ModelFolderError
-from sdvino.ir import read_ir
+from sdvino.inputs.ir import read_ir
 from sdvino.manifest import Manifest, ManifestComponent, Suggested
 from sdvino.model_folder import ModelFolder
 from tests.conftest import SHAPES
@@ -85,6 +85,7 @@ def test_the_defaults_are_those_of_diffusers(folder: Path) -> None:
 
 def test_a_size_that_is_not_square(folder: Path) -> None:
     edit_json(folder / "unet" / "config.json", sample_size=[16, 24])
+    (folder / "sdvino.json").unlink()  # which says how long that file is
     model = ModelFolder.open(folder)
     assert (model.height, model.width) == (128, 192)
 
@@ -247,7 +248,7 @@ def test_the_links_of_the_hubs_cache_are_followed(folder: Path, tmp_path: Path) 
 
 def test_verify_finds_a_changed_byte(folder: Path) -> None:
     model = ModelFolder.open(folder)
-    model.verify()
+    assert model.verify().files >= 3 * len(model.components)
     weights = folder / UNET_BIN
     content = bytearray(weights.read_bytes())
     content[7] ^= 1
@@ -257,7 +258,25 @@ def test_verify_finds_a_changed_byte(folder: Path) -> None:
     weights.unlink()
     with pytest.raises(ModelFolderError, match="missing"):
         model.verify()
-    replace(model, manifest=None).verify()
+
+
+def test_verify_does_not_pass_where_nothing_is_compared(folder: Path) -> None:
+    manifest = json.loads((folder / "sdvino.json").read_text())
+    for component in manifest["components"].values():
+        component["sha256"] = {}
+    (folder / "sdvino.json").write_text(json.dumps(manifest))
+    with pytest.raises(ModelFolderError, match="does not list"):
+        ModelFolder.open(folder).verify()
+    (folder / "sdvino.json").unlink()
+    with pytest.raises(ModelFolderError, match="nothing to compare"):
+        ModelFolder.open(folder).verify()
+
+
+def test_files_of_another_size_than_the_manifest_says_are_refused(folder: Path) -> None:
+    with (folder / UNET_BIN).open("ab") as file:
+        file.write(b"more")
+    with pytest.raises(ModelFolderError, match=r"unet have .* bytes together"):
+        ModelFolder.open(folder)
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from sdvino.cli.options import DEVICE_OPTIONS, device_options, model_options, run_settings
+from sdvino.cli.terminal import echo
 from sdvino.errors import Cancelled, RequestError
 from sdvino.settings import SAMPLERS, SamplerSettings
 
@@ -70,7 +71,7 @@ def bench_command(
             )
         except KeyboardInterrupt:
             raise Cancelled("Cancelled; nothing was kept.") from None
-    click.echo(json.dumps(asdict(report), indent=2) if as_json else report.table())
+    echo(json.dumps(asdict(report), indent=2) if as_json else report.table())
 
 
 def parse_size(text: str | None) -> tuple[int | None, int | None]:

@@ -10,13 +10,16 @@ from typing import TYPE_CHECKING
 
 import click
 
+from sdvino.cli.options import download_option
+from sdvino.cli.terminal import USER_PATH, echo
+
 if TYPE_CHECKING:
     from sdvino.convert.api import Outlook
 
 
 @click.command("convert")
 @click.argument("source")
-@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("folder", type=USER_PATH)
 @click.option(
     "--recipe",
     default="int8",
@@ -51,7 +54,7 @@ if TYPE_CHECKING:
 @click.option(
     "--prompts",
     "prompts_file",
-    type=click.Path(path_type=Path),
+    type=USER_PATH,
     metavar="FILE",
     help="Prompts to calibrate int8 on, one a line.  [default: the source's"
     " calibration_prompts.txt, or a general list]",
@@ -82,9 +85,10 @@ if TYPE_CHECKING:
 @click.option(
     "--offline", is_flag=True, help="Take SOURCE from what was downloaded from the hub before."
 )
+@download_option
 @click.option(
     "--tokenizer",
-    type=click.Path(path_type=Path),
+    type=USER_PATH,
     metavar="FOLDER",
     help="CLIP's vocabulary (vocab.json, merges.txt), where SOURCE is a single file."
     "  [default: the hub's cache, or open_clip_torch's]",
@@ -103,13 +107,13 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--vae",
-    type=click.Path(path_type=Path),
+    type=USER_PATH,
     metavar="FOLDER|FILE",
     help="Another autoencoder in the source's place.",
 )
 @click.option(
     "--tiny-vae",
-    type=click.Path(path_type=Path),
+    type=USER_PATH,
     metavar="FOLDER|FILE",
     help="A tiny autoencoder (TAESD) beside it, for previews and speed.",
 )
@@ -136,6 +140,7 @@ def convert_command(
     name: str | None,
     revision: str | None,
     offline: bool,
+    max_download: int | None,
     tokenizer: Path | None,
     prediction_type: str | None,
     loras: Sequence[str],
@@ -156,10 +161,10 @@ def convert_command(
     from tqdm import tqdm
 
     from sdvino.compress.local_report import read_tables
-    from sdvino.compress.prompts import read_prompts
     from sdvino.convert.api import look_ahead, make_request, run
     from sdvino.convert.gating import GateSettings
     from sdvino.convert.suggestions import parse_suggestions
+    from sdvino.inputs.prompts import read_prompts
 
     request = make_request(
         source,
@@ -171,6 +176,7 @@ def convert_command(
         name=name,
         revision=revision,
         offline=offline,
+        max_download=max_download,
         tokenizer=tokenizer,
         prediction_type=prediction_type,
         loras=loras,
@@ -180,7 +186,7 @@ def convert_command(
         download=not dry_run,
     )
     if dry_run:
-        click.echo(preview(look_ahead(request, folder, overwrite=overwrite, fresh=fresh), folder))
+        echo(preview(look_ahead(request, folder, overwrite=overwrite, fresh=fresh), folder))
         return
     with _bar() as show:
         result = run(
@@ -192,8 +198,8 @@ def convert_command(
             say=lambda line: tqdm.write(f"sdvino: {line}", file=sys.stderr),
         )
     for line in read_tables(result.path, result.components):
-        click.echo(line, err=True)
-    click.echo(summary(result.path))
+        echo(line, err=True)
+    echo(summary(result.path))
 
 
 @contextlib.contextmanager
@@ -296,7 +302,7 @@ def _show_recipe(context: click.Context, name: str | None) -> None:
     from sdvino.compress.recipe_file import to_toml
     from sdvino.compress.recipes import get_recipe
 
-    click.echo(to_toml(get_recipe(name)), nl=False)
+    echo(to_toml(get_recipe(name)), nl=False)
     context.exit()
 
 

@@ -8,6 +8,7 @@ from dataclasses import asdict
 import click
 
 from sdvino.cli.options import plugin_option
+from sdvino.cli.terminal import echo
 
 
 @click.command("devices")
@@ -20,27 +21,27 @@ def devices_command(as_json: bool) -> None:
 
     machine = describe_machine()
     if as_json:
-        click.echo(json.dumps(asdict(machine), indent=2, default=str))
+        echo(json.dumps(asdict(machine), indent=2, default=str))
         return
     memory = machine.memory
-    click.echo(f"OpenVINO {machine.openvino}")
+    echo(f"OpenVINO {machine.openvino}")
     if memory.total is not None:
         free = "" if memory.available is None else f", {memory.available / 1e9:.1f} GB free"
-        click.echo(f"memory {memory.total / 1e9:.1f} GB{free}")
+        echo(f"memory {memory.total / 1e9:.1f} GB{free}")
     for device in machine.devices:
-        click.echo(f"\n{device.device:6} {device.full_name}")
+        echo(f"\n{device.device:6} {device.full_name}")
         if device.problem is not None:
-            click.echo(f"       cannot be used: {device.problem}")
+            echo(f"       cannot be used: {device.problem}")
             continue
-        click.echo(f"       arithmetic: {', '.join(device.precisions)}")
+        echo(f"       arithmetic: {', '.join(device.precisions)}")
         for name, value in device.facts.items():
-            click.echo(f"       {name}: {value}")
+            echo(f"       {name}: {value}")
         for name, value in device.defaults.items():
-            click.echo(f"       default {name}: {value}")
-        click.echo(f"       what pays: {accelerate(device.device, machine.cpu.isa).summary}")
+            echo(f"       default {name}: {value}")
+        echo(f"       what pays: {accelerate(device.device, machine.cpu.isa).summary}")
     if machine.profiles:
-        click.echo("\nprofiles of this machine and OpenVINO")
+        echo("\nprofiles of this machine and OpenVINO")
         for line in machine.profiles:
-            click.echo(f"       {line}")
+            echo(f"       {line}")
     else:
-        click.echo("\nno profile for this machine and OpenVINO yet; make one with `sdvino tune`")
+        echo("\nno profile for this machine and OpenVINO yet; make one with `sdvino tune`")

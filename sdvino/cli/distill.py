@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from sdvino.cli.terminal import USER_PATH, echo
 from sdvino.errors import RequestError
 
 if TYPE_CHECKING:
@@ -21,18 +22,18 @@ _BETWEEN_LINES = 30.0
 
 
 @click.command("distill")
-@click.argument("teacher", type=click.Path(path_type=Path))
+@click.argument("teacher", type=USER_PATH)
 @click.option(
     "-o",
     "--out",
-    type=click.Path(path_type=Path),
+    type=USER_PATH,
     required=True,
     metavar="FOLDER",
     help="Where the student goes: a diffusers folder, complete, for `sdvino convert`.",
 )
 @click.option(
     "--student",
-    type=click.Path(path_type=Path),
+    type=USER_PATH,
     metavar="FOLDER",
     help="What learns: a diffusers folder, or that of a UNet, perhaps pruned.  [default: the"
     " teacher's own UNet]",
@@ -48,14 +49,14 @@ _BETWEEN_LINES = 30.0
 @click.option(
     "--prompts",
     "prompts_file",
-    type=click.Path(path_type=Path),
+    type=USER_PATH,
     metavar="FILE",
     help="Prompts that the teacher draws to learn from, one a line.  [default: its"
     " calibration_prompts.txt, or a general list]",
 )
 @click.option(
     "--pictures",
-    type=click.Path(path_type=Path),
+    type=USER_PATH,
     metavar="FOLDER",
     help="Learn from pictures instead, with captions beside them (x.png, x.txt) or in"
     " metadata.jsonl.",
@@ -89,7 +90,7 @@ _BETWEEN_LINES = 30.0
 @click.option("--seed", type=int, help="[default: 0]")
 @click.option(
     "--work",
-    type=click.Path(path_type=Path),
+    type=USER_PATH,
     metavar="FOLDER",
     help="Keep here what takes time: checkpoints, pictures drawn.  [default: a folder beside OUT,"
     " until it is done]",
@@ -118,8 +119,8 @@ def distill_command(
     Ctrl-C keeps a checkpoint, and the same command goes on from it.
     """
     from sdvino.compress.distillation.settings import DistillSettings
-    from sdvino.compress.prompts import read_prompts
     from sdvino.convert.distilling import distill
+    from sdvino.inputs.prompts import read_prompts
 
     if iterations is not None and minutes is not None:
         raise RequestError("Give --iterations or --minutes, one of them.")
@@ -137,7 +138,7 @@ def distill_command(
             overwrite=overwrite,
             progress=show,
         )
-    click.echo(summary(found))
+    echo(summary(found))
 
 
 def summary(found: DistilledFolder) -> str:
@@ -193,7 +194,7 @@ class Lines:
         if done > 0.0 and share < 1.0:
             minutes, seconds = divmod(round((now - self._began) / done * (1.0 - share)), 60)
             left = f"  ({minutes}:{seconds:02} left)"
-        click.echo(f"sdvino: {stage}: {share:.0%}{left}", err=True)
+        echo(f"sdvino: {stage}: {share:.0%}{left}", err=True)
 
 
 class _Bars:

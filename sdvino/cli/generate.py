@@ -16,8 +16,10 @@ from sdvino.cli.speed_options import (
     speed_settings,
     with_memory,
 )
+from sdvino.cli.terminal import USER_PATH, echo
 from sdvino.errors import Cancelled, RequestError
 from sdvino.generation import GenerationRequest, ResolvedRequest
+from sdvino.inputs.prompts import read_prompts
 from sdvino.settings import (
     NOISES,
     SAMPLERS,
@@ -32,7 +34,6 @@ if TYPE_CHECKING:
     from sdvino.outputs import PictureEvent, StepEvent
     from sdvino.pipeline import StableDiffusionPipeline
 
-MAX_PROMPTS_FILE = 4_000_000
 _SAMPLER_OPTIONS = ("scheduler", "sigma_schedule", "timestep_spacing", "eta")
 _REQUEST_OPTIONS = (
     "num_images_per_prompt",
@@ -54,7 +55,7 @@ _REQUEST_OPTIONS = (
 )
 @click.option(
     "--prompts",
-    type=click.Path(path_type=Path),
+    type=USER_PATH,
     help="A file with a prompt on each line; the model is loaded once.",
 )
 @click.option("--negative-prompt", metavar="TEXT", help="What should not be in the picture.")
@@ -62,7 +63,7 @@ _REQUEST_OPTIONS = (
 @click.option(
     "-o",
     "--output",
-    type=click.Path(path_type=Path),
+    type=USER_PATH,
     default=Path("picture.png"),
     show_default=True,
     help="PNG, JPEG or WebP; %03d in the name becomes a number.",
@@ -109,12 +110,12 @@ _REQUEST_OPTIONS = (
 @click.option(
     "--like",
     "like_picture",
-    type=click.Path(path_type=Path),
+    type=USER_PATH,
     help="Repeat a picture with the settings it carries; other options change them.",
 )
 @click.option(
     "--preview",
-    type=click.Path(path_type=Path),
+    type=USER_PATH,
     help="Write the picture so far here after each step.",
 )
 @click.option(
@@ -138,6 +139,7 @@ def generate_command(
     model: str | None,
     revision: str | None,
     offline: bool,
+    max_download: int | None,
     output: Path,
     overwrite: bool,
     like_picture: Path | None,
@@ -179,16 +181,17 @@ def generate_command(
         settings=settings,
         revision=revision,
         offline=offline,
+        max_download=max_download,
         vae_tiling=tiling,
         profile=not no_profile,
     )
     if like is not None and like.model not in (None, pipe.folder.name):
-        click.echo(
+        echo(
             f"{like_picture} was made with the model {like.model}, this is {pipe.folder.name}.",
             err=True,
         )
     if like is not None and like.scheduler is None and "Sampler" in dict(like.other):
-        click.echo(
+        echo(
             f"{like_picture} was made with {dict(like.other)['Sampler']}, which sdvino does not"
             " have; the model's own scheduler is used.",
             err=True,
@@ -199,7 +202,7 @@ def generate_command(
         from sdvino.benchmark import breakdown
         from sdvino.runtime.peak import peak_memory
 
-        click.echo(breakdown(sink.timings, pictures=sink.pictures, peak=peak_memory()), err=True)
+        echo(breakdown(sink.timings, pictures=sink.pictures, peak=peak_memory()), err=True)
 
 
 class _Sink:
@@ -250,7 +253,7 @@ class _Sink:
         for text in dict.fromkeys(job.prompt for job in request.jobs):
             dropped = pipe.dropped_words(text)
             if dropped:
-                click.echo(
+                echo(
                     f"The text encoder reads {pipe.folder.text_length} tokens;"
                     f" these words are left out: {dropped}",
                     err=True,
@@ -284,27 +287,12 @@ def _prompts(
     if len(given) > 1:
         raise RequestError("The prompt is given more than once; give PROMPT, -p or --prompts.")
     if file is not None:
-        return _read_prompts(file)
+        return read_prompts(file)
     if given:
         return (str(given[0]),)
     if like is not None:
         return (like.prompt,)
     raise RequestError('There is no prompt; write one: sdvino generate "a red circle".')
-
-
-def _read_prompts(file: Path) -> tuple[str, ...]:
-    try:
-        if file.stat().st_size > MAX_PROMPTS_FILE:
-            raise RequestError(f"{file} is larger than 4 MB; split the list of prompts.")
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
-    except OSError as error:
-        raise RequestError(f"{file} cannot be read ({error.strerror}).") from error
-    except UnicodeDecodeError as error:
-        raise RequestError(f"{file} is not UTF-8 text; save it as UTF-8.") from error
-    prompts = tuple(line.strip() for line in lines if line.strip() and not line.startswith("#"))
-    if not prompts:
-        raise RequestError(f"{file} holds no prompt; write one on each line.")
-    return prompts
 
 
 def _read_like(picture: Path) -> PictureSettings:

@@ -9,7 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from sdvino.cli.terminal import echo
 from sdvino.errors import RequestError
+from sdvino.inputs.names import user_path
+from sdvino.inputs.shown import one_line
 
 if TYPE_CHECKING:
     from sdvino.model_folder import ModelFolder
@@ -24,8 +27,8 @@ def info_command(path: str | None, as_json: bool, verify: bool) -> None:
 
     Without an argument: the bundled demo model.
     """
-    if path is not None and Path(path).is_file():
-        _show_picture(Path(path), as_json)
+    if path is not None and user_path(path).is_file():
+        _show_picture(user_path(path), as_json)
         return
     from sdvino.hub import resolve_model
     from sdvino.model_folder import ModelFolder
@@ -33,30 +36,33 @@ def info_command(path: str | None, as_json: bool, verify: bool) -> None:
     if path is not None and Path(path).suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"):
         raise RequestError(f"There is no picture {path}.")
     folder = ModelFolder.open(resolve_model(path, offline=True))
-    if verify:
-        folder.verify()
     facts = _facts(folder)
+    if verify:
+        found = folder.verify()
+        size = f"{found.bytes / 1e6:,.1f} MB"
+        facts["verified"] = f"{found.files} files ({size}) are as sdvino.json lists them"
+        facts["not listed there"] = ", ".join(found.unlisted) if found.unlisted else None
     if as_json:
-        click.echo(json.dumps(facts, indent=2))
+        echo(json.dumps(facts, indent=2))
         return
     for name, value in facts.items():
         if name == "components":
             for component, entry in value.items():
                 size = f"{entry['bytes'] / 1e6:,.1f} MB"
-                click.echo(f"  {component:14} {size:>12}  {entry['precision']}")
+                echo(f"  {component:14} {size:>12}  {one_line(entry['precision'])}")
         elif name == "quality" and value is not None:
             from sdvino.compress.verdict import quality_line
 
-            click.echo(f"quality: {quality_line(value)}")
+            echo(f"quality: {quality_line(value)}")
         elif value is not None:
-            click.echo(f"{name}: {value}")
+            echo(f"{name}: {one_line(value)}")
 
 
 def _show_picture(path: Path, as_json: bool) -> None:
     from sdvino.image.picture import read_picture_settings
 
     settings = read_picture_settings(path)
-    click.echo(json.dumps(asdict(settings), indent=2) if as_json else settings.to_text())
+    echo(json.dumps(asdict(settings), indent=2) if as_json else settings.to_text())
 
 
 def _facts(folder: ModelFolder) -> dict[str, Any]:

@@ -9,7 +9,9 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Sequence
 from importlib import import_module
@@ -18,7 +20,9 @@ from typing import Any
 import click
 
 from sdvino import __version__
+from sdvino.cli.terminal import ShownFormatter, echo, show_usage_error
 from sdvino.errors import Cancelled, SdvinoError
+from sdvino.inputs.shown import one_line
 
 # Name of the command -> where it lives and the line that `sdvino --help` shows, so that neither
 # --help nor one command pays for importing the others.
@@ -31,6 +35,10 @@ COMMANDS = {
     "devices": ("sdvino.cli.devices:devices_command", "Show the devices that can run a model."),
     "info": ("sdvino.cli.info:info_command", "Show what a model folder or a picture says."),
 }
+
+
+#: Errors of the system that say that a name was wrong from the start.
+_WRONG_NAMES = (errno.ENAMETOOLONG, errno.ELOOP)
 
 
 class LazyGroup(click.Group):
@@ -59,26 +67,28 @@ class LazyGroup(click.Group):
 @click.option("--debug", is_flag=True, help="Show the traceback when something fails.")
 def cli(debug: bool) -> None:
     """Stable Diffusion on the laptop you already have."""
-    logging.basicConfig(
-        level=logging.DEBUG if debug else logging.WARNING,
-        format="sdvino: %(message)s",
-        stream=sys.stderr,
-    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(ShownFormatter("sdvino: %(message)s"))
+    logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING, handlers=[handler])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line ``arguments`` (None: the process's own); return the exit status."""
+    # OpenVINO reports to its makers what it is used for, and looks for the home folder to do so;
+    # it does without when this cannot be imported.
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
     argv = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in argv
     # --debug is accepted anywhere on the line: people add it at the end when something failed.
     argv = (["--debug"] if debug else []) + [word for word in argv if word != "--debug"]
     _use_utf8()
+    _end_by_signals()
     try:
         result: Any = cli.main(args=argv, prog_name="sdvino", standalone_mode=False)
     except click.exceptions.Exit as error:
         return error.exit_code
     except click.ClickException as error:
-        error.show()
+        show_usage_error(error)
         return error.exit_code
     except (KeyboardInterrupt, click.Abort, Cancelled) as error:
         return _fail(str(error) or "Cancelled; nothing was left half-written.", 130, debug)
@@ -91,7 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
-        return _fail(_os_error(error), 1, debug)
+        return _fail(_os_error(error), 2 if error.errno in _WRONG_NAMES else 1, debug)
     except Exception as error:
         what = f"{type(error).__name__}: {error}".splitlines()[0]
         return _fail(f"An unexpected error: {what}. Run again with --debug to see where.", 1, debug)
@@ -101,7 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _fail(message: str, status: int, debug: bool) -> int:
     if debug:
         traceback.print_exc()
-    click.echo(f"sdvino: {message}", err=True)
+    echo(f"sdvino: {one_line(message)}", err=True)
     return status
 
 
@@ -110,6 +120,16 @@ def _os_error(error: OSError) -> str:
         return "The disk is full; free some space and run the command again."
     where = f" ({error.filename})" if error.filename else ""
     return f"{error.strerror or error}{where}."
+
+
+def _end_by_signals() -> None:
+    """Let what asks a program to end do as Ctrl-C does, unless it is ignored (nohup)."""
+    if threading.current_thread() is not threading.main_thread():
+        return
+    for name in ("SIGTERM", "SIGHUP", "SIGBREAK"):
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) == signal.SIG_DFL:
+            signal.signal(number, signal.default_int_handler)
 
 
 def _use_utf8() -> None:

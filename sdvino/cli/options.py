@@ -9,7 +9,10 @@ from typing import Any, TypeVar, get_args
 
 import click
 
+from sdvino.cli.speed_options import parse_size
+from sdvino.cli.terminal import USER_PATH
 from sdvino.errors import RequestError
+from sdvino.hub_files import MAX_DOWNLOAD
 from sdvino.settings import (
     COMPONENTS,
     CoreType,
@@ -38,7 +41,7 @@ DEVICE_OPTIONS = (
 
 
 def model_options(command: F) -> F:
-    """Add ``-m``, ``--revision`` and ``--offline``."""
+    """Add ``-m``, ``--revision``, ``--offline`` and ``--max-download``."""
     for option in reversed(
         [
             click.option(
@@ -50,10 +53,24 @@ def model_options(command: F) -> F:
             ),
             click.option("--revision", help="Branch, tag or commit of a hub model."),
             click.option("--offline", is_flag=True, help="Use only what was downloaded before."),
+            download_option,
         ]
     ):
         command = option(command)
     return command
+
+
+def download_option(command: F) -> F:
+    """Add ``--max-download``, whose value is bytes."""
+    option = click.option(
+        "--max-download",
+        metavar="SIZE",
+        callback=lambda _context, option, text: (
+            None if text is None else parse_size(text, option.opts[0])
+        ),
+        help=f"Most that a download from the hub may bring.  [default: {MAX_DOWNLOAD // 10**9}GB]",
+    )
+    return option(command)
 
 
 def plugin_option(command: F) -> F:
@@ -119,7 +136,7 @@ def device_options(command: F) -> F:
             ),
             click.option(
                 "--cache-dir",
-                type=click.Path(path_type=Path, file_okay=False),
+                type=USER_PATH,
                 help="Folder of compiled models.  [default: the user's cache folder]",
             ),
             click.option("--no-cache", is_flag=True, help="Do not keep compiled models."),

@@ -130,12 +130,12 @@ def with_memory(settings: RunSettings, max_memory: str | None, low_memory: bool)
     return replace(settings, max_memory=limit, low_memory=low_memory)
 
 
-def parse_size(text: str) -> int:
+def parse_size(text: str, option: str = "--max-memory") -> int:
     """Return the bytes of a size such as ``3GB``, ``800 MiB`` or ``3000000000``."""
     found = _SIZE.fullmatch(text.strip())
     size = 0 if found is None else int(float(found[1]) * _UNITS[(found[2] or "").lower()])
     if size < _LEAST:
         raise RequestError(
-            f"--max-memory is {text[:40]!r}; give bytes or a size with its unit, such as 3GB."
+            f"{option} is {text[:40]!r}; give bytes or a size with its unit, such as 3GB."
         )
     return size

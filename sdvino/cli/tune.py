@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from sdvino.cli.options import model_options, plugin_option
+from sdvino.cli.terminal import USER_PATH, echo
 from sdvino.errors import Cancelled, RequestError, SdvinoError
 
 if TYPE_CHECKING:
@@ -39,15 +40,14 @@ MAX_MINUTES = 24 * 60
 @click.option(
     "--device", "devices", multiple=True, help="Measure on this device; repeat.  [default: all]"
 )
-@click.option(
-    "--plot", type=click.Path(path_type=Path), help="Draw what was tried into this picture."
-)
+@click.option("--plot", type=USER_PATH, help="Draw what was tried into this picture.")
 @plugin_option
 @click.option("-q", "--quiet", is_flag=True, help="No progress.")
 def tune_command(
     model: str | None,
     revision: str | None,
     offline: bool,
+    max_download: int | None,
     minutes: float,
     width: int | None,
     height: int | None,
@@ -72,7 +72,9 @@ def tune_command(
 
     if plot is not None:
         check_output(plot)
-    folder = ModelFolder.open(resolve_model(model, revision=revision, offline=offline))
+    folder = ModelFolder.open(
+        resolve_model(model, revision=revision, offline=offline, max_download=max_download)
+    )
     found = tune(
         folder,
         seconds=minutes * 60.0,
@@ -99,7 +101,7 @@ def tune_command(
         from sdvino.tuning_chart import draw_trials
 
         title = f"sdvino tune: {folder.name}, {time.strftime('%Y-%m-%d')}"
-        click.echo(f"plot: {save_picture(draw_trials(found.trials, title), plot)}")
+        echo(f"plot: {save_picture(draw_trials(found.trials, title), plot)}")
 
 
 def _uses_guidance(folder: ModelFolder) -> bool:
@@ -137,7 +139,7 @@ def _keep(folder: ModelFolder, found: Tuning, width: int | None, height: int | N
 def _show(component: str, trial: Trial[Choice], left: float) -> None:
     minutes, seconds = divmod(max(0, round(left)), 60)
     what = trial.problem if trial.problem is not None else f"{trial.best:.3f} s"
-    click.echo(
+    echo(
         f"{component}, {trial.axis}: {trial.candidate.label}: {what}"
         f"  ({minutes}:{seconds:02} left)",
         err=True,
@@ -150,15 +152,15 @@ def _silent(component: str, trial: Trial[Choice], left: float) -> None:
 
 def _print(found: Tuning) -> None:
     if found.interrupted:
-        click.echo("Stopped; what was best so far is kept.", err=True)
+        echo("Stopped; what was best so far is kept.", err=True)
     elif not found.complete:
-        click.echo("The time is up; what was best so far is kept.", err=True)
+        echo("The time is up; what was best so far is kept.", err=True)
     for name, tuned in found.components.items():
         words = ", ".join(
             f"{key.removeprefix('num_').replace('_', ' ')} {value}"
             for key, value in tuned.settings.items()
         )
         gain = tuned.default_seconds / tuned.seconds if tuned.seconds > 0 else 1.0
-        click.echo(f"{name}: {tuned.seconds:.3f} s, {gain:.2f} x the defaults' speed: {words}")
+        echo(f"{name}: {tuned.seconds:.3f} s, {gain:.2f} x the defaults' speed: {words}")
     if found.guidance_mode is not None:
-        click.echo(f"guidance: {found.guidance_mode}")
+        echo(f"guidance: {found.guidance_mode}")

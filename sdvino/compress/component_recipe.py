@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal, get_args
 
 from sdvino.errors import RequestError
+from sdvino.inputs.patterns import compile_pattern
 from sdvino.settings import check_choice
 
 #: fp16: half-precision weights, nothing quantized. int8-weights: weights in 8 bits, arithmetic in
@@ -168,15 +168,11 @@ class ComponentRecipe:
         if self.measured_groups is not None and not 0 <= self.measured_groups <= 10_000:
             yield f"measured_groups is {self.measured_groups}; give a number from 0 to 10,000."
         for pattern in self.float_layers:
-            if _compiled(pattern) is None:
-                yield f"float_layers has {pattern!r}, which is no regular expression."
-
-
-def _compiled(pattern: str) -> re.Pattern[str] | None:
-    try:
-        return re.compile(pattern)
-    except re.error:
-        return None
+            if compile_pattern(pattern) is None:
+                yield (
+                    f"float_layers has {pattern[:80]!r}, which is no regular expression, or one"
+                    " that repeats too much."
+                )
 
 
 def listed(values: Iterable[object]) -> str:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import openvino as ov
 
+from sdvino.graph.saving import given_names, save_graph
+
 
 def make_core() -> ov.Core:
     """Return a Core that reads files into memory: a mapped file cannot be renamed on Windows."""
@@ -26,7 +28,7 @@ def save_ir(model: ov.Model, xml: Path) -> None:
     The old files are replaced only when the new ones are complete.
     """
     fresh = xml.with_name(f"new-{xml.name}")
-    ov.save_model(model, fresh, compress_to_fp16=True)
+    save_graph(model, fresh, standing=given_names(model))
     del model
     gc.collect()
     for suffix in (".bin", ".xml"):

@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 
 from sdvino.errors import RequestError
+from sdvino.inputs.patterns import compile_pattern
 
 
 def compile_patterns(key: str, patterns: Sequence[str]) -> list[re.Pattern[str]]:
@@ -14,12 +15,13 @@ def compile_patterns(key: str, patterns: Sequence[str]) -> list[re.Pattern[str]]
 
 
 def _compile(key: str, pattern: str) -> re.Pattern[str]:
-    try:
-        return re.compile(pattern)
-    except re.error as error:
+    compiled = compile_pattern(pattern)
+    if compiled is None:
         raise RequestError(
-            f"{key} has {pattern!r}, which is no regular expression; correct it."
-        ) from error
+            f"{key} has {pattern[:80]!r}, which is no regular expression, or one that repeats too"
+            " much; correct it."
+        )
+    return compiled
 
 
 def chosen(names: Sequence[str], keep: Sequence[str]) -> list[str]:

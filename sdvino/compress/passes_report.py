@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from sdvino.inputs.shown import markdown
+
 PASSES_FILE = "passes.md"
 
 _HEAD = """\
@@ -39,12 +41,12 @@ def notes(history: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def passes_report(name: str, history: Sequence[Mapping[str, Any]]) -> str:
     """Return passes.md: the lines of all passes, and each one's figures by layer."""
-    lines = [_HEAD.format(name=_plain(name))]
+    lines = [_HEAD.format(name=markdown(name))]
     lines += [f"{place}. {line}" for place, line in enumerate(passes_lines(history), 1)]
     for place, entry in enumerate(history, 1):
         lines += ["", f"## {place}. {entry['what']}, {entry['component']}", ""]
         if "note" in entry["figures"]:
-            lines += [entry["figures"]["note"], ""]
+            lines += [markdown(entry["figures"]["note"]), ""]
         lines += _figures(entry["figures"])
     return "\n".join(lines) + "\n"
 
@@ -67,7 +69,3 @@ def _cell(value: Any) -> str:
 
 def _share(after: int, before: int) -> str:
     return f"{after / 1e6:,.1f} M ({after / max(before, 1):.1%} of before)"
-
-
-def _plain(name: str) -> str:
-    return "".join(f"\\{c}" if c in "\\`*_{}[]<>#|!" else c for c in name)

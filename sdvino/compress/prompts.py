@@ -7,10 +7,12 @@ prompts that are not here.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from sdvino.errors import RequestError
+from sdvino.inputs.prompts import read_prompts
 
 #: Texts in a prompt file and characters in a prompt beyond these are refused.
 MAX_PROMPTS = 10_000
@@ -74,22 +76,7 @@ GENERAL_PROMPTS: tuple[str, ...] = (
 def prompts_of(source: Path) -> tuple[str, ...]:
     """Return the prompts that the folder ``source`` brings, or the general ones."""
     own = source / PROMPTS_FILE
-    return read_prompts(own) if own.is_file() else GENERAL_PROMPTS
-
-
-def read_prompts(path: Path) -> tuple[str, ...]:
-    """Return the prompts in a UTF-8 text file: one on each line; empty lines and `#` are skipped.
-
-    Raises RequestError when the file cannot be read as that.
-    """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RequestError(
-            f"The prompts in {path} cannot be read; give a UTF-8 text file with one a line."
-        ) from error
-    lines = (line.strip() for line in text.splitlines())
-    return check_prompts([line for line in lines if line and not line.startswith("#")])
+    return check_prompts(read_prompts(own)) if os.path.lexists(own) else GENERAL_PROMPTS
 
 
 def check_prompts(prompts: Sequence[str]) -> tuple[str, ...]:

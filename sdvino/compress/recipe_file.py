@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from sdvino.compress.accelerate_row import Accelerate
 from sdvino.compress.component_recipe import ComponentRecipe
 from sdvino.compress.passes import Pass, SourcePass, StoragePass, check_order, row_class
-from sdvino.compress.prompts import read_prompts
 from sdvino.compress.recipes import CalibrationRecipe, Recipe
 from sdvino.errors import RequestError
+from sdvino.inputs.files import read_text
+from sdvino.inputs.plain import NotPlain, parse_toml
+from sdvino.inputs.prompts import read_prompts
 from sdvino.settings import COMPONENTS
 
 _KINDS_OF_VALUES: Mapping[type, str] = {
@@ -121,17 +123,13 @@ def from_toml(text: str, *, name: str = "recipe", folder: Path | None = None) ->
 
 def read_recipe(path: Path) -> Recipe:
     """Return the recipe in the file ``path``; raises RequestError, naming the file."""
-    try:
-        with path.open("rb") as file:
-            content = file.read(_MAX_BYTES + 1)
-        text = content.decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RequestError(
-            f"The recipe {path} cannot be read; give a UTF-8 file such as"
-            " `sdvino convert --show-recipe int8` prints."
-        ) from error
-    if len(content) > _MAX_BYTES:
-        raise RequestError(f"{path} is too large for a recipe; give a TOML file under 1 MB.")
+    text = read_text(
+        path,
+        f"The recipe {path}",
+        limit=_MAX_BYTES,
+        error=RequestError,
+        remedy="give a file such as `sdvino convert --show-recipe int8` prints",
+    )
     try:
         return from_toml(text, name=_name_from(path), folder=path.parent)
     except RequestError as error:
@@ -139,26 +137,15 @@ def read_recipe(path: Path) -> Recipe:
 
 
 def _parse(text: str) -> dict[str, Any]:
-    loads, failure = _toml()
     try:
-        # The standard takes CRLF; a lone carriage return is nothing.
-        return loads(text.replace("\r\n", "\n"))
-    except (failure, RecursionError) as error:
+        return parse_toml(text.encode("utf-8"))
+    except NotPlain as error:
         raise RequestError(f"This is no TOML ({error}); correct it there.") from error
-
-
-def _toml() -> tuple[Callable[[str], dict[str, Any]], type[Exception]]:
-    if sys.version_info >= (3, 11):
-        import tomllib as library
-    else:
-        try:
-            import tomli as library
-        except ImportError as error:
-            raise RequestError(
-                "Reading a recipe file with Python 3.10 needs tomli;"
-                ' install it with: pip install "sdvino[convert]".'
-            ) from error
-    return library.loads, library.TOMLDecodeError
+    except ImportError as error:
+        raise RequestError(
+            "Reading a recipe file with Python 3.10 needs tomli;"
+            ' install it with: pip install "sdvino[convert]".'
+        ) from error
 
 
 def _rows(rows: list[Any], folder: Path | None) -> list[Pass]:
@@ -176,7 +163,7 @@ def _rows(rows: list[Any], folder: Path | None) -> list[Pass]:
             )
         values = {key: value for key, value in row.items() if key != "kind"}
         if folder is not None and isinstance(values.get(_PICTURES), str):
-            values[_PICTURES] = str(folder.absolute() / Path(values[_PICTURES]).expanduser())
+            values[_PICTURES] = str(_beside(folder, values[_PICTURES]).absolute())
         taken: Pass = _take(row_class(row["kind"]), values, f"passes {place}, {row['kind']}")
         found.append(taken)
     check_order(found)
@@ -249,7 +236,22 @@ def _prompts(calibration: dict[str, Any], folder: Path | None) -> list[str]:
     file = calibration.pop(_PROMPTS_FILE)
     if not isinstance(file, str) or "prompts" in calibration:
         raise RequestError("[calibration] takes prompts, a list, or prompts_file, a name: one.")
-    return list(read_prompts(Path(file) if folder is None else folder / file))
+    return list(read_prompts(Path(file) if folder is None else _beside(folder, file)))
+
+
+def _beside(folder: Path, name: str) -> Path:
+    """Return the path of ``name``, which a recipe in ``folder`` gives: in that folder, or below.
+
+    A recipe may be somebody else's, and what it names ends up in the model or its report.
+    """
+    path = folder / name
+    inside = os.path.realpath(folder)
+    if "\0" in name or not Path(os.path.realpath(path)).is_relative_to(inside):
+        raise RequestError(
+            f"The recipe names {name[:80]!r}, which lies outside of its folder; put it beside the"
+            " recipe, and write its name alone."
+        )
+    return path
 
 
 def _unknown(key: str, known: Iterable[str], where: str) -> RequestError:

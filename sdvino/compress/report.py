@@ -9,6 +9,7 @@ from pathlib import Path
 
 from sdvino.compress.plots import draw_pictures, plot_layers, plot_timesteps
 from sdvino.compress.verdict import Verdict, median
+from sdvino.inputs.shown import markdown
 
 REPORT_FILE = "report.md"
 #: Sub-folder of the plots.
@@ -23,7 +24,7 @@ def write_report(folder: Path, verdict: Verdict, *, name: str) -> Path:
     """
     plots = folder / PLOTS
     plots.mkdir(exist_ok=True)
-    lines = [f"# {name}: what compression cost the picture", "", _headline(verdict), ""]
+    lines = [f"# {markdown(name)}: what compression cost the picture", "", _headline(verdict), ""]
     lines += _asked_and_made(verdict)
     lines += _components(verdict)
     lines += _pictures(verdict, plots)
@@ -39,11 +40,14 @@ def write_report(folder: Path, verdict: Verdict, *, name: str) -> Path:
 
 def _headline(verdict: Verdict) -> str:
     word = {True: "Passed", False: "**Failed**", None: "Not judged"}[verdict.passed]
-    return f"{word}: {verdict.note}." if verdict.note else f"{word}."
+    return f"{word}: {markdown(verdict.note)}." if verdict.note else f"{word}."
 
 
 def _asked_and_made(verdict: Verdict) -> list[str]:
-    lines = [f"- recipe asked for: {verdict.asked}; in this folder: {verdict.recipe.name}"]
+    lines = [
+        f"- recipe asked for: {markdown(verdict.asked)}; in this folder:"
+        f" {markdown(verdict.recipe.name)}"
+    ]
     if verdict.plan is not None:
         what = (
             f"- {verdict.plan.pictures} pictures of {verdict.plan.steps} steps at guidance"
@@ -97,7 +101,7 @@ def _pictures(verdict: Verdict, plots: Path) -> list[str]:
         lines.append("")
         for i in range(count):
             seed = f", seed {verdict.first_seed + i}" if verdict.first_seed is not None else ""
-            lines.append(f"{i + 1}. {_inline(verdict.prompts[i])}{seed}")
+            lines.append(f"{i + 1}. {markdown(verdict.prompts[i])}{seed}")
     return lines
 
 
@@ -150,10 +154,10 @@ def _history(verdict: Verdict) -> list[str]:
         if remedy.action == "float layers":
             what = f"{len(remedy.what)} layers of the {remedy.component} back to float"
         else:
-            what = f"recipe {', '.join(remedy.what)}"
+            what = f"recipe {markdown(', '.join(remedy.what))}"
         lines.append(f"- {'; '.join(remedy.because)}: {what}. Then: {', '.join(after) or '-'}.")
         if remedy.action == "float layers":
-            lines += [f"  - `{layer}`" for layer in remedy.what[:_MOST_LISTED]]
+            lines += [f"  - {markdown(layer)}" for layer in remedy.what[:_MOST_LISTED]]
             if len(remedy.what) > _MOST_LISTED:
                 lines.append(f"  - and {len(remedy.what) - _MOST_LISTED} more, in sdvino.json")
     return lines
@@ -170,11 +174,6 @@ def _plot(draw: Callable[[Path], None], path: Path, alternative: str) -> list[st
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     return [*lines, *(f"| {' | '.join(row)} |" for row in rows)]
-
-
-def _inline(text: str) -> str:
-    """Return somebody's prompt so that Markdown shows it as it is."""
-    return "".join(f"\\{c}" if c in "\\`*_{}[]<>#|!" else c for c in " ".join(text.split()))
 
 
 def summary_lines(verdict: Verdict) -> list[str]:

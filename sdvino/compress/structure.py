@@ -23,7 +23,7 @@ from sdvino.compress.component_weights import (
     write_weights,
 )
 from sdvino.errors import RequestError
-from sdvino.files import read_json
+from sdvino.inputs.files import read_json
 
 STRUCTURE_FILE = "structure.json"
 _FORMAT = 1

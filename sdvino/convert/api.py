@@ -26,6 +26,7 @@ from sdvino.convert.staging import check_target
 from sdvino.convert.state import WorkFolder, recorded_steps
 from sdvino.convert.suggestions import check_suggestions, suggestions, trained_steps
 from sdvino.errors import Cancelled, RequestError, SdvinoError
+from sdvino.inputs.names import user_path
 from sdvino.model_folder import ModelFolder
 
 #: Tells a person, in a line, what the gate costs and what it changes.
@@ -47,6 +48,7 @@ def convert(
     name: str | None = None,
     revision: str | None = None,
     offline: bool = False,
+    max_download: int | None = None,
     tokenizer: Path | str | None = None,
     prediction_type: str | None = None,
     loras: Sequence[str | Path | tuple[str | Path, float]] = (),
@@ -61,7 +63,8 @@ def convert(
     """Convert ``source`` into the model folder ``folder``.
 
     source: a diffusers folder, a .safetensors checkpoint, an OpenVINO folder, or a hub id (see
-    `sdvino.convert.open_source`, also for revision, offline, tokenizer and prediction_type).
+    `sdvino.convert.open_source`, also for revision, offline, max_download, tokenizer and
+    prediction_type).
     recipe: a name or a TOML file (see `sdvino.compress.recipes`); components: exceptions,
     component to precision. target: the machine that int8 is made for (see
     `sdvino.compress.targets`). prompts: what int8 is calibrated on; None takes the recipe's, the
@@ -90,6 +93,7 @@ def convert(
         name=name,
         revision=revision,
         offline=offline,
+        max_download=max_download,
         tokenizer=tokenizer,
         prediction_type=prediction_type,
         loras=loras,
@@ -111,6 +115,7 @@ def make_request(
     name: str | None = None,
     revision: str | None = None,
     offline: bool = False,
+    max_download: int | None = None,
     tokenizer: Path | str | None = None,
     prediction_type: str | None = None,
     loras: Sequence[str | Path | tuple[str | Path, float]] = (),
@@ -138,9 +143,17 @@ def make_request(
     )
     request.resolve_recipe()  # before anything is downloaded
     if not download and not is_here(source):
-        return replace(request, source_name=str(source), revision=revision, offline=offline)
-    path = resolve_source(source, revision=revision, offline=offline).absolute()
-    here = path == Path(source).expanduser().absolute()
+        return replace(
+            request,
+            source_name=str(source),
+            revision=revision,
+            offline=offline,
+            max_download=max_download,
+        )
+    path = resolve_source(
+        source, revision=revision, offline=offline, max_download=max_download
+    ).absolute()
+    here = path == user_path(source).absolute()
     return replace(request, source=str(path), source_name=None if here else str(source))
 
 

@@ -19,10 +19,12 @@ from sdvino.compress.quiet import quiet
 from sdvino.compress.structure import Structure, load_component, save_component
 from sdvino.convert.source import DiffusersFolder
 from sdvino.convert.staging import check_target, staged
-from sdvino.convert.state import FileLock, describe_files
+from sdvino.convert.state import check_ours, describe_files
 from sdvino.convert.suggestions import TRAINED_STEPS, suggestions
 from sdvino.errors import Cancelled, OutputError, RequestError
+from sdvino.inputs.files import read_json
 from sdvino.manifest import MANIFEST_FILE
+from sdvino.runtime.locks import FileLock
 
 #: What a distilled folder says about how it was made.
 RECORD_FILE = "distillation.json"
@@ -72,6 +74,8 @@ def distill(
     check_target(target, overwrite=overwrite)
     kept = work is not None
     folder = Path(work).absolute() if work is not None else work_folder(target)
+    if not kept:  # nobody has named it: it may have come with an archive
+        check_ours(folder)
     lock = _lock(folder)
     try:
         found = _learn(source, own, settings, material, folder, progress)
@@ -113,7 +117,7 @@ def open_student(path: Path, teacher: DiffusersFolder) -> Path:
             f"{path} holds no UNet (config.json and .safetensors); give a diffusers folder, or its"
             " unet folder."
         )
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = read_json(folder / "config.json", "unet/config.json")
     check_fits(teacher.configs["unet"], config)
     scheduler = path / "scheduler" / "scheduler_config.json"
     if folder != path and scheduler.is_file():
@@ -139,7 +143,8 @@ def _material(
 
 def _lock(folder: Path) -> FileLock:
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(exist_ok=True, mode=0o700)
         lock = FileLock(folder / _LOCK_FILE)
     except OSError as error:
         raise OutputError(
@@ -190,7 +195,7 @@ def _write(
     """Write the complete folder: the student, and the rest as the teacher has it."""
     unet = source.folder("unet") if own is None else own
     structure = Structure.read(unet)
-    config = json.loads((unet / "config.json").read_text(encoding="utf-8"))
+    config = read_json(unet / "config.json", "unet/config.json")
     save_component(
         found.module,
         folder / "unet",

@@ -31,6 +31,7 @@ from sdvino.convert.openvino_source import OpenVinoFolder, copy_component
 from sdvino.convert.source import DiffusersFolder
 from sdvino.convert.timestep_table import restore_frequencies, sinusoid_frequencies
 from sdvino.errors import RequestError, SdvinoError
+from sdvino.graph.saving import save_graph
 
 IR_NAME = "openvino_model.xml"
 
@@ -101,9 +102,7 @@ def export_component(
             gc.collect()
             if frequencies is not None:
                 restore_frequencies(converted, frequencies)
-            # Otherwise a number: of the models this process made before it.
-            converted.set_friendly_name(component)
-            ov.save_model(converted, output / IR_NAME, compress_to_fp16=True)
+            save_graph(converted, output / IR_NAME, name=component)
     except (RequestError, MemoryError):
         raise
     except Exception as error:

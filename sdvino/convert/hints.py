@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sdvino.convert.safetensors_header import Header
+from sdvino.errors import RequestError
+from sdvino.inputs.files import read_bytes
 
 _MAX_YAML_BYTES = 2**20
 _SIZES = range(256, 2049)
@@ -67,13 +69,12 @@ def _prediction_type(header: Header, names: str) -> str | None:
 def _parameterization(path: Path) -> str | None:
     """Return what the model's own .yaml says, if there is one; it is searched, not parsed."""
     try:
-        with path.open("rb") as file:
-            text = file.read(_MAX_YAML_BYTES).decode("utf-8", "replace")
-    except OSError:
+        text = read_bytes(path, limit=_MAX_YAML_BYTES).decode("utf-8", "replace")
+    except RequestError:
         return None
-    match = re.search(r"^\s*parameterization:\s*[\"']?(v|eps)\b", text, re.MULTILINE)
+    match = re.search(r"^[ \t]*parameterization:[ \t]*[\"']?(v|eps)\b", text, re.MULTILINE)
     if match is None:
-        return "epsilon" if re.search(r"^\s*unet_config:", text, re.MULTILINE) else None
+        return "epsilon" if re.search(r"^[ \t]*unet_config:", text, re.MULTILINE) else None
     return "v_prediction" if match[1] == "v" else "epsilon"
 
 

@@ -13,15 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from sdvino.errors import ModelFolderError
-from sdvino.hub import (
-    Report,
-    fetch,
-    is_cached,
-    is_hub_id,
-    list_files,
-    read_remote_header,
-    report_to_stderr,
-)
+from sdvino.hub import Report, fetch, is_hub_id, list_files, report_to_stderr
+from sdvino.hub_files import check_size, is_cached, read_remote_header
 
 _COMPONENTS = (
     "text_encoder",
@@ -65,14 +58,16 @@ def download(
     *,
     revision: str | None = None,
     offline: bool = False,
+    max_download: int | None = None,
     report: Report = report_to_stderr,
 ) -> Path:
     """Return the folder, or the single file, of the model ``source`` on the hub.
 
     source: owner/name, or owner/name/FILE.safetensors. What is not there yet is downloaded to the
     hub's cache, after ``report`` was told how much it is; a download that was cut off is resumed.
-    Raises ModelFolderError when there is nothing to convert, SdvinoError when the hub cannot be
-    reached and nothing was downloaded before.
+    max_download: the most bytes that it may bring; None: 32 GB.
+    Raises ModelFolderError when there is nothing to convert, RequestError when it is too large,
+    SdvinoError when the hub cannot be reached and nothing was downloaded before.
     """
     model, file = split_file(source)
     chosen: list[str] = []
@@ -81,7 +76,14 @@ def download(
         chosen[:] = choose_files(model, file, names)
         return chosen
 
-    folder = fetch(model, choose, revision=revision, offline=offline, progress=report)
+    folder = fetch(
+        model,
+        choose,
+        revision=revision,
+        offline=offline,
+        max_download=max_download,
+        progress=report,
+    )
     if len(chosen) == 1 and chosen[0].endswith(".safetensors"):
         return folder / chosen[0]
     return folder
@@ -115,6 +117,7 @@ def look_up(
     *,
     revision: str | None = None,
     offline: bool = False,
+    max_download: int | None = None,
     report: Report = report_to_stderr,
 ) -> Path | Outline:
     """Return what `download` would, without downloading weights; what is all here is a path.
@@ -127,15 +130,21 @@ def look_up(
     if listing is None:  # only what is here can be looked at
         return download(source, revision=revision, offline=offline, report=report)
     chosen = choose_files(model, file, list(listing.sizes))
-    heavy = {name: listing.sizes[name] for name in chosen if name.endswith(_HEAVY)}
+    # What converting would refuse is refused here.
+    check_size(listing, (n for n in chosen if not is_cached(listing, n)), max_download)
+    heavy = {name: listing.most_bytes(name) for name in chosen if name.endswith(_HEAVY)}
     missing = frozenset(name for name in heavy if not is_cached(listing, name))
+    # From here on the commit that was looked at is asked for: the revision may move on.
+    commit = listing.commit
     if not missing:
-        return download(source, revision=revision, offline=offline, report=report)
+        return download(source, revision=commit, max_download=max_download, report=report)
     small = [name for name in chosen if name not in heavy]
     if not small:
         header = read_remote_header(listing, chosen[0])
         return Outline(Path(model), heavy, missing, header)
-    folder = fetch(model, lambda names: small, revision=revision, progress=report)
+    folder = fetch(
+        model, lambda names: small, revision=commit, max_download=max_download, progress=report
+    )
     return Outline(folder, heavy, missing)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -13,7 +12,8 @@ from typing import Any
 from sdvino.convert.lora_names import COMPONENTS, LoraKey, is_sgm, parse_key
 from sdvino.convert.tensor_file import TensorFile
 from sdvino.errors import RequestError
-from sdvino.files import read_json
+from sdvino.inputs.files import read_json
+from sdvino.inputs.plain import NotPlain, parse_json
 
 MAX_WEIGHT = 100.0
 _MAX_RANK = 8192
@@ -238,10 +238,10 @@ def _peft_scales(file: TensorFile) -> _PeftScales:
     text = file.metadata.get(_METADATA_KEY)
     if text is not None:
         try:
-            packed = json.loads(text)
-        except (ValueError, RecursionError) as error:
+            packed = parse_json(text.encode("utf-8"))
+        except NotPlain as error:
             raise RequestError(
-                f"The metadata of {file.path} is damaged; download the LoRA again."
+                f"The metadata of {file.path} is damaged ({error}); download the LoRA again."
             ) from error
         packed = packed if isinstance(packed, dict) else {}
         configs: dict[str, dict[str, Any]] = {}

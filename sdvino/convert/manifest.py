@@ -10,7 +10,14 @@ from typing import Any
 from sdvino import __version__
 from sdvino.compress.passes_report import PASSES_FILE, passes_report
 from sdvino.compress.recipes import Recipe
-from sdvino.manifest import MANIFEST_FILE, Accelerated, Manifest, ManifestComponent, Suggested
+from sdvino.manifest import (
+    MANIFEST_FILE,
+    Accelerated,
+    Manifest,
+    ManifestComponent,
+    Suggested,
+    checksums_around,
+)
 
 _LIBRARIES = ("openvino", "nncf", "optimum-intel", "diffusers", "transformers", "torch")
 
@@ -42,6 +49,7 @@ def write_manifest(
         components={
             name: ManifestComponent.of(folder / name, recipe.treatment(name)) for name in components
         },
+        files=checksums_around(folder),
         quality=quality,
         passes=tuple(passes),
         suggested=Suggested(**suggested),

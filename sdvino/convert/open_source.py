@@ -16,6 +16,7 @@ from sdvino.convert.single_file import SingleFile
 from sdvino.convert.source import DiffusersFolder
 from sdvino.errors import RequestError
 from sdvino.hub import Report, report_to_stderr
+from sdvino.inputs.names import user_path
 from sdvino.settings import check_choice
 
 Source: TypeAlias = DiffusersFolder | OpenVinoFolder
@@ -33,6 +34,7 @@ def open_source(
     *,
     revision: str | None = None,
     offline: bool = False,
+    max_download: int | None = None,
     tokenizer: Path | None = None,
     prediction_type: str | None = None,
     name: str | None = None,
@@ -45,7 +47,8 @@ def open_source(
     on the hub (owner/name, owner/name/FILE.safetensors); what exists on the disk goes before it.
     work: a folder for what is unpacked from a single file; it must stay until the conversion is
     done, and what an earlier conversion of the same file left there is used again.
-    revision, offline: of the hub. tokenizer: a folder with CLIP's vocabulary, for single files.
+    revision, offline: of the hub. max_download: the most bytes that may come from there; None: 32
+    GB. tokenizer: a folder with CLIP's vocabulary, for single files.
     prediction_type: epsilon or v_prediction, for single files that do not say. name: the model's,
     where ``source`` is what `resolve_source` returned for a hub id.
     progress: told what is being unpacked. report: told, in a line, what is about to be downloaded.
@@ -53,8 +56,10 @@ def open_source(
     Raises RequestError, in one sentence, for what cannot be converted.
     """
     check_choice("prediction type", prediction_type, PREDICTION_TYPES)
-    path = resolve_source(source, revision=revision, offline=offline, report=report)
-    if name is None and not _exists(Path(source).expanduser()):
+    path = resolve_source(
+        source, revision=revision, offline=offline, max_download=max_download, report=report
+    )
+    if name is None and not _exists(user_path(source)):
         name = str(source)
     if path.is_file():
         return _unpacked(path, name, work, tokenizer, prediction_type, progress)
@@ -68,6 +73,7 @@ def outline_source(
     *,
     revision: str | None = None,
     offline: bool = False,
+    max_download: int | None = None,
     tokenizer: Path | None = None,
     prediction_type: str | None = None,
     name: str | None = None,
@@ -79,10 +85,17 @@ def outline_source(
     can be no more. The rest is as in `open_source`.
     """
     check_choice("prediction type", prediction_type, PREDICTION_TYPES)
-    found: Path | Outline = Path(source).expanduser()
+    found: Path | Outline = user_path(source)
     if not is_here(source):
         name = str(source) if name is None else name
-        found = _on_hub(source, look_up, revision=revision, offline=offline, report=report)
+        found = _on_hub(
+            source,
+            look_up,
+            revision=revision,
+            offline=offline,
+            max_download=max_download,
+            report=report,
+        )
     elif revision is not None:
         raise _revision_of_folder(found)
     if isinstance(found, Outline):
@@ -137,23 +150,31 @@ def resolve_source(
     *,
     revision: str | None = None,
     offline: bool = False,
+    max_download: int | None = None,
     report: Report = report_to_stderr,
 ) -> Path:
     """Return the folder or file that ``source`` names, downloaded when need be; see `open_source`.
 
     Raises RequestError when there is none, SdvinoError when the hub cannot be reached.
     """
-    path = Path(source).expanduser()
+    path = user_path(source)
     if _exists(path):
         if revision is not None:
             raise _revision_of_folder(path)
         return path
-    return _on_hub(source, download, revision=revision, offline=offline, report=report)
+    return _on_hub(
+        source,
+        download,
+        revision=revision,
+        offline=offline,
+        max_download=max_download,
+        report=report,
+    )
 
 
 def is_here(source: Path | str) -> bool:
     """Tell whether ``source`` is a folder or a file, rather than on the hub or nowhere."""
-    return _exists(Path(source).expanduser())
+    return _exists(user_path(source))
 
 
 def _revision_of_folder(path: object) -> RequestError:

@@ -6,7 +6,6 @@ the same kind of model. What quantized activations are is lost for good: such a 
 
 from __future__ import annotations
 
-import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -21,10 +20,10 @@ from sdvino.compress.ir import read_ir, save_ir
 from sdvino.convert.families import Family, find_family, read_facts, tokenizer_of
 from sdvino.diffusion.scheduler_config import SchedulerConfig
 from sdvino.errors import RequestError
-from sdvino.files import read_json
+from sdvino.inputs.files import check_all_inside, read_json
+from sdvino.inputs.ir import quantizes_activations, read_xml
 from sdvino.model_folder import ModelFolder
 
-_QUANTIZED = re.compile(rb'<layer\b[^>]*\btype\s*=\s*["\']FakeQuantize["\']')
 # The types that NNCF stores weights in; a constant of one, converted to float, is such a weight.
 _STORED = ("u8", "i8", "u4", "i4", "nf4")
 
@@ -51,6 +50,7 @@ class OpenVinoFolder:
     def open(cls, path: Path, *, name: str | None = None) -> OpenVinoFolder:
         """Read and check ``path``; raises RequestError, in one sentence, for anything else."""
         folder = ModelFolder.open(path)
+        check_all_inside(path)
         return cls._of(
             path,
             folder.name if name is None else name,
@@ -103,7 +103,7 @@ class OpenVinoFolder:
             if part not in configs:
                 raise RequestError(f"{name} has no {part}; choose another model.")
         for part in configs:
-            if _QUANTIZED.search((path / part / "openvino_model.xml").read_bytes()) is not None:
+            if quantizes_activations(read_xml(path / part / "openvino_model.xml", part)):
                 raise RequestError(
                     f"The {part} of {path} has quantized activations already, which cannot be"
                     " undone; give the float folder, or the checkpoint, that it was made from."

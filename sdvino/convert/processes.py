@@ -21,6 +21,8 @@ from sdvino.errors import SdvinoError
 
 _log = logging.getLogger("sdvino")
 
+#: Where sdvino lies: what is there can be imported anyway, unlike what is in a work folder.
+_PACKAGES = Path(sdvino.__file__).resolve().parent.parent
 #: Called with the name of a step that is finished and its files.
 Finished = Callable[[str, Files], None]
 
@@ -50,6 +52,7 @@ def run_steps(
     An error in the worker is raised here as the same exception, of one sentence. Whatever is
     raised here, by Ctrl-C or by ``progress``, ends the worker first.
     """
+    work = work.absolute()
     log = work / "logs" / f"{steps[0].name.replace(' ', '-')}.txt"
     with log.open("wb") as stderr:
         worker = subprocess.Popen(
@@ -57,7 +60,7 @@ def run_steps(
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=stderr,
-            cwd=work,  # `python -m` looks for modules in the current folder first
+            cwd=_PACKAGES,  # `python -m` looks for modules in the current folder first
             env=_environment(steps),
         )
         try:
@@ -144,7 +147,12 @@ def _how_it_died(steps: Sequence[Step], status: int, log: Path) -> str:
 def _environment(steps: Sequence[Step]) -> dict[str, str]:
     """Return an environment in which a worker finds this very sdvino, and gives memory back."""
     malloc = _MALLOC_OF_TRAINING if any(step.trains for step in steps) else _MALLOC
-    package = str(Path(sdvino.__file__).resolve().parent.parent)
-    known = os.environ.get("PYTHONPATH")
-    path = package if not known else f"{package}{os.pathsep}{known}"
-    return {**malloc, **os.environ, "PYTHONPATH": path}
+    # An empty or relative entry would be looked for in another folder than it was meant for.
+    known = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    paths = [str(_PACKAGES), *(str(Path(entry).absolute()) for entry in known if entry)]
+    return {
+        **malloc,
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(paths),
+        "PYTHONSAFEPATH": "1",  # from Python 3.11 on: no current folder at all
+    }

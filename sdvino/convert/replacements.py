@@ -15,7 +15,7 @@ from sdvino.convert import autoencoder_names as names
 from sdvino.convert.lora_file import listed
 from sdvino.convert.tensor_file import Renamed, TensorFile, write_renamed
 from sdvino.errors import RequestError
-from sdvino.files import read_json
+from sdvino.inputs.files import check_all_inside, read_json
 
 if TYPE_CHECKING:
     from sdvino.convert.source import DiffusersFolder
@@ -117,6 +117,7 @@ def replace_tiny_vae(source: DiffusersFolder, path: Path, work: Path) -> Diffuse
 
 def _folder(path: Path, class_name: str, inside: str, option: str) -> Path:
     """Return the folder of the autoencoder; of a whole pipeline, the one inside."""
+    check_all_inside(path)
     if (path / "model_index.json").is_file() and not (path / "config.json").is_file():
         path = path / inside
     if not (path / "config.json").is_file():

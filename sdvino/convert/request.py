@@ -51,6 +51,7 @@ class Request:
     #: Of the hub, where the source is only looked at.
     revision: str | None = None
     offline: bool = False
+    max_download: int | None = None
 
     def open_source(self, work: Path, *, progress: Progress = silent, say: bool = False) -> Source:
         """Open the source, checked, with whatever is put in the place of its parts.
@@ -78,6 +79,7 @@ class Request:
             work,
             revision=self.revision,
             offline=self.offline,
+            max_download=self.max_download,
             tokenizer=None if self.tokenizer is None else Path(self.tokenizer),
             prediction_type=self.prediction_type,
             name=self.source_name,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdvino.errors import RequestError
+from sdvino.inputs.files import open_file
+from sdvino.inputs.plain import NotPlain, parse_json
 
 # The limit of the safetensors library; Stable Diffusion XL's header has 0.3 MB.
 _MAX_HEADER_BYTES = 100 * 2**20
@@ -69,20 +72,17 @@ class Header:
 
 def read_header(path: Path) -> Header:
     """Read and check the header of ``path``; raises RequestError, in one sentence."""
+    with open_file(path, error=RequestError, remedy="download it again") as file:
+        size = os.fstat(file.fileno()).st_size
+        start = file.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+        if not 2 <= length <= min(_MAX_HEADER_BYTES, size - 8):
+            raise _damaged(path, "it is cut off, or no safetensors file at all")
+        raw = file.read(length)
     try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            start = file.read(8)
-            length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-            if not 2 <= length <= min(_MAX_HEADER_BYTES, size - 8):
-                raise _damaged(path, "it is cut off, or no safetensors file at all")
-            raw = file.read(length)
-    except OSError as error:
-        raise RequestError(f"{path} cannot be read ({error.strerror}).") from error
-    try:
-        entries = json.loads(raw.decode("utf-8"), object_pairs_hook=_once)
-    except (ValueError, RecursionError) as error:
-        raise _damaged(path, "its header is not what safetensors writes") from error
+        entries = parse_json(raw)
+    except NotPlain as error:
+        raise _damaged(path, f"its header is not what safetensors writes ({error})") from error
     return check_header(path, entries, 8 + length, size)
 
 
@@ -133,19 +133,11 @@ def read_half(header: Header, name: str) -> NDArray[np.float16]:
     return half.reshape(info.shape)
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Refuse a name that stands twice: which of the two would be meant?"""
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a name stands twice")
-    return found
-
-
 def _tensor(path: Path, name: str, entry: object, data: int) -> TensorInfo:
     if not isinstance(entry, dict):
         raise _damaged(path, "its header is not what safetensors writes")
     dtype, shape, places = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
-    if dtype not in _ITEM_BYTES:
+    if not isinstance(dtype, str) or dtype not in _ITEM_BYTES:
         raise _damaged(path, f"{name[:80]} is of an unknown type ({str(dtype)[:20]})")
     if not _is_counts(shape) or len(shape) > _MAX_RANK or not _is_counts(places):
         raise _damaged(path, f"its header gives {name[:80]} an impossible shape or place")

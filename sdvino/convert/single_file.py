@@ -27,6 +27,7 @@ from sdvino.convert.hints import Hints, read_hints
 from sdvino.convert.progress import Progress, silent
 from sdvino.convert.safetensors_header import FLOATS, Header, read_half, read_header, write_half
 from sdvino.errors import RequestError
+from sdvino.inputs.files import read_json
 
 _CONFIGS = Path(__file__).parent / "configs"
 _PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl", ".pickle")
@@ -374,8 +375,8 @@ def _start(folder: Path, stamp: Mapping[str, Any]) -> bool:
     """Make ``folder``, without what came from another file; tell whether it is complete."""
     path = folder / _STAMP
     try:
-        same = json.loads(path.read_text(encoding="utf-8")) == stamp
-    except (OSError, ValueError):
+        same = read_json(path, _STAMP) == stamp
+    except RequestError:
         same = False
     if same:
         return (folder / "model_index.json").is_file()

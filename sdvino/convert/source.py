@@ -20,7 +20,7 @@ from sdvino.convert.lora_file import Lora
 from sdvino.convert.safetensors_header import read_header
 from sdvino.diffusion.scheduler_config import SchedulerConfig
 from sdvino.errors import RequestError
-from sdvino.files import read_json
+from sdvino.inputs.files import check_all_inside, read_json
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 # Sizes beyond these are no Stable Diffusion model, and would only eat memory.
@@ -80,6 +80,7 @@ class DiffusersFolder:
         With ``elsewhere`` the folder holds no weights: sub-folder to their bytes.
         """
         index = _read_index(path)
+        check_all_inside(path)
         text_encoders = _check_classes(path, index)
         folders = [*text_encoders, "unet", "vae"]
         has_tiny_vae = (path / "tiny_vae").is_dir()
@@ -327,8 +328,8 @@ def _check_shards(folder: Path, files: Sequence[Path]) -> None:
         if (".fp16" in index.name) != half:
             continue
         table = read_json(index, f"{folder.name}/{index.name}").get("weight_map")
-        listed = set(table.values()) if isinstance(table, dict) else set()
-        missing = sorted(str(name) for name in listed if name not in names)
+        listed = set(map(str, table.values())) if isinstance(table, dict) else set()
+        missing = sorted(listed - names)
         if missing:
             raise RequestError(
                 f"{folder} has no {missing[0][:80]}, which {index.name} lists;"

@@ -18,25 +18,26 @@ A step writes into tmp/ and renames; it counts once state.json says so.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
 import shutil
-import sys
+import stat
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from sdvino.convert.request import to_plain
 from sdvino.convert.staging import check_target, make_parents, remove_empty
-from sdvino.errors import OutputError, RequestError
-from sdvino.files import sha256_of
+from sdvino.errors import OutputError, RequestError, SdvinoError
+from sdvino.inputs.files import is_private, read_json, sha256_of
 from sdvino.manifest import MANIFEST_FILE
+from sdvino.runtime.locks import FileLock
 
 STATE_FORMAT = 1
 _STATE_FILE = "state.json"
 _LOCK_FILE = "lock"
+_MAX_STATE_BYTES = 64 * 2**20
 _FOLDERS = ("inputs", "passes", "learning", "float", "calibration", "model", "tmp", "logs")
 
 #: Path inside the work folder -> (bytes, SHA-256).
@@ -51,10 +52,34 @@ def work_path(target: Path) -> Path:
 def recorded_steps(target: Path) -> dict[str, str]:
     """Return the steps that an interrupted conversion to ``target`` finished, with their keys.
 
-    Only read, nothing checked: for telling what a conversion would do.
+    Only read: for telling what a conversion would do. Raises as `check_ours` does.
     """
+    check_ours(work_path(target))
     steps, _, _ = _read_state(work_path(target))
     return {name: entry["key"] for name, entry in steps.items()}
+
+
+def check_ours(work: Path) -> None:
+    """Raise OutputError unless ``work`` can have been left by an earlier conversion of this user.
+
+    A folder of another user, one that others may write to, and links and odd files in it are not
+    ours: they came with an archive, or were put there for us to find.
+    """
+    if not os.path.lexists(work):
+        return
+    if not is_private(work) or not work.is_dir():
+        raise OutputError(
+            f"{work} is in the way: it is no folder, or others than you could have written to it;"
+            " remove it, or choose another name."
+        )
+    for base, folders, files in os.walk(work):
+        for name in (*folders, *files):
+            told = Path(base, name).lstat()
+            if not (stat.S_ISREG(told.st_mode) or stat.S_ISDIR(told.st_mode)):
+                raise OutputError(
+                    f"{work} holds {name[:80]!r}, a link or another thing that no conversion leaves"
+                    " there; remove the folder, or choose another name."
+                )
 
 
 class WorkFolder:
@@ -67,11 +92,11 @@ class WorkFolder:
         """
         self.target = target
         self.path = work_path(target)
-        if self.path.is_symlink() or (self.path.exists() and not self.path.is_dir()):
-            raise OutputError(f"{self.path} is in the way; remove it, or choose another name.")
+        check_ours(self.path)
         self._made = make_parents(target.parent)
         try:
-            self.path.mkdir(exist_ok=True)
+            # Nobody else may write into it: what is finished is taken on trust.
+            self.path.mkdir(exist_ok=True, mode=0o700)
             self._lock = FileLock(self.path / _LOCK_FILE)
         except OSError as error:
             remove_empty(self._made)
@@ -128,7 +153,7 @@ class WorkFolder:
         if entry is None or entry["key"] != key:
             return False
         return all(
-            _is_file(self.path / name, size, digest)
+            ".." not in name.split("/") and _is_file(self.path / name, size, digest)
             for name, (size, digest) in entry["files"].items()
         )
 
@@ -215,42 +240,19 @@ class WorkFolder:
 def _read_state(work: Path) -> tuple[dict[str, Any], dict[str, Any] | None, str | None]:
     """Return the finished steps, the gate's verdict and the key of what was being delivered."""
     try:
-        value = json.loads((work / _STATE_FILE).read_text(encoding="utf-8"))
+        value = read_json(work / _STATE_FILE, _STATE_FILE, limit=_MAX_STATE_BYTES)
         if value["format_version"] == STATE_FORMAT:
-            return dict(value["steps"]), value["gate"], value["delivering"]
-    except (OSError, ValueError, KeyError, TypeError):
+            steps = {
+                str(name): {
+                    "key": str(entry["key"]),
+                    "files": {file: [int(n), str(d)] for file, (n, d) in entry["files"].items()},
+                }
+                for name, entry in value["steps"].items()
+            }
+            return steps, value["gate"], value["delivering"]
+    except (SdvinoError, AttributeError, KeyError, TypeError, ValueError):
         pass
     return {}, None, None
-
-
-class FileLock:
-    """A lock that the system releases when its holder dies."""
-
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("a+b")
-
-    def acquire(self, *, wait: bool) -> bool:
-        """Take the lock, waiting for its holder or not; tell whether it was taken."""
-        try:
-            if sys.platform == "win32":
-                import msvcrt
-
-                self._file.seek(0)
-                mode = msvcrt.LK_LOCK if wait else msvcrt.LK_NBLCK
-                msvcrt.locking(self._file.fileno(), mode, 1)
-            else:
-                import fcntl
-
-                fcntl.flock(self._file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except OSError:
-            self._file.close()
-            return False
-        return True
-
-    def release(self) -> None:
-        """Give the lock back."""
-        with contextlib.suppress(OSError):
-            self._file.close()
 
 
 def key_of(*parts: Any) -> str:
@@ -292,5 +294,5 @@ def files_under(path: Path, root: Path) -> Files:
 def _is_file(path: Path, size: int, digest: str) -> bool:
     try:
         return path.stat().st_size == size and sha256_of(path) == digest
-    except OSError:
+    except (OSError, SdvinoError):
         return False

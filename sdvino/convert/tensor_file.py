@@ -46,7 +46,7 @@ class TensorFile(Header):
                 f"{path} is a pickle, which can run code when it is opened;"
                 f" get {what} as a .safetensors file."
             )
-        if not path.is_file():
+        if not path.exists():
             raise RequestError(f"{path} does not exist; give {what} as a .safetensors file.")
         header = read_header(path)
         if not header.tensors:

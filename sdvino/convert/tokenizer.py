@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
-import shutil
+import os
 from pathlib import Path
 
 from sdvino.compress.quiet import quiet
 from sdvino.errors import SdvinoError
+from sdvino.inputs.files import read_bytes, read_json
+from sdvino.text.vocabulary import MAX_FILE_BYTES
 
 _FILES = (
     "vocab.json",
@@ -29,8 +31,9 @@ def convert_tokenizer(source: Path, output: Path) -> None:
     """
     output.mkdir(parents=True, exist_ok=True)
     for name in _FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, output / name)
+        if os.path.lexists(source / name):
+            content = read_bytes(source / name, f"{source.name}/{name}", limit=MAX_FILE_BYTES)
+            (output / name).write_bytes(content)
     _clean_config(output / "tokenizer_config.json")
     try:
         with quiet():
@@ -57,6 +60,6 @@ def _add_derived(output: Path) -> None:
 def _clean_config(path: Path) -> None:
     if not path.is_file():
         return
-    config = json.loads(path.read_text(encoding="utf-8"))
+    config = read_json(path, path.name)
     kept = {key: value for key, value in config.items() if key not in _PRIVATE_KEYS}
     path.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -31,9 +31,10 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from sdvino.convert.request import WorkPlan
-from sdvino.convert.state import FileLock, Files, files_under
+from sdvino.convert.state import Files, files_under
 from sdvino.convert.steps import Step
 from sdvino.errors import RequestError, SdvinoError
+from sdvino.runtime.locks import FileLock
 
 _LOCK_FILE = "worker-lock"
 # What the libraries of models import where it is installed, for what no step does.
@@ -181,13 +182,15 @@ def _compress(
     from sdvino.compress.local_report import write_plan
     from sdvino.compress.samples import load_samples
     from sdvino.compress.targets import get_target
+    from sdvino.graph.saving import given_names, save_graph
 
+    xml = source / "openvino_model.xml"
     samples: list[dict[str, Any]] = []
     if component in plan.quantized:
         samples = load_samples(work / "calibration" / f"{component}.npz")
     model = compress_component(
         component,
-        source / "openvino_model.xml",
+        xml,
         plan.recipe.component(component),
         samples,
         get_target(plan.request.target),
@@ -195,8 +198,9 @@ def _compress(
         scratch=output.parent,
         planned=partial(write_plan, output),
     )
-    model.set_friendly_name(component)  # a model put together from parts has another
-    ov.save_model(model, output / "openvino_model.xml", compress_to_fp16=True)
+    # Layers are found by the names that they have in the float graph.
+    standing = given_names(ov.Core().read_model(xml))
+    save_graph(model, output / xml.name, name=component, standing=standing)
     for file in source.iterdir():
         if file.suffix not in (".xml", ".bin"):
             shutil.copyfile(file, output / file.name)

@@ -9,11 +9,14 @@ import secrets
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from sdvino.errors import OutputError, RequestError
 
 #: Numbers tried before giving up.
 _MOST = 1_000_000
+#: Where Linux shows the files that a process has open, by number.
+_OPEN_FILES = "/proc/self/fd"
 _PATTERN = re.compile(r"%(0?[1-9]?)d")
 
 
@@ -56,21 +59,31 @@ def candidates(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
 def write_new(path: Path, content: bytes, *, overwrite: bool = False) -> Path:
     """Write ``content`` under the name that `choose_path` gives, whole or not at all; return it.
 
-    The bytes go to a temporary file in the same folder first. Two processes that choose the same
-    name at once get two names. Raises OutputError when the file cannot be written.
+    The bytes go to another file in the same folder first. Two processes that choose the same name
+    at once get two names. Raises OutputError when the file cannot be written.
     """
-    chosen = choose_path(path, overwrite=overwrite)
-    temporary = chosen.with_name(f".{secrets.token_hex(8)}.tmp")
+    folder = choose_path(path, overwrite=overwrite).parent
+    temporary = folder / f".{secrets.token_hex(8)}.tmp"
     try:
-        with temporary.open("xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        return _publish(temporary, path, overwrite=overwrite)
+        try:
+            return _write(temporary, content, path, overwrite=overwrite, named=False)
+        except OSError:  # not every file system has files without names, and links to them
+            return _write(temporary, content, path, overwrite=overwrite, named=True)
     except OSError as error:
         raise output_error(path, error) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _write(temporary: Path, content: bytes, path: Path, *, overwrite: bool, named: bool) -> Path:
+    with _new_file(temporary, named=named) as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+        if not named:  # it is known by its number, as long as it is open
+            source = Path(f"{_OPEN_FILES}/{file.fileno()}")
+            return _publish(source, temporary, path, overwrite=overwrite)
+    return _publish(temporary, temporary, path, overwrite=overwrite)
 
 
 def check_writable(path: Path) -> None:
@@ -78,41 +91,72 @@ def check_writable(path: Path) -> None:
     choose_path(path)
     probe = path.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
-        probe.touch(exist_ok=False)
-        probe.unlink()
+        try:
+            _new_file(probe, named=False).close()
+        except OSError:
+            _new_file(probe, named=True).close()
+            probe.unlink()
     except OSError as error:
         raise output_error(path, error) from error
 
 
-def _publish(temporary: Path, path: Path, *, overwrite: bool) -> Path:
-    """Give the finished file the first free name; return it."""
+def _new_file(path: Path, *, named: bool) -> BinaryIO:
+    """Open a new file for writing, ``path`` or one without a name in its folder; raises OSError.
+
+    A file without a name goes with the process that is killed while it writes: Linux has them.
+    """
+    if named:
+        return path.open("xb")
+    flag = getattr(os, "O_TMPFILE", None)
+    if flag is None:
+        raise OSError(errno.ENOTSUP, "no files without names here")
+    return os.fdopen(os.open(path.parent, flag | os.O_WRONLY, 0o666), "wb")
+
+
+def _publish(source: Path, temporary: Path, path: Path, *, overwrite: bool) -> Path:
+    """Give the finished file ``source`` the first free name; return it."""
     for candidate in candidates(path, overwrite=overwrite):
         if overwrite and candidate == path:
+            if source != temporary:
+                _link(source, temporary)
             temporary.replace(candidate)
             return candidate
         if os.path.lexists(candidate):
             continue
         try:
-            _claim(temporary, candidate)
+            _claim(source, candidate)
         except FileExistsError:
             continue  # somebody was faster
         return candidate
     raise _crowded(path)
 
 
-def _claim(temporary: Path, target: Path) -> None:
-    """Move ``temporary`` to ``target``; raises FileExistsError instead of replacing a file."""
+def _claim(source: Path, target: Path) -> None:
+    """Move ``source`` to ``target``; raises FileExistsError instead of replacing a file."""
     if sys.platform == "win32":
-        temporary.rename(target)  # replaces nothing on Windows
+        source.rename(target)  # replaces nothing on Windows
         return
     try:
-        os.link(temporary, target)
+        _link(source, target)
     except FileExistsError:
         raise
     except OSError:
+        if source.parent == Path(_OPEN_FILES):
+            raise
         # A file system without hard links (exFAT): take the name first, then fill it.
         os.close(os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
-        temporary.replace(target)
+        source.replace(target)
+
+
+def _link(source: Path, target: Path) -> None:
+    if source.parent != Path(_OPEN_FILES):
+        os.link(source, target)
+        return
+    folder = os.open(_OPEN_FILES, os.O_RDONLY)
+    try:  # relative to a folder Python follows the link that stands for the file
+        os.link(source.name, target, src_dir_fd=folder)
+    finally:
+        os.close(folder)
 
 
 def output_error(path: Path, error: OSError) -> OutputError:

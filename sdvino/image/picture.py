@@ -14,6 +14,7 @@ from PIL import ExifTags, Image, PngImagePlugin
 from sdvino.errors import OutputError, RequestError
 from sdvino.image.files import check_writable, write_new
 from sdvino.image.parameters import MAX_TEXT, PictureSettings, parse_parameters
+from sdvino.inputs.files import open_file
 
 __all__ = ["PictureSettings", "check_output", "read_picture_settings", "save_picture"]
 
@@ -138,17 +139,14 @@ def _exif(text: str) -> bytes:
 def _read_text(path: Path) -> str | None:
     """Return the text of a picture's metadata; None when there is none."""
     try:
-        if path.stat().st_size > MAX_FILE_BYTES:
-            raise RequestError(f"{path.name} is larger than 1 GB, which no picture of ours is.")
-        with warnings.catch_warnings():
+        with (
+            open_file(path, limit=MAX_FILE_BYTES, error=RequestError, remedy="check it") as file,
+            warnings.catch_warnings(),
+        ):
             # A large picture is no danger here: its pixels are not read.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path, formats=("PNG", "JPEG", "WEBP")) as picture:
+            with Image.open(file, formats=("PNG", "JPEG", "WEBP")) as picture:
                 return _text_of(picture)
-    except FileNotFoundError:
-        raise RequestError(f"There is no picture {path}; check the name.") from None
-    except (IsADirectoryError, PermissionError) as error:
-        raise RequestError(f"{path} cannot be read ({error.strerror}).") from error
     except RequestError:
         raise
     except Image.DecompressionBombError as error:

@@ -2,33 +2,40 @@
 
 OpenVINO makes the blob; this file decides where it lies and whether it may be read. Each entry is
 a folder with its blob and `checksums.json`: it is written under another name and renamed when
-complete, so a second process never sees half of one, and a blob that differs from its checksum is
-deleted before OpenVINO reads it (a damaged blob can take the process down).
+complete, so a second process never sees half of one. A blob that differs from its checksum is
+deleted before OpenVINO reads it (a damaged blob can take the process down), and one that somebody
+else could have written is left alone.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
 import json
 import logging
 import os
+import secrets
 import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import openvino as ov
 
-from sdvino.files import sha256_of
+from sdvino.errors import RequestError, SdvinoError
+from sdvino.inputs.files import is_private, read_json, replace_file, sha256_of
+from sdvino.runtime.locks import FileLock
 
 _log = logging.getLogger("sdvino")
 _CHECKSUMS = "checksums.json"
 _TEMPORARY = ".writing-"
-#: What a crashed process left behind is removed after a day.
-_STALE_SECONDS = 86400.0
+_LOCK = ".lock"
+#: A folder that is younger may be about to be locked by the process that made it.
+_YOUNG_SECONDS = 10.0
 #: Bytes of a constant that is a number of an edit rather than weights.
 _SMALL_CONSTANT = 64
 
@@ -45,20 +52,29 @@ def default_cache_dir(
     """Return SDVINO_CACHE_DIR, or the folder for sdvino's caches by the rules of the platform.
 
     XDG_CACHE_HOME or ~/.cache on Linux, ~/Library/Caches on macOS, %LOCALAPPDATA% on Windows.
+    Raises RequestError where none of them is known.
     """
     environ = os.environ if environ is None else environ
     own = environ.get("SDVINO_CACHE_DIR")
     if own:
         return Path(own)
-    home = Path.home() if home is None else home
+    local, xdg = environ.get("LOCALAPPDATA"), environ.get("XDG_CACHE_HOME", "")
     if platform == "win32":
-        local = environ.get("LOCALAPPDATA")
-        return (Path(local) if local else home / "AppData" / "Local") / "sdvino" / "Cache"
+        return (Path(local) if local else _home(home) / "AppData" / "Local") / "sdvino" / "Cache"
     if platform == "darwin":
-        return home / "Library" / "Caches" / "sdvino"
-    xdg = environ.get("XDG_CACHE_HOME", "")
+        return _home(home) / "Library" / "Caches" / "sdvino"
     # The XDG specification says to ignore relative paths.
-    return (Path(xdg) if xdg.startswith("/") else home / ".cache") / "sdvino"
+    return (Path(xdg) if xdg.startswith("/") else _home(home) / ".cache") / "sdvino"
+
+
+def _home(home: Path | None) -> Path:
+    try:
+        return Path.home() if home is None else home
+    except RuntimeError as error:
+        raise RequestError(
+            "No home folder is known here, so there is no place for the cache;"
+            " set SDVINO_CACHE_DIR to a folder."
+        ) from error
 
 
 def cache_key(*parts: object) -> str:
@@ -66,8 +82,10 @@ def cache_key(*parts: object) -> str:
     return hashlib.sha256("\0".join(repr(part) for part in parts).encode()).hexdigest()[:32]
 
 
-def graph_key(model: ov.Model, xml_path: Path, device: str, properties: Mapping[str, Any]) -> str:
-    """Say which blob this is: the files, the edits as ``model`` shows them, the device.
+def graph_key(
+    model: ov.Model, files: Sequence[str], device: str, properties: Mapping[str, Any]
+) -> str:
+    """Say which blob this is: what the files hold, the edits as ``model`` shows them, the device.
 
     OpenVINO's own hash of the graph (constants included) stands behind it, in the file's name.
     """
@@ -77,14 +95,7 @@ def graph_key(model: ov.Model, xml_path: Path, device: str, properties: Mapping[
     ]
     nodes = [_describe(node) for node in model.get_ordered_ops()]
     described = sorted(properties.items())
-    files = described_files(xml_path)
-    return cache_key(ov.get_version(), files, ports, nodes, device, described)
-
-
-def described_files(xml_path: Path) -> list[object]:
-    """Return which files of a graph these are: where, and for XML and weights size and time."""
-    files = [path.stat() for path in (xml_path, xml_path.with_suffix(".bin"))]
-    return [str(xml_path.resolve()), *((stat.st_size, stat.st_mtime_ns) for stat in files)]
+    return cache_key(ov.get_version(), list(files), ports, nodes, device, described)
 
 
 def _describe(node: ov.Node) -> tuple[object, ...]:
@@ -108,8 +119,12 @@ class CompiledCache:
         A damaged entry is deleted and made again, which the log says. A cache that cannot be
         written costs the cache, not the work.
         """
+        _trim_at_start(self.root, self.limit_bytes)
         entry = self.root / key
-        if entry.is_dir():
+        if os.path.lexists(entry):
+            if entry.is_dir() and not is_private(entry):
+                _log.info("A compiled model in the cache is somebody else's; it is not used.")
+                return compile_model(None)
             if self._intact(entry):
                 before = _files(entry)
                 try:
@@ -123,7 +138,7 @@ class CompiledCache:
                     return result
             else:
                 _log.warning("A compiled model in the cache is damaged; compiling it again.")
-            shutil.rmtree(entry, ignore_errors=True)
+            _discard(entry)
         return self._compile_new(entry, compile_model)
 
     def trim(self, keep: Path | None = None) -> None:
@@ -136,8 +151,7 @@ class CompiledCache:
         for folder in folders:
             try:
                 if folder.name.startswith(_TEMPORARY):
-                    if time.time() - folder.stat().st_mtime > _STALE_SECONDS:
-                        shutil.rmtree(folder, ignore_errors=True)
+                    _remove_left(folder)
                     continue
                 age = (folder / _CHECKSUMS).stat().st_mtime
                 used.append((age, sum(f.stat().st_size for f in folder.iterdir()), folder))
@@ -153,27 +167,32 @@ class CompiledCache:
 
     def _compile_new(self, entry: Path, compile_model: Compile[T]) -> T:
         try:
-            self.root.mkdir(parents=True, exist_ok=True)
+            self.root.mkdir(parents=True, exist_ok=True, mode=0o700)
             folder = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=self.root))
+            lock = FileLock(folder / _LOCK)
         except OSError as error:
             _log.info("The cache folder %s cannot be written (%s).", self.root, error.strerror)
             return compile_model(None)
         try:
+            lock.acquire(wait=False)
             try:
                 result = compile_model(folder)
             except RuntimeError:
                 # The blob could not be written (a full disk), or the model does not compile: the
                 # second time without a cache tells which.
                 return compile_model(None)
+            lock.release()
             self._finish(folder, entry)
             return result
         finally:
+            lock.release()
             shutil.rmtree(folder, ignore_errors=True)
 
     def _finish(self, folder: Path, entry: Path) -> None:
         try:
-            if any(folder.iterdir()):
-                _write_checksums(folder)
+            if any(file.name != _LOCK for file in folder.iterdir()):
+                (folder / _LOCK).unlink(missing_ok=True)
+                _write_checksums(folder)  # which makes the folder young again
                 folder.rename(entry)
                 self.trim(keep=entry)
         except OSError as error:  # another process was first, or the disk is full
@@ -181,9 +200,8 @@ class CompiledCache:
 
     def _intact(self, entry: Path) -> bool:
         try:
-            listed = json.loads((entry / _CHECKSUMS).read_text(encoding="utf-8"))
-            return bool(listed == _checksums(entry))
-        except (OSError, ValueError):
+            return bool(read_json(entry / _CHECKSUMS, _CHECKSUMS) == _checksums(entry))
+        except (OSError, SdvinoError):
             return False
 
     def _note_use(self, entry: Path, *, changed: bool) -> None:
@@ -194,6 +212,34 @@ class CompiledCache:
                 os.utime(entry / _CHECKSUMS)
         except OSError as error:
             _log.debug("The use of a compiled model was not noted: %s", error)
+
+
+@functools.cache
+def _trim_at_start(root: Path, limit_bytes: int) -> None:
+    """Trim the cache once in a process: its limit may be lower than last time."""
+    CompiledCache(root, limit_bytes).trim()
+
+
+def _discard(entry: Path) -> None:
+    """Remove ``entry``, or where that fails at least its name, so that another can have it."""
+    aside = entry.with_name(f"{_TEMPORARY}{secrets.token_hex(4)}")
+    with contextlib.suppress(OSError):
+        entry.rename(aside)
+        if aside.is_dir() and not aside.is_symlink():
+            shutil.rmtree(aside, ignore_errors=True)
+        else:
+            aside.unlink()
+
+
+def _remove_left(folder: Path) -> None:
+    """Remove a folder that was being written, unless the process that does is alive."""
+    if not folder.is_dir():
+        folder.unlink()
+    elif time.time() - folder.stat().st_mtime > _YOUNG_SECONDS:
+        lock = FileLock(folder / _LOCK)
+        if lock.acquire(wait=False):
+            lock.release()
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _files(folder: Path) -> list[tuple[str, int, int]]:
@@ -209,11 +255,9 @@ def _checksums(folder: Path) -> dict[str, str]:
     return {
         file.name: sha256_of(file)
         for file in folder.iterdir()
-        if file.is_file() and not file.name.startswith(_CHECKSUMS)
+        if file.is_file() and file.name not in (_CHECKSUMS, _LOCK)
     }
 
 
 def _write_checksums(folder: Path) -> None:
-    temporary = folder / f"{_CHECKSUMS}.{os.getpid()}"
-    temporary.write_text(json.dumps(_checksums(folder)), encoding="utf-8")
-    temporary.replace(folder / _CHECKSUMS)
+    replace_file(folder / _CHECKSUMS, json.dumps(_checksums(folder)))

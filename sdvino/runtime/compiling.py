@@ -13,8 +13,9 @@ import functools
 import hashlib
 import logging
 import mmap
+import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from typing import Any
 import openvino as ov
 from numpy import frombuffer, uint8
 
-from sdvino.runtime.cache import cache_key, described_files
+from sdvino.runtime.cache import cache_key
 from sdvino.runtime.mapped import pages_dropped
 from sdvino.runtime.properties import DeviceFacts
 
@@ -34,6 +35,8 @@ _WEIGHTLESS = ("CPU", "GPU", "AUTO", "HETERO")
 #: The line before a model in OpenVINO's cache is not longer, and says how the model is padded.
 _HEADER_BYTES = 4096
 _PADDED = re.compile(rb'header_size_alignment="[^0"]')
+#: A blob without weights has some 10 MB.
+_COPIED_BYTES = 64 * 2**20
 _PACKAGE = Path(__file__).resolve().parent.parent
 
 
@@ -94,8 +97,7 @@ class Compiler:
 
 
 def key_of_files(
-    xml_path: Path,
-    xml: bytes,
+    files: Sequence[str],
     edit: Edit | None,
     more: object,
     device: str,
@@ -104,8 +106,9 @@ def key_of_files(
 ) -> str | None:
     """Return a key for what ``edit`` makes of these files on the device CPU, the graph unread.
 
-    ``xml`` is the graph's text and ``more`` what else decides on the compiled model. None where the
-    edit does not say what it does, and for other devices, AUTO and HETERO among them.
+    ``files`` are the SHA-256 of graph and weights, ``more`` what else decides on the compiled
+    model. None where the edit does not say what it does, and for other devices, AUTO and HETERO
+    among them.
     """
     said = _said_of(edit)
     if said is None or device != "CPU":
@@ -113,8 +116,7 @@ def key_of_files(
     return cache_key(
         ov.get_version(),
         program_digest(),
-        described_files(xml_path),
-        hashlib.sha256(xml).hexdigest(),
+        list(files),
         said,
         more,
         sorted(properties.items()),
@@ -155,15 +157,19 @@ def program_digest() -> str:
 
 
 def _mapped(blob: Path) -> ov.Tensor | None:
-    """Return the compiled model in a file of OpenVINO's cache, read where it lies when it is.
+    """Return the compiled model in a file of OpenVINO's cache.
 
-    None where the file is not as OpenVINO 2026.4 writes it for a CPU: a line of XML about the
-    compiled model (`CompiledBlobHeader` in its src/inference/src), then the model.
+    A large one is read where it lies, when it is: should somebody cut that file meanwhile, the
+    system ends the process. One without weights is small enough to be copied. None where the file
+    is not as OpenVINO 2026.4 writes it for a CPU: a line of XML about the compiled model
+    (`CompiledBlobHeader` in its src/inference/src), then the model.
     """
     with blob.open("rb") as file:
         header = file.readline(_HEADER_BYTES)
         if not header.startswith(b"<?xml") or not header.endswith(b"\n") or _PADDED.search(header):
             return None
+        if os.fstat(file.fileno()).st_size <= _COPIED_BYTES:
+            return ov.Tensor(frombuffer(bytearray(file.read()), uint8), shared_memory=True)
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     size = len(mapped) - len(header)
     # OpenVINO shares writable arrays alone, so this view says it is one; nobody writes.

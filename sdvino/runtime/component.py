@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,7 +14,9 @@ import openvino as ov
 from numpy.typing import NDArray
 
 from sdvino.errors import DeviceError, ModelFolderError, SdvinoError
-from sdvino.ir import quantizes_activations, read_xml
+from sdvino.graph.folding import check_folding
+from sdvino.inputs.digests import digest_of, wrong_file
+from sdvino.inputs.ir import quantizes_activations, read_xml
 from sdvino.runtime.cache import CompiledCache, default_cache_dir, graph_key
 from sdvino.runtime.compiling import Compiler, Edit, key_of_files
 from sdvino.runtime.core import device_facts, shared_core, short_reason
@@ -63,13 +66,15 @@ class Component:
         core: ov.Core | None = None,
         prepare: Edit | None = None,
         keep_graph: bool = False,
+        sha256: Mapping[str, str] | None = None,
     ) -> None:
         """Describe the component; nothing is read before `load`.
 
         ``prepare`` edits the graph in memory before it is compiled (see sdvino.graph); one that
         says what it does loads fastest from the cache (see sdvino.runtime.compiling).
         ``keep_graph`` is for what is loaded often: the edited graph stays after `unload`, without
-        its weights, which are a mapped file.
+        its weights, which are a mapped file. ``sha256`` is what the files should be, by name, where
+        that is known: others are refused.
         """
         self.name = name
         self.xml_path = Path(xml_path)
@@ -77,6 +82,7 @@ class Component:
         self._core = core
         self._prepare = prepare
         self._keep_graph = keep_graph
+        self._sha256 = {} if sha256 is None else sha256
         self._graph: ov.Model | None = None
         #: Sees every result before the caller does, and may run the graph elsewhere instead.
         self.guard: Checks | None = None
@@ -126,6 +132,7 @@ class Component:
             settings,
             core=self._core,
             prepare=self._prepare,
+            sha256=self._sha256,
         )
 
     @property
@@ -327,26 +334,42 @@ class Component:
             properties=properties,
             facts=facts,
         )
-        try:
-            if not self.settings.cache:
-                return compiler.by_openvino(None)
+        root = None
+        if self.settings.cache:
             folder = self.settings.cache_dir
-            cache = CompiledCache(
-                default_cache_dir() if folder is None else folder, self.settings.cache_limit_bytes
-            )
+            root = default_cache_dir() if folder is None else folder
+        try:
+            if root is None:
+                self._digests(xml, None)
+                return compiler.by_openvino(None)
+            digests = self._digests(xml, root / "digests")
+            cache = CompiledCache(root, self.settings.cache_limit_bytes)
             known_by = (self.name, self.settings.linear_kernel)
-            key = key_of_files(
-                self.xml_path, xml, self._prepare, known_by, device, properties, facts
-            )
+            key = key_of_files(digests, self._prepare, known_by, device, properties, facts)
             if key is not None:
                 return cache.compile(key, compiler.by_key)
-            key = graph_key(read(), self.xml_path, device, properties)
+            key = graph_key(read(), digests, device, properties)
             return cache.compile(key, compiler.by_openvino)
         except RuntimeError as error:
             raise DeviceError(
                 f"{device} cannot run the {self.name} ({short_reason(error)});"
                 " try --device CPU, or other settings."
             ) from error
+
+    def _digests(self, xml: bytes, known: Path | None) -> list[str]:
+        """Return the SHA-256 of the graph's text and of its weights, as they are now.
+
+        They are what a compiled model is known by. Raises ModelFolderError where they should be
+        others. ``known`` keeps them between runs; see `sdvino.inputs.digests`.
+        """
+        weights = self.xml_path.with_suffix(".bin")
+        if known is None and not self._sha256:
+            return []
+        found = [hashlib.sha256(xml).hexdigest(), digest_of(weights, known)]
+        for path, digest in zip((self.xml_path, weights), found, strict=True):
+            if self._sha256.get(path.name, digest) != digest:
+                raise wrong_file(f"{self.name}/{path.name}")
+        return found
 
     def _read(self, core: ov.Core) -> ov.Model:
         if self._graph is not None:
@@ -355,6 +378,7 @@ class Component:
             model = core.read_model(self.xml_path, self.xml_path.with_suffix(".bin"))
             if self._prepare is not None:
                 self._prepare(model)
+            check_folding(model, self.name)
         except RuntimeError as error:
             raise ModelFolderError(
                 f"The graph of the {self.name} cannot be read ({short_reason(error)});"

@@ -13,6 +13,7 @@ from pathlib import Path
 import openvino as ov
 
 from sdvino.errors import DeviceError
+from sdvino.inputs.names import user_path
 from sdvino.runtime.core import shared_core, short_reason
 
 #: Devices that OpenVINO itself brings, or makes of others.
@@ -31,7 +32,7 @@ def parse_plugin(text: str) -> tuple[str, Path]:
             f"--plugin {text} is not understood; write NAME=LIBRARY, such as"
             " --plugin FPGA=libvendor_plugin.so."
         )
-    return name, Path(library.strip()).expanduser()
+    return name, user_path(library.strip())
 
 
 def register_plugins(plugins: Mapping[str, str | Path]) -> None:

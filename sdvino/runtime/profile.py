@@ -20,7 +20,8 @@ from typing import Any, get_args
 import openvino as ov
 
 from sdvino.errors import SdvinoError
-from sdvino.files import read_json
+from sdvino.inputs.files import MAX_JSON_BYTES, read_bytes, read_json, replace_file
+from sdvino.inputs.ir import read_xml
 from sdvino.manifest import MANIFEST_FILE
 from sdvino.model_folder import ModelFolder
 from sdvino.runtime.cache import cache_key, default_cache_dir
@@ -152,11 +153,9 @@ class ProfileStore:
     def write(self, profile: Profile) -> bool:
         """Keep ``profile``; return whether that worked."""
         path = self.folder / profile.key.file_name
-        temporary = path.with_suffix(f".{os.getpid()}")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(profile.to_json(), encoding="utf-8")
-            temporary.replace(path)
+            replace_file(path, profile.to_json())
         except OSError as error:
             _log.info("The profile cannot be written to %s (%s).", path, error.strerror)
             return False
@@ -173,12 +172,27 @@ class ProfileStore:
 
     def _load(self, path: Path) -> Profile | None:
         try:
-            if not path.exists():
+            if not os.path.lexists(path):
                 return None
             return Profile.from_dict(read_json(path, path.name))
         except (OSError, SdvinoError, KeyError, TypeError, ValueError, AttributeError):
-            _log.info("The profile %s cannot be read and is left alone.", path)
+            _set_aside(path)
             return None
+
+
+def _set_aside(path: Path) -> None:
+    """Give a damaged profile another name: it is said once, and the next one can be written."""
+    aside = path.with_name(f"{path.stem}.damaged")
+    try:
+        path.replace(aside)
+    except OSError as error:
+        _log.info("The profile %s cannot be read, nor moved (%s).", path, error.strerror)
+        return
+    _log.warning(
+        "What was measured on this machine is damaged and was set aside (%s); `sdvino tune`"
+        " measures again.",
+        aside,
+    )
 
 
 class ProfileMemory:
@@ -242,11 +256,11 @@ def model_hash(folder: ModelFolder) -> str:
     digest = hashlib.sha256()
     manifest = folder.path / MANIFEST_FILE
     if folder.manifest is not None:
-        digest.update(manifest.read_bytes())
+        digest.update(read_bytes(manifest, MANIFEST_FILE, limit=MAX_JSON_BYTES))
         return digest.hexdigest()
     for name, files in sorted(folder.components.items()):
         digest.update(f"{name}\0{files.bytes}\0".encode())
-        digest.update(files.xml.read_bytes())
+        digest.update(read_xml(files.xml, name))
     return digest.hexdigest()
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sdvino.errors import ModelFolderError
+from sdvino.inputs.files import read_json, read_text
 
 #: Largest file that is read (CLIP's tokenizer.json has 3.6 MB), and the largest vocabulary.
 MAX_FILE_BYTES = 64 * 2**20
@@ -191,7 +192,8 @@ def _json_merges(source: Path, model: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _text_merges(path: Path) -> list[tuple[str, str]]:
     # Only \n ends a line: a merge may hold characters that splitlines() takes for line ends.
-    lines = _read_text(path).replace("\r\n", "\n").split("\n")
+    text = read_text(path, f"{path.parent.name}/{path.name}", limit=MAX_FILE_BYTES)
+    lines = text.replace("\r\n", "\n").split("\n")
     if len(lines) > MAX_TOKENS:
         raise _wrong(path, f"it has more than {MAX_TOKENS:,} lines")
     body = lines[1:] if lines[0].startswith("#version") else lines
@@ -213,27 +215,9 @@ def _max_length(config: dict[str, Any]) -> int:
 
 
 def _read_object(path: Path, *, required: bool = True) -> dict[str, Any]:
-    if not required and not path.exists():
+    if not required and not os.path.lexists(path):
         return {}
-    text = _read_text(path)
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise _wrong(path, "it is not JSON") from error
-    if not isinstance(content, dict):
-        raise _wrong(path, "it is not a JSON object")
-    return content
-
-
-def _read_text(path: Path) -> str:
-    try:
-        if path.stat().st_size > MAX_FILE_BYTES:
-            raise _wrong(path, f"it is larger than {MAX_FILE_BYTES // 2**20} MB")
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise _wrong(path, "it is not UTF-8 text") from error
-    except OSError as error:
-        raise ModelFolderError(f"{path.name} cannot be read ({error.strerror}).") from error
+    return read_json(path, f"{path.parent.name}/{path.name}", limit=MAX_FILE_BYTES)
 
 
 def _wrong(path: Path, what: str) -> ModelFolderError:

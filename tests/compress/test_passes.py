@@ -85,7 +85,7 @@ LEARN = "kind = 'distill'\nobjective = 'copy'"
         (rows("kind = 'prune'\nshare = -0.1"), "share is -0.1"),
         (rows("kind = 'prune'\nshare = 1.0"), "share is 1"),
         (rows("kind = 'prune'\nshare = 30"), "share is 30; give a share from 0 to below 1"),
-        (rows("kind = 'prune'\nshare = nan"), "share is nan"),
+        (rows("kind = 'prune'\nshare = nan"), "nan or inf"),
         (rows("kind = 'prune'\nshare = 'most'"), "write a number"),
         (rows("kind = 'prune'"), "share"),
         (rows(f"{ZEROS}\nmethod = 'luck'"), "Unknown method 'luck'"),

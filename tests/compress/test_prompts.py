@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from sdvino.compress.prompts import GENERAL_PROMPTS, check_prompts, read_prompts
+from sdvino.compress.prompts import GENERAL_PROMPTS, check_prompts
 from sdvino.errors import RequestError
+from sdvino.inputs.prompts import read_prompts
 
 
 def test_the_general_list_is_varied() -> None:
@@ -23,11 +24,11 @@ def test_a_file_without_usable_prompts_is_refused(tmp_path: Path, content: bytes
     file = tmp_path / "prompts.txt"
     file.write_bytes(content)
     with pytest.raises(RequestError):
-        read_prompts(file)
+        check_prompts(read_prompts(file))
 
 
 def test_a_missing_file_and_a_single_text_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(RequestError, match="cannot be read"):
+    with pytest.raises(RequestError, match="missing"):
         read_prompts(tmp_path / "none.txt")
     with pytest.raises(RequestError, match="no prompts"):
         check_prompts("a fox")

@@ -275,8 +275,8 @@ def something_there(folder: Path) -> None:
         ),
         (["--student", "other"], "predicts v_prediction and its teacher epsilon", other_prediction),
         (["--student", "none"], "none holds no UNet", None),
-        (["--prompts", "prompts.txt"], "There are no prompts", no_prompts),
-        (["--prompts", "none.txt"], "cannot be read", None),
+        (["--prompts", "prompts.txt"], "holds no prompt", no_prompts),
+        (["--prompts", "none.txt"], "missing", None),
         (["--pictures", "none"], "none is no folder", None),
         (["--pictures", "photos"], "has no caption", a_picture),
         (

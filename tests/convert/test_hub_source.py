@@ -17,7 +17,7 @@ from sdvino.convert.openvino_source import OpenVinoFolder
 from sdvino.convert.source import DiffusersFolder
 from sdvino.errors import ModelFolderError, RequestError
 from tests.convert.mini_checkpoint import shapes_of, write
-from tests.hub_server import serving
+from tests.hub_server import COMMIT, LATER, serving
 from tests.tiny_folder import make_tiny_folder
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -225,6 +225,48 @@ def test_a_dry_run_of_a_hub_id_downloads_no_weights(source: Path, tmp_path: Path
         assert whole.returncode == 0, whole.stderr
         assert "download:" not in whole.stdout
         assert set(hub.downloaded()) == before
+
+
+@pytest.mark.slow
+def test_a_dry_run_looks_at_one_commit(source: Path, tmp_path: Path) -> None:
+    later = tmp_path / "later"
+    shutil.copytree(source, later)
+    (later / "model_index.json").write_text("{}")
+    cache = tmp_path / "cache"
+    with serving(source) as hub:
+        hub.commits[LATER] = later
+        hub.moves_to = LATER  # as soon as main was listed
+        first = look_in_process(hub.address, cache, "owner/name")
+        assert first.returncode == 0, first.stderr
+        assert "owner/name (sd1)" in first.stdout
+        assert hub.main == LATER
+        repository = cache / "hub" / "models--owner--name"
+        assert [path.name for path in (repository / "snapshots").iterdir()] == [COMMIT]
+        # Without its weights the commit is no model to start from offline.
+        assert not (repository / "refs").exists()
+        hub.main = COMMIT
+        open_in_process(hub.address, cache, "owner/name")
+        assert (repository / "refs" / "main").read_text() == COMMIT
+
+
+@pytest.mark.parametrize("options", [(), ("--dry-run",)])
+def test_a_source_over_the_limit_is_not_downloaded(
+    options: Sequence[str], source: Path, tmp_path: Path
+) -> None:
+    words = ["-m", "sdvino", "convert", "owner/name", "out", "--max-download", "30GB", *options]
+    with serving(source) as hub:
+        hub.told["unet/diffusion_pytorch_model.safetensors"] = 31 * 10**9
+        over = run_in_process(words, hub.address, tmp_path / "cache")
+        assert over.returncode == 2
+        assert "would download 31.00 GB, and the limit is 30.00 GB; raise it" in over.stderr
+        assert over.stderr.count("\n") == 1
+        assert "--max-download 32GB" in over.stderr
+        hub.told["unet/diffusion_pytorch_model.safetensors"] = None
+        untold = run_in_process(words, hub.address, tmp_path / "cache")
+        assert untold.returncode == 2
+        assert "does not say how large unet/diffusion_pytorch_model.safetensors" in untold.stderr
+        assert not [name for name in hub.sent if name.endswith(".safetensors")]
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow

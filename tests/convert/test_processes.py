@@ -195,3 +195,32 @@ def test_a_worker_reports_nothing_to_anybody(tmp_path: Path) -> None:
     os.close(held)
     told = done.stdout.split()[-2:] if done.returncode == 0 else done.stderr
     assert told == ["MagicMock", "openvino.tools.ovc.telemetry_stub"]
+
+
+def test_what_is_planted_in_a_work_folder_is_not_run(tmp_path: Path) -> None:
+    """The folder may have come with somebody's archive."""
+    (tmp_path / "logs").mkdir()
+    canary = f"open({str(tmp_path / 'PLANTED')!r}, 'w').close()\n"
+    for name in ("numpy", "json", "torch", "sitecustomize", "openvino"):
+        (tmp_path / f"{name}.py").write_text(canary)
+    (tmp_path / "sdvino").mkdir()
+    (tmp_path / "sdvino" / "__init__.py").write_text(canary)
+    with pytest.raises(OSError, match=r"plan\.json"):
+        run_steps(
+            tmp_path,
+            [Step("frame")],
+            progress=lambda *_: None,
+            finished=lambda *_: None,
+            tick=lambda: None,
+        )
+    assert not (tmp_path / "PLANTED").exists()
+    assert "Traceback" not in (tmp_path / "logs" / "frame.txt").read_text()
+
+
+def test_empty_entries_of_the_path_are_not_the_current_folder(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(["", "relative", ""]))
+    path = processes._environment([Step("frame")])["PYTHONPATH"].split(os.pathsep)
+    assert path[1:] == [str(Path.cwd() / "relative")]
+    assert all(Path(entry).is_absolute() for entry in path)

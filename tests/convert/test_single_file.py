@@ -262,7 +262,7 @@ def test_options_that_mean_nothing_here_are_refused(source: Path, option: str) -
         open_source(source, source / "work", **{option: value})
 
 
-@pytest.mark.parametrize("name", ["nothing", "no/such/folder", "a b/c", "x" * 5000])
+@pytest.mark.parametrize("name", ["nothing", "no/such/folder", "a b/c", "x/" * 50])
 def test_what_is_nowhere_is_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(RequestError, match="does not exist"):
         open_source(name, tmp_path)

@@ -11,7 +11,7 @@ from safetensors.numpy import save_file
 
 from sdvino.convert.source import DiffusersFolder
 from sdvino.errors import RequestError
-from sdvino.files import MAX_JSON_BYTES
+from sdvino.inputs.files import MAX_JSON_BYTES
 
 Edit = Callable[[str, Any], None]
 

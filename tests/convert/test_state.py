@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -177,3 +179,54 @@ def test_the_state_is_written_as_a_whole(tmp_path: Path) -> None:
     assert list(value["steps"]) == ["a"]
     assert not (work.path / "state.json.new").exists()
     work.close(remove=True)
+
+
+def link(work: Path) -> None:
+    work.symlink_to(work.parent / "elsewhere")
+
+
+def linked_log(work: Path) -> None:
+    (work / "logs").mkdir(parents=True)
+    (work / "logs" / "frame.txt").symlink_to(work.parent / "precious")
+
+
+def writable(work: Path) -> None:
+    work.mkdir()
+    work.chmod(0o777)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="modes and links of POSIX")
+@pytest.mark.parametrize("plant", [link, linked_log, writable, Path.touch])
+def test_a_work_folder_that_is_not_ours_is_refused(
+    plant: Callable[[Path], object], tmp_path: Path
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "precious").write_text("kept")
+    target = tmp_path / "model"
+    plant(work_path(target))
+    for act in (WorkFolder, recorded_steps):
+        with pytest.raises(OutputError, match="remove"):
+            act(target)
+    assert (tmp_path / "precious").read_text() == "kept"
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
+@pytest.mark.skipif(os.name == "nt", reason="modes of POSIX")
+def test_nobody_else_can_write_to_a_work_folder(tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        work = WorkFolder(tmp_path / "model")
+        assert work.path.stat().st_mode & 0o777 == 0o700
+        work.close(remove=True)
+    finally:
+        os.umask(before)
+
+
+@pytest.mark.parametrize(
+    "state", ["{", "[]", '{"steps": []}', '{"format_version": 1, "steps": {"a": 3}}', "[" * 9999]
+)
+def test_a_damaged_state_is_no_progress(state: str, tmp_path: Path) -> None:
+    work = work_path(tmp_path / "model")
+    work.mkdir(mode=0o700)
+    (work / "state.json").write_text(state)
+    assert recorded_steps(tmp_path / "model") == {}

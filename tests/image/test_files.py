@@ -63,13 +63,24 @@ def test_many_at_once_get_a_name_each(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="hard links work on NTFS")
 def test_a_file_system_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(source: object, target: object) -> None:
+    def refuse(source: object, target: object, **_: object) -> None:
         raise OSError(errno.EPERM, os.strerror(errno.EPERM))
 
     monkeypatch.setattr(os, "link", refuse)
     written = [write_new(tmp_path / "a.png", bytes([i])) for i in range(2)]
     assert [path.read_bytes() for path in written] == [b"\0", b"\1"]
     assert names(tmp_path) == ["a-2.png", "a.png"]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="files without names")
+def test_what_is_being_written_has_no_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[str]] = []
+    monkeypatch.setattr(os, "fsync", lambda _: seen.append(names(tmp_path)))
+    (tmp_path / "a.png").write_bytes(b"old")
+    write_new(tmp_path / "a.png", b"new", overwrite=True)
+    write_new(tmp_path / "b.png", b"new")
+    assert seen == [["a.png"], ["a.png"]]
+    assert (tmp_path / "a.png").read_bytes() == b"new"
 
 
 if sys.platform != "win32":  # which has no such limit

@@ -170,7 +170,7 @@ def test_damaged_pictures_are_read_or_refused(tmp_path: Path, data: st.DataObjec
 
 
 def test_files_that_are_not_there(tmp_path: Path) -> None:
-    with pytest.raises(RequestError, match="no picture"):
+    with pytest.raises(RequestError, match="missing"):
         read_picture_settings(tmp_path / "none.png")
     with pytest.raises(RequestError):
         read_picture_settings(tmp_path)

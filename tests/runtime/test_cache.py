@@ -2,6 +2,9 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -10,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from sdvino.runtime.cache import CompiledCache, cache_key, default_cache_dir
+from sdvino.runtime.locks import FileLock
 
 
 class Compiler:
@@ -197,3 +201,63 @@ def test_keys() -> None:
 )
 def test_where_it_lies(platform: str, environ: dict[str, str], expected: str) -> None:
     assert default_cache_dir(platform, environ, Path("home")) == Path(expected)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="modes of POSIX")
+def test_what_others_may_write_is_not_read(tmp_path: Path) -> None:
+    compiler = Compiler()
+    make(tmp_path).compile("key", compiler)
+    (tmp_path / "key").chmod(0o777)
+    for _ in range(2):
+        assert make(tmp_path).compile("key", compiler) == b"x" * 100
+    assert (compiler.compiled, compiler.read) == (3, 0)
+    assert (tmp_path / "key").is_dir()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda entry: (entry / "checksums.json").write_text("[" * 100_000),
+        lambda entry: (entry / "checksums.json").rename(entry / "2.blob"),
+        lambda entry: entry.rename(entry.with_name("a")).joinpath("1.blob").rename(entry),
+        lambda entry: (entry / "1.blob").chmod(0),
+    ],
+)
+def test_a_damaged_entry_costs_one_compilation(
+    damage: Callable[[Path], object], tmp_path: Path
+) -> None:
+    compiler = Compiler()
+    make(tmp_path).compile("key", compiler)
+    damage(tmp_path / "key")
+    for _ in range(3):
+        assert make(tmp_path).compile("key", compiler) == b"x" * 100
+    assert compiler.compiled <= 2
+
+
+def test_what_a_killed_process_left_goes_at_the_next_start(tmp_path: Path) -> None:
+    script = (
+        "import os, sys; from pathlib import Path; from sdvino.runtime.cache import CompiledCache\n"
+        "write = lambda folder: ((folder / '1.blob').write_text('half'), os._exit(9))\n"
+        "CompiledCache(Path(sys.argv[1]), 10**6).compile('key', write)"
+    )
+    root = Path(__file__).resolve().parents[2]
+    killed = subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=False, cwd=root)
+    assert killed.returncode == 9
+    (left,) = tmp_path.iterdir()
+    living = tmp_path / f"{left.name}-2"
+    shutil.copytree(left, living)
+    lock = FileLock(living / ".lock")
+    assert lock.acquire(wait=False)
+    for folder in (left, living):
+        os.utime(folder, (1, 1))
+    make(tmp_path).compile("key", Compiler())
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([living.name, "key"])
+    lock.release()
+
+
+def test_a_lower_limit_counts_from_the_next_start_on(tmp_path: Path) -> None:
+    for number in range(3):
+        make(tmp_path).compile(f"key {number}", Compiler(size=1000))
+        os.utime(tmp_path / f"key {number}" / "checksums.json", (number, number))
+    make(tmp_path, limit=1500).compile("key 2", Compiler(size=1000))
+    assert [path.name for path in tmp_path.iterdir()] == ["key 2"]

@@ -19,7 +19,9 @@ import openvino as ov
 import pytest
 from openvino import opset13 as ops
 
+from sdvino.errors import ModelFolderError
 from sdvino.graph.shapes import reshape_static
+from sdvino.inputs.files import sha256_of
 from sdvino.runtime import compiling
 from sdvino.runtime.cache import _write_checksums
 from sdvino.runtime.compiling import key_of_files, program_digest
@@ -235,7 +237,8 @@ KEYS: dict[str, Callable[[Path], object]] = {
 
 def key(xml: Path, edit: Any, devices: Any = CPU, device: str = "CPU") -> str | None:
     properties = {"NUM_STREAMS": 1}
-    return key_of_files(xml, xml.read_bytes(), edit, ("net", None), device, properties, devices)
+    files = [sha256_of(path) for path in (xml, xml.with_suffix(".bin"))]
+    return key_of_files(files, edit, ("net", None), device, properties, devices)
 
 
 def within() -> Callable[[Any], None]:
@@ -283,3 +286,43 @@ def test_every_process_has_the_same_key(tmp_path: Path) -> None:
         keys.add(run.stdout.strip())
     assert len(keys) == 1
     assert len(program_digest()) == 64
+
+
+def test_other_weights_of_the_same_size_and_time_are_another_model(tmp_path: Path) -> None:
+    first, second = table(tmp_path / "net"), table(tmp_path / "other", seed=1)
+    cache = tmp_path / "cache"
+    for xml in (first, second):
+        for path in (xml, xml.with_suffix(".bin")):
+            os.utime(path, ns=(1, 1))
+    old = looked_up(component(first, cache, fixed(7)), 7)
+    new = looked_up(component(second, tmp_path / "cache 2", fixed(7)), 7)
+    for suffix in (".xml", ".bin"):
+        assert first.with_suffix(suffix).stat().st_size == second.with_suffix(suffix).stat().st_size
+        second.with_suffix(suffix).replace(first.with_suffix(suffix))
+    found = looked_up(component(first, cache, fixed(7)), 7)
+    np.testing.assert_array_equal(found, new)
+    assert not np.array_equal(found, old)
+
+
+def test_the_same_files_elsewhere_are_the_same_model(tmp_path: Path, reads: list[Path]) -> None:
+    xml, cache = table(tmp_path / "net"), tmp_path / "cache"
+    before = looked_up(component(xml, cache, fixed(7)), 7)
+    moved = tmp_path / "moved" / xml.name
+    moved.parent.mkdir()
+    for suffix in (".xml", ".bin"):
+        xml.with_suffix(suffix).replace(moved.with_suffix(suffix))
+    np.testing.assert_array_equal(looked_up(component(moved, cache, fixed(7)), 7), before)
+    assert reads == [xml]
+
+
+def test_files_that_are_not_those_expected_are_refused(tmp_path: Path) -> None:
+    xml = table(tmp_path / "net")
+    sums = {path.name: sha256_of(path) for path in (xml, xml.with_suffix(".bin"))}
+    for cache in (True, False):
+        settings = DeviceSettings(cache=cache, cache_dir=tmp_path / "cache")
+        Component("text_encoder", xml, settings, prepare=fixed(7), sha256=sums).load()
+        for name in sums:
+            wrong = {**sums, name: "0" * 64}
+            refused = Component("text_encoder", xml, settings, prepare=fixed(7), sha256=wrong)
+            with pytest.raises(ModelFolderError, match=name):
+                refused.load()

@@ -43,6 +43,7 @@ def test_a_larger_picture_needs_more(folder: ModelFolder) -> None:
 
 def test_attention_over_every_latent_needs_most(tmp_path: Path) -> None:
     path = make_tiny_folder(tmp_path)
+    (path / "sdvino.json").unlink()  # which says how long the configuration is
     needed = []
     for kinds in (["DownBlock2D"] * 2, ["DownBlock2D", "AttnDownBlock2D"], ["AttnDownBlock2D"]):
         edit_json(path / "unet" / "config.json", down_block_types=kinds)

@@ -176,13 +176,13 @@ def text(name: str, content: bytes) -> Callable[[Path], None]:
 
 
 WRONG: dict[str, tuple[Callable[[Path], None], str]] = {
-    "not JSON": (text("tokenizer.json", b"{"), "not JSON"),
-    "a number without end": (text("tokenizer.json", b"1" * 9999), "not JSON"),
-    "deep JSON": (text("tokenizer.json", b"[" * 200_000), "not JSON"),
+    "not JSON": (text("tokenizer.json", b"{"), "not valid JSON"),
+    "a number without end": (text("tokenizer.json", b"1" * 9999), "too large"),
+    "deep JSON": (text("tokenizer.json", b"[" * 200_000), "nested too deeply"),
     "not text": (text("tokenizer.json", b"\xff\xfe{}"), "UTF-8"),
     "a list": (text("tokenizer.json", b"[]"), "object"),
     "no model": (text("tokenizer.json", b"{}"), "vocabulary"),
-    "too large": (large, "larger than"),
+    "too large": (large, "over 64 MB"),
     "another model": (model(type="Unigram"), "vocabulary"),
     "no vocabulary": (model(vocab={}), "vocabulary"),
     "ids that are text": (model(vocab={"a": "0"}), "whole number"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,8 @@ from typing import Any
 import numpy as np
 
 from sdvino.errors import RequestError
+from sdvino.inputs.files import open_file, read_text
+from sdvino.inputs.plain import parse_json
 
 METADATA_FILE = "metadata.jsonl"
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -18,6 +19,7 @@ _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 _MOST_PICTURES = 10_000_000
 _MOST_CHARACTERS = 2_000
 _MOST_METADATA_BYTES = 4 * 2**30
+_MOST_LINE_BYTES = 2**20
 #: Pictures with more pixels than this are refused before they are decoded.
 _MOST_PIXELS = 100_000_000
 
@@ -52,11 +54,8 @@ def find_pictures(folder: Path) -> list[Captioned]:
 def _caption(path: Path, told: dict[str, str]) -> str:
     caption = told.get(path.name)
     beside = path.with_suffix(".txt")
-    try:
-        if caption is None and beside.is_file():
-            caption = beside.read_text(encoding="utf-8-sig").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise RequestError(f"{beside} cannot be read; give UTF-8 text.") from error
+    if caption is None and beside.is_file():
+        caption = read_text(beside, limit=4 * _MOST_CHARACTERS, error=RequestError).strip()
     if caption is None:
         raise RequestError(
             f"{path} has no caption; write it to {beside.name} beside it, or to {METADATA_FILE}."
@@ -69,16 +68,16 @@ def _caption(path: Path, told: dict[str, str]) -> str:
 def _read_metadata(path: Path) -> dict[str, str]:
     told: dict[str, str] = {}
     try:
-        if path.stat().st_size > _MOST_METADATA_BYTES:
-            raise ValueError("too large")
-        with path.open(encoding="utf-8-sig") as file:
-            for line in file:
+        with open_file(path, limit=_MOST_METADATA_BYTES, error=RequestError) as file:
+            while line := file.readline(_MOST_LINE_BYTES):
                 if line.strip():
-                    row = json.loads(line)
+                    row = parse_json(line)
                     name, text = row["file_name"], row["text"]
                     if not (isinstance(name, str) and isinstance(text, str)):
                         raise ValueError("no text")
                     told[name] = text
+    except RequestError:
+        raise
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RequestError(
             f'{path} is no table of captions; write {{"file_name": ..., "text": ...}} on each line.'
@@ -98,7 +97,7 @@ def load_pictures(entries: Sequence[Captioned], size: tuple[int, int]) -> Any:
     rows = []
     for entry in entries:
         try:
-            with Image.open(entry.path) as picture:
+            with open_file(entry.path, error=RequestError) as file, Image.open(file) as picture:
                 if picture.width * picture.height > _MOST_PIXELS:
                     raise RequestError(f"{entry.path} is too large a picture; scale it down.")
                 fitted = ImageOps.fit(

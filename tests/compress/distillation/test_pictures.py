@@ -84,7 +84,7 @@ def no_table(folder: Path) -> Path:
         (empty, "holds no pictures"),
         (no_caption, "x.png has no caption; write it to x.txt"),
         (long_caption, "over 2,000 characters"),
-        (no_text, "cannot be read; give UTF-8"),
+        (no_text, "is not UTF-8 text"),
         (no_table, "no table of captions"),
     ],
 )

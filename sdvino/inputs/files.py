@@ -1,0 +1,189 @@
+"""Files that somebody else wrote: regular ones alone, read within limits, inside their folder."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import secrets
+import stat
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from sdvino.errors import ModelFolderError, RequestError
+from sdvino.inputs.plain import NotPlain, parse_json
+
+#: Configurations are a few kB; a larger file is something else.
+MAX_JSON_BYTES = 4 * 2**20
+_CHUNK = 2**20
+#: Opening a FIFO waits for its writer, unless told not to; Windows ends lines unless told not to.
+_FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+_GET_AGAIN = "get the model again"
+
+
+def open_file(
+    path: Path,
+    what: str | None = None,
+    *,
+    limit: int | None = None,
+    error: type[RequestError] = ModelFolderError,
+    remedy: str = _GET_AGAIN,
+) -> BinaryIO:
+    """Open the regular file ``path`` for reading bytes.
+
+    ``what`` is its name in messages (None: its path), and ``remedy`` what to do when it is not
+    there or too large. Raises ``error`` in one sentence for what is no regular file (a folder, a
+    FIFO, a device), is over ``limit`` bytes, or cannot be opened.
+    """
+    name = str(path) if what is None else what
+    try:
+        # Looked at before it is opened: opening a device may do something already.
+        _check_regular(path.stat(), name, error)
+        descriptor = os.open(path, _FLAGS)
+    except RequestError:
+        raise
+    except FileNotFoundError as problem:
+        raise error(f"{name} is missing; {remedy}.") from problem
+    except (OSError, ValueError) as problem:
+        reason = getattr(problem, "strerror", None) or str(problem)
+        raise error(f"{name} cannot be read ({reason}).") from problem
+    file = os.fdopen(descriptor, "rb")
+    try:
+        told = os.fstat(descriptor)
+        _check_regular(told, name, error)
+        if limit is not None and told.st_size > limit:
+            raise error(f"{name} is over {_size(limit)}, which no such file is; {remedy}.")
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+def read_bytes(
+    path: Path,
+    what: str | None = None,
+    *,
+    limit: int,
+    error: type[RequestError] = ModelFolderError,
+    remedy: str = _GET_AGAIN,
+) -> bytes:
+    """Return the content of the regular file ``path``, ``limit`` bytes at most; see `open_file`."""
+    name = str(path) if what is None else what
+    with open_file(path, what, limit=limit, error=error, remedy=remedy) as file:
+        try:
+            raw = file.read(limit + 1)
+        except OSError as problem:
+            raise error(f"{name} cannot be read ({problem.strerror}).") from problem
+    if len(raw) > limit:  # it grew, or is one of those that have no size
+        raise error(f"{name} is over {_size(limit)}, which no such file is; {remedy}.")
+    return raw
+
+
+def read_text(
+    path: Path,
+    what: str | None = None,
+    *,
+    limit: int,
+    error: type[RequestError] = ModelFolderError,
+    remedy: str = _GET_AGAIN,
+) -> str:
+    """Return the UTF-8 text in ``path``, without a byte order mark; raises as `read_bytes` does."""
+    raw = read_bytes(path, what, limit=limit, error=error, remedy=remedy)
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as problem:
+        name = str(path) if what is None else what
+        raise error(f"{name} is not UTF-8 text; save it as UTF-8.") from problem
+
+
+def read_json(
+    path: Path,
+    what: str,
+    *,
+    limit: int = MAX_JSON_BYTES,
+    error: type[RequestError] = ModelFolderError,
+    remedy: str = _GET_AGAIN,
+) -> dict[str, Any]:
+    """Return the JSON object in ``path``, plain as `sdvino.inputs.plain` has it.
+
+    Raises ``error`` as `open_file` does, and for what is not JSON or no object.
+    """
+    raw = read_bytes(path, what, limit=limit, error=error, remedy=remedy)
+    try:
+        value = parse_json(raw)
+    except NotPlain as problem:
+        raise error(f"{what} is not valid JSON ({problem}); {remedy}.") from problem
+    if not isinstance(value, dict):
+        raise error(f"{what} does not hold a JSON object; {remedy}.")
+    return value
+
+
+def is_private(path: Path) -> bool:
+    """Tell whether ``path`` belongs to this user and nobody else may write to it.
+
+    Links are not followed. Windows keeps no such mode: there every folder counts as private.
+    """
+    told = path.lstat()
+    if os.name == "nt":
+        return not stat.S_ISLNK(told.st_mode)
+    return told.st_uid == os.geteuid() and not told.st_mode & 0o022 and stat.S_ISDIR(told.st_mode)
+
+
+def check_inside(path: Path, folder: Path) -> None:
+    """Raise ModelFolderError when ``path`` leads out of ``folder`` through a link.
+
+    The hub's cache keeps files as links from ``models--owner--name/snapshots/COMMIT/...`` to
+    ``models--owner--name/blobs``: links of that form are allowed.
+    """
+    real = os.path.realpath(path)
+    root = Path(os.path.realpath(folder))  # a loop of links stays as it is, and is not there
+    roots = [root]
+    repository = root.parent.parent
+    if root.parent.name == "snapshots" and repository.name.startswith("models--"):
+        roots.append(repository / "blobs")  # where it really lies, so no link itself
+    if not any(Path(real).is_relative_to(root) for root in roots):
+        raise ModelFolderError(
+            f"{path.relative_to(folder).as_posix()} is a link to a place outside the model folder;"
+            " put the file itself there."
+        )
+
+
+def check_all_inside(folder: Path) -> None:
+    """Raise ModelFolderError when anything in ``folder`` is a link to a place outside of it."""
+    for base, folders, files in os.walk(folder):
+        for name in (*folders, *files):
+            path = Path(base, name)
+            if path.is_symlink():
+                check_inside(path, folder)
+
+
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of the regular file ``path``, 64 hexadecimal digits."""
+    digest = hashlib.sha256()
+    with open_file(path) as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def replace_file(path: Path, content: str | bytes) -> None:
+    """Write ``path`` whole or not at all, in place of what is there; raises OSError."""
+    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
+    try:
+        with temporary.open("xb") as file:
+            file.write(content.encode("utf-8") if isinstance(content, str) else content)
+        temporary.replace(path)
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def _check_regular(told: os.stat_result, name: str, error: type[RequestError]) -> None:
+    if stat.S_ISDIR(told.st_mode):
+        raise error(f"{name} is a folder; a file is wanted there.")
+    if not stat.S_ISREG(told.st_mode):
+        raise error(f"{name} is no ordinary file (a pipe, socket or device); put a file there.")
+
+
+def _size(limit: int) -> str:
+    return f"{limit // 2**20} MB" if limit >= 2**20 else f"{limit:,} bytes"
