@@ -35,7 +35,7 @@ _CHECKSUMS = "checksums.json"
 _TEMPORARY = ".writing-"
 _LOCK = ".lock"
 #: A folder that is younger may be about to be locked by the process that made it.
-_YOUNG_SECONDS = 10.0
+_YOUNG_SECONDS = 1.0
 #: Bytes of a constant that is a number of an edit rather than weights.
 _SMALL_CONSTANT = 64
 

@@ -19,6 +19,10 @@ _LONGEST = 160
 @functools.cache
 def shared_core() -> ov.Core:
     """Return the one Core of this process: plugins are loaded once."""
+    # OpenVINO makes its tables of types when they are first asked for, and lets other threads run
+    # meanwhile: two that ask at once then wait for each other for ever (2026.4).
+    ov.Type.f32.to_dtype()
+    ov.Type(float)
     return ov.Core()
 
 
