@@ -51,7 +51,8 @@ class PictureDecoder:
         tile = None if self._tiny else self._memory.tile
         try:
             with clock(timings, "load"):
-                decoder = VaeDecoder(self._component(latents, tile, levels))
+                component = self._component(latents, tile, levels)
+                decoder = VaeDecoder(component, self._components.folder.vae_scale_factor)
             with clock(timings, "decode"):
                 if tile is None and levels:
                     pixels: Pixels = decoder.decode(latents)[0]

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import openvino as ov
 
+from sdvino.errors import ModelFolderError
 from sdvino.graph.geglu import split_projections
 from sdvino.graph.scales import fold_scales
 from sdvino.graph.segments import (
@@ -212,7 +213,7 @@ class Unet:
                 pool.update(outputs)
                 if deep:
                     branch.kept = {name: np.array(value) for name, value in outputs.items()}
-        return [pool["out_sample"] for pool in pools]
+        return _predictions(pools)
 
     def _run(self, number: int, pools: Sequence[Mapping[str, Array]]) -> list[dict[str, Array]]:
         segment = self._segments[number]
@@ -239,7 +240,13 @@ class Unet:
         for number in range(len(self._segments)):
             for pool, outputs in zip(pools, self._run(number, pools), strict=True):
                 pool.update(outputs)
-        return [pool["out_sample"] for pool in pools]
+        return _predictions(pools)
+
+
+def _predictions(pools: Sequence[Mapping[str, Array]]) -> list[Array]:
+    if "out_sample" not in pools[0]:
+        raise ModelFolderError("The graph of the unet has no out_sample; get the model again.")
+    return [pool["out_sample"] for pool in pools]
 
 
 class PiecedUnet:

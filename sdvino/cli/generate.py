@@ -20,6 +20,7 @@ from sdvino.cli.terminal import USER_PATH, echo
 from sdvino.errors import Cancelled, RequestError
 from sdvino.generation import GenerationRequest, ResolvedRequest
 from sdvino.inputs.prompts import read_prompts
+from sdvino.inputs.shown import shortened
 from sdvino.settings import (
     NOISES,
     SAMPLERS,
@@ -255,7 +256,7 @@ class _Sink:
             if dropped:
                 echo(
                     f"The text encoder reads {pipe.folder.text_length} tokens;"
-                    f" these words are left out: {dropped}",
+                    f" these words are left out: {shortened(dropped)}",
                     err=True,
                 )
 

@@ -22,7 +22,7 @@ import click
 from sdvino import __version__
 from sdvino.cli.terminal import ShownFormatter, echo, show_usage_error
 from sdvino.errors import Cancelled, SdvinoError
-from sdvino.inputs.shown import one_line
+from sdvino.inputs.shown import one_line, shortened
 
 # Name of the command -> where it lives and the line that `sdvino --help` shows, so that neither
 # --help nor one command pays for importing the others.
@@ -111,7 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _fail(message: str, status: int, debug: bool) -> int:
     if debug:
         traceback.print_exc()
-    echo(f"sdvino: {one_line(message)}", err=True)
+    echo(f"sdvino: {shortened(one_line(message))}", err=True)
     return status
 
 

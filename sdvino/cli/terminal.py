@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from sdvino.inputs.names import user_path
-from sdvino.inputs.shown import lines
+from sdvino.inputs.shown import lines, shortened
 
 
 def echo(text: object, *, err: bool = False, nl: bool = True) -> None:
@@ -22,7 +22,7 @@ def show_usage_error(error: click.ClickException) -> None:
     """Print what click says of a wrong command line, to stderr."""
     said = io.StringIO()
     error.show(file=said)
-    echo(said.getvalue(), err=True, nl=False)
+    echo(shortened(said.getvalue(), 4000), err=True, nl=False)
 
 
 class ShownFormatter(logging.Formatter):
@@ -30,7 +30,7 @@ class ShownFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the line."""
-        return lines(super().format(record))
+        return shortened(lines(super().format(record)), 4000)
 
 
 class UserPath(click.Path):

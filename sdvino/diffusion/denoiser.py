@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdvino.diffusion.scheduler_config import PredictionType
+from sdvino.errors import ModelFolderError
 
 Float32 = NDArray[np.float32]
 
@@ -55,6 +56,11 @@ class Denoiser:
         scale = 1.0 / math.sqrt(sigma**2 + 1.0)  # sqrt(alpha_bar)
         x_in = x * np.float32(scale) if math.isfinite(sigma) else x
         prediction = self._predict(x_in, t)
+        if prediction.shape != x.shape:
+            raise ModelFolderError(
+                f"The UNet predicts values of the shape {list(prediction.shape)} for latents of"
+                f" {list(x.shape)}; get the model again."
+            )
         denoised: Float32
         if self._prediction_type == "sample":
             denoised = np.array(prediction, np.float32)

@@ -15,7 +15,7 @@ import openvino as ov
 from numpy.typing import NDArray
 from openvino import opset13 as ops
 
-from sdvino.errors import RequestError
+from sdvino.errors import ModelFolderError, RequestError
 from sdvino.graph.protocol import find_input
 from sdvino.graph.walk import (
     constant_nodes,
@@ -106,8 +106,16 @@ def keep_segment(model: ov.Model, segments: Segments, number: int) -> None:
 
 
 def names_in_pool(inputs: Iterable[Iterable[str]], pool: Mapping[str, object]) -> list[str]:
-    """Return for each input of a segment, given by all its names, the one that ``pool`` knows."""
-    return [next(name for name in sorted(names) if name in pool) for names in inputs]
+    """Return for each input of a segment, given by all its names, the one that ``pool`` knows.
+
+    Raises ModelFolderError for an input that nothing gives.
+    """
+    known = [next((name for name in sorted(names) if name in pool), None) for names in inputs]
+    if None in known:
+        raise ModelFolderError(
+            "The graph of the unet has an input of a name that none has; get the model again."
+        )
+    return [name for name in known if name is not None]
 
 
 def segment_count(segments: Segments) -> int:

@@ -19,8 +19,10 @@ class VaeDecoder:
     The component runs one picture (or tile) at a time: batches only multiply the memory.
     """
 
-    def __init__(self, component: InferenceComponent) -> None:
+    def __init__(self, component: InferenceComponent, factor: int | None = None) -> None:
+        """``factor``: pixels to a latent along each side; None does not look."""
         self._component = component
+        self._factor = factor
 
     def decode(self, latents: NDArray[np.float32]) -> NDArray[np.uint8]:
         """Return uint8 [N, H, W, 3] for latents float32 [N, C, h, w], scaled as diffusers' are.
@@ -54,7 +56,15 @@ class VaeDecoder:
                 "The VAE decoder gave values that are not numbers, which would be a black picture;"
                 " run it in full precision with --precision f32, or with --device vae=CPU."
             )
-        return outputs["pixels"]
+        pixels = outputs["pixels"]
+        if self._factor is not None:
+            height, width = (side * self._factor for side in latents.shape[-2:])
+            if pixels.shape != (1, height, width, 3):
+                raise ModelFolderError(
+                    f"The VAE decoder makes pixels of the shape {list(pixels.shape)} where a"
+                    f" picture of {width} x {height} was due; get the model again."
+                )
+        return pixels
 
 
 class VaeEncoder:

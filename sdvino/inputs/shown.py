@@ -24,6 +24,14 @@ def lines(text: object) -> str:
     return _HIDDEN_IN_LINES.sub(_escape, str(text))
 
 
+def shortened(text: str, most: int = 1000) -> str:
+    """Return ``text`` with its middle left out where it has over ``most`` characters."""
+    if len(text) <= most:
+        return text
+    end = most // 3
+    return f"{text[: most - end]} [...] {text[-end:]}"
+
+
 def markdown(text: object) -> str:
     """Return ``text`` as Markdown that shows it and nothing else, on one line."""
     return _MARKDOWN.sub(r"\\\1", one_line(" ".join(str(text).split())))

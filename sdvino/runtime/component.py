@@ -257,7 +257,9 @@ class Component:
             index = self._inputs.get(name)
             if index is None:
                 known = ", ".join(key for key, _ in self._input_ports)
-                raise SdvinoError(f"The {self.name} has no input {name!r}; it takes: {known}.")
+                raise ModelFolderError(
+                    f"The graph of the {self.name} has no input {name!r}; it takes: {known}."
+                )
             if isinstance(value, DeviceArray) and self._hardware == (value.device,):
                 request.set_tensor(self._input_ports[index][0], value.tensor)
                 seen.add(index)
@@ -268,15 +270,18 @@ class Component:
             try:
                 request.set_input_tensor(index, ov.Tensor(array, shared_memory=True))
             except RuntimeError as error:
-                raise SdvinoError(
-                    f"The {self.name} does not take {name} of the shape {list(array.shape)}"
-                    f" ({short_reason(error)})."
+                raise ModelFolderError(
+                    f"The graph of the {self.name} does not take {name} of the shape"
+                    f" {list(array.shape)} ({short_reason(error)})."
                 ) from error
             held.append(array)
             seen.add(index)
         for index, (key, _) in enumerate(self._input_ports):
             if index not in seen:
-                raise SdvinoError(f"The {self.name} was not given its input {key!r}.")
+                raise ModelFolderError(
+                    f"The graph of the {self.name} has an input {key!r}, which nothing gives; get"
+                    " the model again."
+                )
         return held
 
     def _failed(self, error: RuntimeError) -> SdvinoError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+import threading
 
 import openvino as ov
 
@@ -16,11 +17,19 @@ _CHECK = re.compile(r"^Check '.*?' failed at \S+?:(?:\d+:?)?\s*")
 _LONGEST = 160
 
 
-@functools.cache
+_making = threading.Lock()
+
+
 def shared_core() -> ov.Core:
     """Return the one Core of this process: plugins are loaded once."""
+    with _making:
+        return _core()
+
+
+@functools.cache
+def _core() -> ov.Core:
     # OpenVINO makes its tables of types when they are first asked for, and lets other threads run
-    # meanwhile: two that ask at once then wait for each other for ever (2026.4).
+    # meanwhile: two that ask at once then wait for each other for ever (2026.4). So one does.
     ov.Type.f32.to_dtype()
     ov.Type(float)
     return ov.Core()

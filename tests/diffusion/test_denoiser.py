@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from sdvino.diffusion.denoiser import Denoiser
 from sdvino.diffusion.scheduler_config import PredictionType
+from sdvino.errors import ModelFolderError
 
 Float32 = NDArray[np.float32]
 TYPES: tuple[PredictionType, ...] = ("epsilon", "v_prediction", "sample")
@@ -69,3 +70,9 @@ def test_the_result_outlives_the_models_output_buffer(prediction_type: Predictio
     buffer[...] = 0.0
     np.testing.assert_array_equal(denoised, kept)
     np.testing.assert_array_equal(x, before)
+
+
+def test_a_prediction_of_another_shape_is_refused() -> None:
+    denoise = Denoiser(lambda x, t: x[..., ::2, ::2])
+    with pytest.raises(ModelFolderError, match="predicts values of the shape"):
+        denoise(np.zeros((1, 4, 8, 8), np.float32), 1.0, 999.0)

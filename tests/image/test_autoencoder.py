@@ -26,6 +26,14 @@ def decoder(edit: Any = decoder_to_pixels) -> VaeDecoder:
     return VaeDecoder(Compiled(model))
 
 
+def test_pictures_of_another_size_are_refused() -> None:
+    latents = some_latents(1, 4, 6, 9)
+    component = decoder()._component
+    assert VaeDecoder(component, 8).decode(latents).shape == (1, 48, 72, 3)
+    with pytest.raises(ModelFolderError, match="36 x 24 was due"):
+        VaeDecoder(component, 4).decode(latents)
+
+
 def test_pictures_are_those_of_diffusers() -> None:
     latents = some_latents(3, 4, 6, 9)
     with torch.no_grad():

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from sdvino.inputs.patterns import compile_pattern
 from sdvino.inputs.plain import MAX_DEPTH, NotPlain, parse_json, parse_toml
-from sdvino.inputs.shown import lines, markdown, one_line
+from sdvino.inputs.shown import lines, markdown, one_line, shortened
 
 PLAIN = st.recursive(
     st.none()
@@ -132,3 +132,11 @@ def test_markdown_shows_text_and_nothing_else(text: str) -> None:
 
 def test_numbers_are_finite() -> None:
     assert math.isfinite(parse_json(b"[1e308]")[0])
+
+
+def test_a_long_message_keeps_its_two_ends() -> None:
+    assert shortened("short") == "short"
+    text = shortened("begin" + "x" * 10_000 + "end.")
+    assert text.startswith("begin")
+    assert text.endswith("end.")
+    assert len(text) < 1010
