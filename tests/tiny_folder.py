@@ -70,7 +70,8 @@ def text_encoder() -> ov.Model:
 
 def vae_decoder() -> ov.Model:
     latents = parameter([-1, 4, -1, -1], ov.Type.f32, "latent_sample")
-    return finish(convolution(latents, 4, 3, seed=2), "sample", [latents])
+    pixels = ops.depth_to_space(convolution(latents, 4, 3 * 8**2, seed=2), "blocks_first", 8)
+    return finish(pixels, "sample", [latents])
 
 
 #: Of the tiny folder with two text encoders: widths, the pooled state's, a size's embedding.

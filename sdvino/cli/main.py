@@ -129,7 +129,19 @@ def _end_by_signals() -> None:
     for name in ("SIGTERM", "SIGHUP", "SIGBREAK"):
         number = getattr(signal, name, None)
         if number is not None and signal.getsignal(number) == signal.SIG_DFL:
-            signal.signal(number, signal.default_int_handler)
+            signal.signal(number, _end)
+
+
+class _Ended(KeyboardInterrupt):
+    """A signal asked the program to end.
+
+    Not KeyboardInterrupt itself: when that is raised while some library's code is run, Python ends
+    by SIGINT in the end, whatever was made of it.
+    """
+
+
+def _end(number: int, frame: object) -> None:
+    raise _Ended
 
 
 def _use_utf8() -> None:

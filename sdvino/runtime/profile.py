@@ -183,6 +183,8 @@ class ProfileStore:
 def _set_aside(path: Path) -> None:
     """Give a damaged profile another name: it is said once, and the next one can be written."""
     aside = path.with_name(f"{path.stem}.damaged")
+    if path.parent.is_symlink():  # what lies elsewhere is not ours to move
+        return
     try:
         path.replace(aside)
     except OSError as error:

@@ -196,3 +196,16 @@ def test_an_arithmetic_that_overflowed_since_is_not_used() -> None:
 
 def test_an_empty_profile_changes_nothing() -> None:
     assert apply_profile(OPEN, Profile(key=KEY, name="x")) == OPEN
+
+
+def test_a_damaged_profile_is_set_aside_and_said_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store, path = ProfileStore(tmp_path), tmp_path / KEY.file_name
+    path.write_text("[" * 100_000)
+    for _ in range(2):
+        assert store.read(KEY) == Profile(key=KEY, name="")
+    assert caplog.text.count("was set aside") == 1
+    assert [file.name for file in tmp_path.iterdir()] == [f"{path.stem}.damaged"]
+    assert store.write(Profile(key=KEY, name="new"))
+    assert store.read(KEY).name == "new"
