@@ -34,8 +34,8 @@ _FRESH = (
 _PARENT_DEATH = 1  # PR_SET_PDEATHSIG
 _LOOK_SECONDS = 0.1
 _SLEEP_SECONDS = 0.004
-#: A group that uses less of a core than this is waiting.
-_WAITING_SHARE = 0.02
+#: Processor seconds between two looks that are work: one tick of 0.01 s is what a timer takes.
+_WORK_SECONDS = 0.015
 _OUTPUT_BYTES = 2**20
 
 
@@ -93,8 +93,8 @@ class Child:
         self.job = job
         self.limits = limits
         self._started = self._looked = time.monotonic()
-        #: When the group last was seen to work, and its processor seconds by then.
-        self._worked: tuple[float, float] = (self._started, 0.0)
+        #: Processor seconds by the last look, and for how long the group has been waiting.
+        self._used = self._waited = 0.0
         job.output.mkdir(parents=True, exist_ok=True)
         #: How the first process ended, once it has.
         self._status: int | None = None
@@ -105,10 +105,11 @@ class Child:
         if self._ended():
             return self._result("done")
         now = time.monotonic()
-        if now - self._looked < _LOOK_SECONDS:
+        passed = now - self._looked
+        if passed < _LOOK_SECONDS:
             return None
         self._looked = now
-        end = self._over(now)
+        end = self._over(now - self._started, passed)
         if end is None:
             return None
         if not self.job.fresh and end != "enough":
@@ -136,21 +137,26 @@ class Child:
             self._status = os.waitstatus_to_exitcode(status) if pid else None
         return self._status is not None
 
-    def _over(self, now: float) -> End | None:
-        members = _session(self.pid)
-        if sum(memory for *_, memory in members) > self.limits.memory:
+    def _over(self, elapsed: float, passed: float) -> End | None:
+        """Return how to end it, ``elapsed`` seconds after the start, ``passed`` after a look."""
+        members, limits = _session(self.pid), self.limits
+        if sum(memory for *_, memory in members) > limits.memory:
             return "memory"
         used = sum(seconds for _, seconds, _ in members)
-        since, before = self._worked
-        busy = used - before > max(0.03, _WAITING_SHARE * (now - since))
-        if busy or any(_is_ready(pid) for pid, *_ in members):
-            self._worked = (now, used)
-        elif now - since > self.limits.waiting_seconds:
+        if used - self._used > _WORK_SECONDS:
+            self._waited = 0.0
+        elif any(_is_ready(pid) for pid, *_ in members):
+            # Once in a while a timer wakes what waits; what gets no processor is always ready.
+            self._waited = max(0.0, self._waited - passed)
+        else:
+            self._waited += passed
+        self._used = used
+        if self._waited > limits.waiting_seconds:
             return "hang"
-        if self.job.enough is not None and now - self._started > self.job.enough:
+        if self.job.enough is not None and elapsed > self.job.enough:
             return "enough"
-        elapsed, limit = now - self._started, self.limits.seconds
-        return "hang" if elapsed > limit and (used > limit / 4 or elapsed > 4 * limit) else None
+        late = elapsed > limits.seconds and used > limits.seconds / 4
+        return "hang" if late or elapsed > 4 * limits.seconds else None
 
     def _ask_where(self) -> None:
         """Let the child write its stack."""

@@ -20,7 +20,9 @@ from pathlib import Path
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
-SIGNALS = (signal.SIGKILL, signal.SIGTERM)
+#: SIGKILL, which Windows has no name for.
+KILL = signal.Signals(9)
+SIGNALS = (KILL, signal.SIGTERM)
 #: By this variable of its environment a process is known as one that was started here.
 MARK = "SDVINO_KILL_MARK"
 #: What a killed process and those that it started may take to end.
@@ -211,7 +213,7 @@ def end_all(processes: Sequence[int]) -> None:
     """End the processes."""
     for process in processes:
         with contextlib.suppress(OSError):
-            os.kill(process, signal.SIGKILL)
+            os.kill(process, KILL)
 
 
 @contextlib.contextmanager
@@ -276,7 +278,7 @@ def kill(run: Run, phase: str, number: signal.Signals, found: Found) -> None:
     status, said = run.end(END_SECONDS)
     found.kills[phase, number.name] += 1
     if status is None:
-        run.send(signal.SIGKILL)
+        run.send(KILL)
         run.end()
     if (orphans := run.orphans()) != 0:
         found.orphans += orphans
@@ -290,8 +292,8 @@ def kill(run: Run, phase: str, number: signal.Signals, found: Found) -> None:
 
 def is_good_end(status: int | None, said: str, number: signal.Signals) -> bool:
     """Tell whether a run that got a signal ended as it should, or before it noticed."""
-    if status == 0 or number == signal.SIGKILL:
-        return status in (0, -signal.SIGKILL)
+    if status == 0 or number == KILL:
+        return status in (0, -KILL)
     lines = said.splitlines()
     sentence = bool(lines) and lines[-1].startswith("sdvino: ")
     return status == 130 and sentence and "Traceback" not in said

@@ -7,6 +7,7 @@ import hashlib
 import os
 import secrets
 import stat
+import sys
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -124,7 +125,7 @@ def is_private(path: Path) -> bool:
     Links are not followed. Windows keeps no such mode: there every folder counts as private.
     """
     told = path.lstat()
-    if os.name == "nt":
+    if sys.platform == "win32":
         return not stat.S_ISLNK(told.st_mode)
     return told.st_uid == os.geteuid() and not told.st_mode & 0o022 and stat.S_ISDIR(told.st_mode)
 

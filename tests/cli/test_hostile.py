@@ -20,12 +20,13 @@ import pytest
 from sdvino.cli.main import main
 from tests.conftest import SHAPES, SHAPES_SOURCE
 
+if sys.platform == "win32":
+    pytest.skip("files and signals of POSIX", allow_module_level=True)
+
 HUGE = "1" + "0" * 400
 CONSTANT = '<data element_type="f16" shape="4, 4, 1, 1" offset="0" size="32" />'
 IR = "vae_decoder/openvino_model.xml"
 LORA = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
-
-pytestmark = pytest.mark.skipif(os.name == "nt", reason="files of POSIX")
 
 
 def said(file: str, key: str, literal: str) -> Callable[[Path], None]:

@@ -25,7 +25,8 @@ from sdvino.inputs.files import (
 from sdvino.inputs.names import user_path
 from sdvino.inputs.prompts import MAX_BYTES, read_prompts
 
-posix = pytest.mark.skipif(os.name == "nt", reason="files of POSIX")
+if sys.platform == "win32":
+    pytest.skip("files of POSIX", allow_module_level=True)
 
 
 def fifo(path: Path) -> None:
@@ -56,7 +57,6 @@ ODD: dict[str, tuple[Callable[[Path], object], str]] = {
 }
 
 
-@posix
 @pytest.mark.parametrize("name", ODD)
 def test_only_regular_files_within_the_limit_are_read(name: str, tmp_path: Path) -> None:
     make, words = ODD[name]
@@ -93,7 +93,6 @@ def test_text_and_json(tmp_path: Path) -> None:
         read_json(path, "a.json", error=RequestError)
 
 
-@posix
 def test_links_must_stay_in_the_folder(tmp_path: Path) -> None:
     folder, outside = tmp_path / "model", tmp_path / "secret"
     (folder / "unet").mkdir(parents=True)
@@ -111,7 +110,6 @@ def test_links_must_stay_in_the_folder(tmp_path: Path) -> None:
         check_all_inside(folder)
 
 
-@posix
 def test_the_hubs_own_links_are_allowed_and_no_others(tmp_path: Path) -> None:
     repository = tmp_path / "models--a--b"
     snapshot = repository / "snapshots" / "c0ffee"
@@ -128,7 +126,6 @@ def test_the_hubs_own_links_are_allowed_and_no_others(tmp_path: Path) -> None:
         check_inside(snapshot / "f", snapshot)
 
 
-@posix
 def test_what_others_may_write_is_not_private(tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     folder.mkdir(mode=0o700)
@@ -149,7 +146,6 @@ def test_a_replaced_file_is_whole_and_alone(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="no time there tells of a change in place")
 def test_a_digest_is_kept_until_the_file_changes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
