@@ -27,6 +27,7 @@ from sdvino.inputs.plain import NotPlain, parse_json
 # The limit of the safetensors library; Stable Diffusion XL's header has 0.3 MB.
 _MAX_HEADER_BYTES = 100 * 2**20
 _MAX_RANK = 8
+_MAX_NAME = 1_000
 _ITEM_BYTES = {
     "BOOL": 1,
     "U8": 1,
@@ -134,7 +135,7 @@ def read_half(header: Header, name: str) -> NDArray[np.float16]:
 
 
 def _tensor(path: Path, name: str, entry: object, data: int) -> TensorInfo:
-    if not isinstance(entry, dict):
+    if not isinstance(entry, dict) or len(name) > _MAX_NAME:
         raise _damaged(path, "its header is not what safetensors writes")
     dtype, shape, places = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
     if not isinstance(dtype, str) or dtype not in _ITEM_BYTES:

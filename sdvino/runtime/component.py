@@ -103,9 +103,11 @@ class Component:
     @property
     def compiled(self) -> ov.CompiledModel:
         """The compiled model; loads it when need be."""
-        self.load()
-        assert self._compiled is not None
-        return self._compiled
+        with self._lock:  # another thread may unload it as soon as this one lets go
+            if self._compiled is None:
+                self._set_compiled(self._compile())
+            assert self._compiled is not None
+            return self._compiled
 
     @property
     def hardware(self) -> tuple[str, ...]:
@@ -146,9 +148,7 @@ class Component:
         Raises ModelFolderError when the files are no graph or do not take the edit, DeviceError
         when the device is not there or cannot compile it.
         """
-        with self._lock:
-            if self._compiled is None:
-                self._set_compiled(self._compile())
+        _ = self.compiled
 
     def read(self) -> ov.Model:
         """Read and edit the graph without compiling it; raises as `load` does."""
