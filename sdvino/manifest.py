@@ -20,6 +20,8 @@ MANIFEST_FORMAT = 1
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*")
+#: Bytes of a file beside the components: a vocabulary has some MB.
+MAX_AROUND_BYTES = 64 * 2**20
 #: What of a folder running reads beside its components.
 _AROUND = ("model_index.json", "scheduler/*.json", "tokenizer*/*.json", "tokenizer*/*.txt")
 
@@ -169,10 +171,15 @@ class Manifest:
         return json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"
 
 
-def checksums_around(folder: Path) -> dict[str, str]:
-    """Return name and SHA-256 of what running a model reads beside its components."""
+def files_around(folder: Path) -> list[str]:
+    """Return the names of what running a model reads beside its components."""
     paths = sorted(path for pattern in _AROUND for path in folder.glob(pattern))
-    return {path.relative_to(folder).as_posix(): sha256_of(path) for path in paths}
+    return [path.relative_to(folder).as_posix() for path in paths]
+
+
+def checksums_around(folder: Path) -> dict[str, str]:
+    """Return name and SHA-256 of each of `files_around`."""
+    return {name: sha256_of(folder / name) for name in files_around(folder)}
 
 
 def _component(name: str, entry: object) -> ManifestComponent:

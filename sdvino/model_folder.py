@@ -19,10 +19,11 @@ from sdvino.inputs.digests import wrong_file
 from sdvino.inputs.files import check_inside, open_file, read_json, sha256_of
 from sdvino.manifest import (
     MANIFEST_FILE,
+    MAX_AROUND_BYTES,
     Manifest,
     ManifestComponent,
     Suggested,
-    checksums_around,
+    files_around,
 )
 from sdvino.model_sizes import Sizes
 from sdvino.pipeline_kinds import FAMILIES, PIPELINE_KINDS, SPECIAL_UNETS, PipelineKind
@@ -190,12 +191,13 @@ class ModelFolder:
         for name, expected in listed.items():
             path = self.path / name
             check_inside(path, self.path)
-            with open_file(path, name) as file:
+            # Those of components are as long as the manifest says, which was seen when it was read.
+            limit = MAX_AROUND_BYTES if name in self.manifest.files else None
+            with open_file(path, name, limit=limit) as file:
                 size += os.fstat(file.fileno()).st_size
-            if sha256_of(path) != expected:
+            if sha256_of(path, limit=limit) != expected:
                 raise wrong_file(name)
-        around = checksums_around(self.path)
-        unlisted = tuple(name for name in around if name not in listed)
+        unlisted = tuple(name for name in files_around(self.path) if name not in listed)
         return Verified(files=len(listed), bytes=size, unlisted=unlisted)
 
 

@@ -158,10 +158,10 @@ def check_all_inside(folder: Path) -> None:
                 check_inside(path, folder)
 
 
-def sha256_of(path: Path) -> str:
-    """Return the SHA-256 of the regular file ``path``, 64 hexadecimal digits."""
+def sha256_of(path: Path, *, limit: int | None = None) -> str:
+    """Return the SHA-256 of the regular file ``path``, 64 hexadecimal digits; see `open_file`."""
     digest = hashlib.sha256()
-    with open_file(path) as file:
+    with open_file(path, limit=limit) as file:
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
     return digest.hexdigest()

@@ -37,9 +37,11 @@ _QUANTIZED = re.compile(rb'\btype\s*=\s*["\']FakeQuantize["\']')
 #: A Parameter's layer is a few hundred bytes long.
 _LAYER_BYTES = 65_536
 _MOST_INPUTS = 1_000
+#: Weights that no graph names are not written by OpenVINO, but are no harm either.
+_MORE_BYTES = 64 * 2**20
 #: Element types of weights and inputs. Some others take OpenVINO down when a graph has them.
 _ELEMENT_TYPES = frozenset(
-    b"boolean f16 f32 f64 bf16 i4 i8 i16 i32 i64 u4 u8 u16 u32 u64 f8e4m3 f8e5m2 nf4".split()
+    b"boolean f16 f32 f64 bf16 i4 i8 i16 i32 i64 u4 u8 u16 u32 u64 f8e4m3 f8e5m2".split()
 )
 _TYPED = (b"element_type", b"destination_type")
 
@@ -75,6 +77,11 @@ def read_ir(xml: Path, weights: Path, what: str) -> IrSummary:
     if size < summary.weights_end:
         raise ModelFolderError(
             f"{what}/{weights.name} is truncated: it has {size:,} of {summary.weights_end:,} bytes;"
+            " get the model again."
+        )
+    if size > 2 * summary.weights_end + _MORE_BYTES:
+        raise ModelFolderError(
+            f"{what}/{weights.name} has {size:,} bytes and its graph names {summary.weights_end:,};"
             " get the model again."
         )
     return summary

@@ -88,6 +88,19 @@ CASES: dict[str, Case] = {
         "'u1'",
         replaced(IR, CONSTANT, CONSTANT.replace("f16", "u1").replace('"32"', '"2"')),
     ),
+    "another that does": Case(
+        INFO, "'nf4'", replaced(IR, CONSTANT, CONSTANT.replace("f16", "nf4"))
+    ),
+    "weights of a terabyte": Case(
+        INFO,
+        "its graph names",
+        lambda folder: os.truncate(folder / "unet/openvino_model.bin", 2**40),
+    ),
+    "a vocabulary of a terabyte": Case(
+        (*INFO, "--verify"),
+        "over 64 MB",
+        lambda folder: os.truncate(folder / "tokenizer/merges.txt", 2**40),
+    ),
     "a comment of tags": Case(
         INFO, "not an OpenVINO", replaced(IR, "<layers>", f"<!-- {'<layer ' * 60_000}--><layers>")
     ),
