@@ -7,7 +7,6 @@ ends of the XML's meaning are read (well-formedness, inputs, where weights lie),
 
 from __future__ import annotations
 
-import html
 import os
 import re
 from collections.abc import Mapping
@@ -208,6 +207,8 @@ def _attributes(tag: bytes) -> dict[bytes, bytes]:
 
 
 def _unescaped(value: bytes) -> bytes:
+    import html  # its tables of names take longer to load than any IR needs them
+
     return html.unescape(value.decode("utf-8", "replace")).encode("utf-8", "replace")
 
 
