@@ -80,6 +80,7 @@ class Plan:
     arguments: Sequence[str]
     silent: bool = False
     untouched: tuple[str, ...] = UNTOUCHED
+    quoted: bool = False
     #: As in `fuzz_child.Job`.
     enough: float | None = None
     fresh: bool = False

@@ -60,7 +60,7 @@ def build(kind: str, seed: int, number: int, folder: Path, templates: Templates)
             fresh=plan.fresh,
             user=plan.user,
         ),
-        expected=Expected(draw.healthy, plan.silent, untouched=plan.untouched),
+        expected=Expected(draw.healthy, plan.silent, untouched=plan.untouched, quoted=plan.quoted),
         changes=tuple(map(str, room.changes)),
     )
 

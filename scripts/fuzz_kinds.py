@@ -213,4 +213,6 @@ def prompts(draw: Draw) -> Plan:
     many = ["-n", draw.rng.choice(("3", "10000"))] if draw.chance(0.2) else []
     drawing = ["generate", "--prompts", name, "-m", "model", *DRAW, "-o", "picture.png", *many]
     commands = (drawing, [*DRY_RUN, "--prompts", name])
-    return Plan(commands[0] if draw.healthy else draw.rng.choice(commands), enough=15.0)
+    return Plan(
+        commands[0] if draw.healthy else draw.rng.choice(commands), enough=15.0, quoted=True
+    )

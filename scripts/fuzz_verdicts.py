@@ -64,6 +64,8 @@ class Expected:
     #: A folder that the command makes, relative to the scratch folder.
     target: str = "cwd/out"
     untouched: tuple[str, ...] = UNTOUCHED
+    #: Pictures may hold what stands outside: the command itself names a file that leads there.
+    quoted: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,7 +218,7 @@ def _leak(answer: Answer) -> str | None:
             return name
     for name in answer.made:
         path = answer.room / name
-        if name.startswith("outside/"):
+        if name.startswith("outside/") or (answer.expected.quoted and name.endswith(".png")):
             continue
         if 0 <= answer.after[name][0] < _SEARCHED_BYTES and secret in path.read_bytes():
             return name

@@ -233,7 +233,7 @@ def test_an_index_that_lists_lists(tmp_path: Path, capfd: pytest.CaptureFixture[
     shutil.copytree(SHAPES_SOURCE, tmp_path / "model")
     index = tmp_path / "model" / "unet" / "diffusion_pytorch_model.safetensors.index.json"
     index.write_text('{"weight_map": {"a": ["x"]}}')
-    run(("convert", "MODEL", "OUT", "--dry-run"), tmp_path, capfd)
+    assert "lists; download" in run(("convert", "MODEL", "OUT", "--dry-run"), tmp_path, capfd)
 
 
 @pytest.mark.parametrize("file", ["tokenizer/tokenizer_config.json", "calibration_prompts.txt"])
