@@ -1,22 +1,25 @@
-"""A component's weights as safetensors: read and written one tensor at a time."""
+"""A component's weights in torch modules: read and written one tensor at a time."""
 
 from __future__ import annotations
 
-import json
 import math
-import struct
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
 from sdvino.errors import RequestError
+from sdvino.weights.numbers import FLOATS, as_float32, check_finite, of_array
+from sdvino.weights.safetensors import Tensor, Tensors, open_tensors, write_tensors
 
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 
 Dtype = Literal["float16", "float32"]
 
-_ITEM_BYTES = {"F16": 2, "F32": 4}
 _HALF_MAX = 65504.0
 
 
@@ -33,43 +36,25 @@ def weight_files(folder: Path) -> list[Path]:
 
 def shapes_in(files: Sequence[Path]) -> dict[str, tuple[int, ...]]:
     """Return name -> shape of every tensor, from checked headers; raises RequestError."""
-    from safetensors import SafetensorError, safe_open
-
-    shapes: dict[str, tuple[int, ...]] = {}
-    path = None
-    try:
-        for path in files:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118  (no mapping)
-                    shapes[name] = tuple(file.get_slice(name).get_shape())
-    except (OSError, SafetensorError) as error:
-        raise RequestError(
-            f"{path} is damaged or not a safetensors file ({error}); get it again."
-        ) from error
-    return shapes
+    return {name: tensor.shape for name, tensor in open_tensors(files).items()}
 
 
-def fill(module: Any, files: Sequence[Path]) -> None:
-    """Give ``module``, perhaps on the meta device, the tensors of ``files``, in float32.
+def fill(module: Any, tensors: Tensors) -> None:
+    """Give ``module``, perhaps on the meta device, the ``tensors``, floats in float32.
 
     Names and shapes must be those of the module. Raises RequestError for weights that are not
     numbers.
     """
     import torch
-    from safetensors import safe_open
 
-    for path in files:
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118
-                tensor = file.get_tensor(name)
-                if tensor.is_floating_point():
-                    # A copy: what is mapped from the file must not be written to.
-                    tensor = tensor.to(torch.float32, copy=True)
-                    if not bool(torch.isfinite(tensor.sum(dtype=torch.float64))):
-                        raise RequestError(
-                            f"{path} has weights that are not numbers ({name[:120]}); get it again."
-                        )
-                _assign(module, name, tensor)
+    for name, tensor in tensors.items():
+        # A copy: what is mapped from the file must not be written to.
+        if tensor.dtype in FLOATS:
+            values = np.array(as_float32(tensor))
+            check_finite({name: of_array(values, "F32")}, "The source")
+        else:
+            values = np.array(tensor.read())
+        _assign(module, name, torch.from_numpy(values))
 
 
 def _assign(module: Any, name: str, tensor: Any) -> None:
@@ -91,25 +76,18 @@ def write_weights(
 ) -> None:
     """Write ``tensors``, torch's, as the safetensors file ``path``, floats in ``dtype``.
 
-    The file appears when it is complete. Source: the format section of the safetensors README.
+    The file appears when it is complete.
     """
-    table: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
-    place = 0
-    for name, tensor in tensors.items():
-        kind = _kind(tensor, dtype)
-        end = place + _ITEM_BYTES[kind] * tensor.numel()
-        table[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [place, end]}
-        place = end
-    text = json.dumps(table, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    part = path.with_name(path.name + ".part")
-    with part.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for name, tensor in tensors.items():
-            wide = "<f2" if table[name]["dtype"] == "F16" else "<f4"
-            array = tensor.detach().cpu().float().numpy()
-            file.write(array.astype(wide, order="C").tobytes())
-    part.replace(path)
+    kept = {
+        name: Tensor(_kind(tensor, dtype), tuple(tensor.shape), partial(_array, tensor))
+        for name, tensor in tensors.items()
+    }
+    write_tensors(path, kept, metadata)
+
+
+def _array(tensor: Any) -> NDArray[np.float32]:
+    array: NDArray[np.float32] = tensor.detach().cpu().float().numpy()
+    return array
 
 
 def _kind(tensor: Any, dtype: Dtype) -> str:

@@ -8,19 +8,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sdvino.convert.lora import (
-    check_loras,
-    hints,
-    layer_shapes,
-    open_lora,
-    parse_lora,
-    weights_of,
-)
-from sdvino.convert.lora_file import check_weight
 from sdvino.convert.open_source import Source
 from sdvino.convert.openvino_source import OpenVinoFolder
 from sdvino.convert.replacements import replace_tiny_vae, replace_vae
 from sdvino.errors import RequestError
+from sdvino.weights.layouts.lora import COMPONENTS
+from sdvino.weights.lora import check_weight, open_lora, parse_lora
+from sdvino.weights.lora_merge import check_loras, hints
 
 _log = logging.getLogger("sdvino")
 
@@ -57,14 +51,13 @@ def _name(path: str) -> str:
     return real.stem if real.is_file() else real.name
 
 
-def bake(source: Source, request: BakingRequest, work: Path, *, say: bool = True) -> Source:
+def bake(source: Source, request: BakingRequest, *, say: bool = True) -> Source:
     """Return ``source`` with what ``request`` asks for; torch is not needed yet.
 
     Autoencoders take the place of the source's; LoRAs are opened, held against the source's
-    headers, and carried along to be merged when a component is loaded. What has to be unpacked is
-    written below ``work``, the same each time. Doing it again gives the same; ``say`` False then
-    leaves out what is logged: parts of a LoRA that fit nothing, and a hint about LCM-LoRAs.
-    Raises RequestError for what does not fit.
+    headers, and carried along to be merged when a component is loaded. Nothing is written. Doing it
+    again gives the same; ``say`` False then leaves out what is logged: parts of a LoRA that fit
+    nothing, and a hint about LCM-LoRAs. Raises RequestError for what does not fit.
     """
     if isinstance(source, OpenVinoFolder):
         if request != BakingRequest():
@@ -74,16 +67,17 @@ def bake(source: Source, request: BakingRequest, work: Path, *, say: bool = True
             )
         return source
     loras = tuple(open_lora(*parse_lora(text)) for text in request.loras)
-    layers = layer_shapes(source.weights) if loras else {}
-    layers |= {part: weights_of(shapes) for part, shapes in source.shapes.items()}
-    if loras and layers:  # of weights on the hub nothing is known yet
-        told = (*check_loras(loras, layers), *hints(loras))
+    # Of weights on the hub nothing is known yet.
+    known = [part for part in COMPONENTS if part in source.weights or part in source.packed]
+    if loras and known:
+        tensors = {part: source.tensors(part) for part in known}
+        told = (*check_loras(loras, tensors), *hints(loras))
         for sentence in told if say else ():
             _log.warning(sentence)
     if request.vae is not None:
-        source = replace_vae(source, Path(request.vae), work)
+        source = replace_vae(source, Path(request.vae))
     if request.tiny_vae is not None:
-        source = replace_tiny_vae(source, Path(request.tiny_vae), work)
+        source = replace_tiny_vae(source, Path(request.tiny_vae))
     return replace(source, loras=(*source.loras, *loras))
 
 

@@ -16,7 +16,7 @@ from sdvino.compress.distillation.pictures import find_pictures
 from sdvino.compress.distillation.settings import DistillSettings
 from sdvino.compress.prompts import PROMPTS_FILE, check_prompts, prompts_of
 from sdvino.compress.quiet import quiet
-from sdvino.compress.structure import Structure, load_component, save_component
+from sdvino.compress.structure import load_component, save_component
 from sdvino.convert.source import DiffusersFolder
 from sdvino.convert.staging import check_target, staged
 from sdvino.convert.state import check_ours, describe_files
@@ -24,6 +24,7 @@ from sdvino.convert.suggestions import TRAINED_STEPS, suggestions
 from sdvino.errors import Cancelled, OutputError, RequestError
 from sdvino.inputs.files import read_json
 from sdvino.manifest import MANIFEST_FILE
+from sdvino.nets.structure import Structure
 from sdvino.runtime.locks import FileLock
 
 #: What a distilled folder says about how it was made.

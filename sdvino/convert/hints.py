@@ -10,9 +10,9 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from sdvino.convert.safetensors_header import Header
 from sdvino.errors import RequestError
 from sdvino.inputs.files import read_bytes
+from sdvino.weights.safetensors import TensorFile
 
 _MAX_YAML_BYTES = 2**20
 _SIZES = range(256, 2049)
@@ -34,7 +34,7 @@ class Hints:
     names: str
 
 
-def read_hints(header: Header, prediction_type: str | None = None) -> Hints:
+def read_hints(header: TensorFile, prediction_type: str | None = None) -> Hints:
     """Collect the hints of a checkpoint; ``prediction_type`` is the person's word."""
     told = header.metadata
     keys = ("modelspec.title", "modelspec.architecture", "ss_base_model_version")
@@ -50,7 +50,7 @@ def read_hints(header: Header, prediction_type: str | None = None) -> Hints:
     )
 
 
-def _prediction_type(header: Header, names: str) -> str | None:
+def _prediction_type(header: TensorFile, names: str) -> str | None:
     told = header.metadata.get("modelspec.prediction_type", "")
     if told in ("v", "v_prediction") or "v_pred" in header.tensors:
         return "v_prediction"

@@ -15,6 +15,7 @@ from typing import Any
 from sdvino.errors import ModelFolderError
 from sdvino.hub import Report, fetch, is_hub_id, list_files, report_to_stderr
 from sdvino.hub_files import check_size, is_cached, read_remote_header
+from sdvino.weights.safetensors import PICKLES
 
 _COMPONENTS = (
     "text_encoder",
@@ -169,7 +170,7 @@ def choose_files(model: str, file: str | None, names: Sequence[str]) -> list[str
         raise ModelFolderError(
             f"{model} holds several checkpoints ({some}); name one: {model}/{sorted(single)[0]}."
         )
-    if any(name.endswith((".bin", ".ckpt", ".pt", ".pth")) for name in names):
+    if any(name.endswith(PICKLES) for name in names):
         raise ModelFolderError(
             f"{model} holds its weights as pickles, which can run code when they are opened;"
             " look on the hub for the same model as safetensors."

@@ -3,29 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
-from sdvino.convert.clip_vocabulary import find_vocabulary
 from sdvino.convert.hub_source import Outline, download, is_hub_source, look_up
 from sdvino.convert.openvino_source import OpenVinoFolder
-from sdvino.convert.progress import Progress, silent
-from sdvino.convert.safetensors_header import check_header
 from sdvino.convert.single_file import SingleFile
 from sdvino.convert.source import DiffusersFolder
 from sdvino.errors import RequestError
 from sdvino.hub import Report, report_to_stderr
 from sdvino.inputs.names import user_path
 from sdvino.settings import check_choice
+from sdvino.text.clip_vocabulary import find_vocabulary
+from sdvino.weights.safetensors import TensorFile
 
 Source: TypeAlias = DiffusersFolder | OpenVinoFolder
 _Found = TypeVar("_Found")
 
 #: What a single file's UNet may be said to predict.
 PREDICTION_TYPES: tuple[str, ...] = ("epsilon", "v_prediction")
-#: Sub-folder of the work folder that a single file is unpacked into.
-UNPACKED = "unpacked"
+#: Sub-folder of the work folder for what a single file lacks: configs and tokenizers.
+OUTLINE = "outline"
 
 
 def open_source(
@@ -38,20 +36,21 @@ def open_source(
     tokenizer: Path | None = None,
     prediction_type: str | None = None,
     name: str | None = None,
-    progress: Progress = silent,
+    own_vae: bool = True,
     report: Report = report_to_stderr,
 ) -> Source:
     """Return the checked source that ``source`` names.
 
     source: a diffusers folder, an OpenVINO folder, a .safetensors checkpoint, or, as a str, a model
     on the hub (owner/name, owner/name/FILE.safetensors); what exists on the disk goes before it.
-    work: a folder for what is unpacked from a single file; it must stay until the conversion is
-    done, and what an earlier conversion of the same file left there is used again.
+    work: a folder for what a single file lacks, configs and tokenizers; it must stay until the
+    conversion is done, and what an earlier conversion of the same file left there is used again.
     revision, offline: of the hub. max_download: the most bytes that may come from there; None: 32
     GB. tokenizer: a folder with CLIP's vocabulary, for single files.
     prediction_type: epsilon or v_prediction, for single files that do not say. name: the model's,
     where ``source`` is what `resolve_source` returned for a hub id.
-    progress: told what is being unpacked. report: told, in a line, what is about to be downloaded.
+    own_vae: a single file must hold its autoencoder; False where another takes its place.
+    report: told, in a line, what is about to be downloaded.
 
     Raises RequestError, in one sentence, for what cannot be converted.
     """
@@ -62,7 +61,8 @@ def open_source(
     if name is None and not _exists(user_path(source)):
         name = str(source)
     if path.is_file():
-        return _unpacked(path, name, work, tokenizer, prediction_type, progress)
+        file = SingleFile.open(path, prediction_type=prediction_type, own_vae=own_vae)
+        return _of_file(file, name, work, tokenizer)
     _check_options(source, tokenizer, prediction_type)
     return _open_folder(path, name)
 
@@ -77,11 +77,12 @@ def outline_source(
     tokenizer: Path | None = None,
     prediction_type: str | None = None,
     name: str | None = None,
+    own_vae: bool = True,
     report: Report = report_to_stderr,
 ) -> tuple[Source, int]:
     """Return the source that `open_source` would, and the bytes that it would download first.
 
-    No weight is downloaded, unpacked or read: the source tells what a conversion would take, and
+    No weight is downloaded or read: the source tells what a conversion would take, and
     can be no more. The rest is as in `open_source`.
     """
     check_choice("prediction type", prediction_type, PREDICTION_TYPES)
@@ -99,28 +100,21 @@ def outline_source(
     elif revision is not None:
         raise _revision_of_folder(found)
     if isinstance(found, Outline):
-        return _outlined_hub(source, found, name, work, tokenizer, prediction_type), found.download
+        if found.header is not None:
+            where = found.folder / next(iter(found.weights))
+            header = TensorFile.of_header(where, found.header, 0, None)
+            file = SingleFile.of(header, prediction_type=prediction_type, own_vae=own_vae)
+            return _of_file(file, name, work, tokenizer), found.download
+        _check_options(source, tokenizer, prediction_type)
+        return _outlined_hub(source, found, name), found.download
     if found.is_file():
-        file = SingleFile.open(found, prediction_type=prediction_type)
-        return _outlined(file, name, work, tokenizer), 0
+        file = SingleFile.open(found, prediction_type=prediction_type, own_vae=own_vae)
+        return _of_file(file, name, work, tokenizer), 0
     _check_options(source, tokenizer, prediction_type)
     return _open_folder(found, name), 0
 
 
-def _outlined_hub(
-    source: Path | str,
-    found: Outline,
-    name: str | None,
-    work: Path,
-    tokenizer: Path | None,
-    prediction_type: str | None,
-) -> Source:
-    if found.header is not None:
-        where = found.folder / next(iter(found.weights))
-        header = check_header(where, found.header, 0, None)
-        file = SingleFile.of(header, prediction_type=prediction_type)
-        return _outlined(file, name, work, tokenizer)
-    _check_options(source, tokenizer, prediction_type)
+def _outlined_hub(source: Path | str, found: Outline, name: str | None) -> Source:
     parts = sorted({file.partition("/")[0] for file in found.weights})
     sizes = {part: found.bytes_of(part) for part in parts}
     if (found.folder / "unet" / "openvino_model.xml").is_file():
@@ -201,29 +195,13 @@ def _exists(path: Path) -> bool:
         return False
 
 
-def _unpacked(
-    path: Path,
-    name: str | None,
-    work: Path,
-    tokenizer: Path | None,
-    prediction_type: str | None,
-    progress: Progress,
-) -> DiffusersFolder:
-    file = SingleFile.open(path, prediction_type=prediction_type)
-    vocabulary = find_vocabulary(tokenizer, tokens=file.tokens)
-    folder = file.unpack(work / UNPACKED, vocabulary, progress)
-    return DiffusersFolder.open(folder, name=_own_name(file, name))
-
-
-def _outlined(
+def _of_file(
     file: SingleFile, name: str | None, work: Path, tokenizer: Path | None
 ) -> DiffusersFolder:
+    """Return the checkpoint ``file`` as a diffusers folder whose weights are still in it."""
     vocabulary = find_vocabulary(tokenizer, tokens=file.tokens)
-    folder = file.outline(work / UNPACKED, vocabulary)
-    sizes = file.bytes_unpacked
-    source = DiffusersFolder.open(folder, name=_own_name(file, name), elsewhere=sizes)
-    return replace(source, shapes=file.shapes)
-
-
-def _own_name(file: SingleFile, name: str | None) -> str:
-    return file.name if name is None else name.removesuffix(".safetensors")
+    return DiffusersFolder.open(
+        file.outline(work / OUTLINE, vocabulary),
+        name=file.name if name is None else name.removesuffix(".safetensors"),
+        packed=file.components,
+    )

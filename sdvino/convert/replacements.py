@@ -1,26 +1,26 @@
 """Another autoencoder in a model's place: a folder of diffusers', or a single file in any naming.
 
-A single file becomes a folder with a config and the same weights under diffusers' names; the bytes
-of the weights are copied as they are, and torch is not needed.
+A single file's config is read off its tensors, which stay where they are.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sdvino.convert import autoencoder_names as names
-from sdvino.convert.lora_file import listed
-from sdvino.convert.tensor_file import Renamed, TensorFile, write_renamed
 from sdvino.errors import RequestError
 from sdvino.inputs.files import check_all_inside, read_json
+from sdvino.weights.autoencoder import differing, kl_tensors, read_kl, read_tiny, tiny_tensors
+from sdvino.weights.layouts import autoencoder as layout
+from sdvino.weights.layouts.diffusers import component_tensors
+from sdvino.weights.layouts.rename import LayoutError, listed
+from sdvino.weights.numbers import check_finite
+from sdvino.weights.safetensors import Shape, Tensor, TensorFile
 
 if TYPE_CHECKING:
     from sdvino.convert.source import DiffusersFolder
 
-WEIGHTS = "diffusion_pytorch_model.safetensors"
 _MAX_STAGES = 8
 _MAX_WIDTH = 8192
 _DEFAULT_SCALING = 0.18215
@@ -57,62 +57,59 @@ _INHERITED = (
 )
 
 
-def replace_vae(source: DiffusersFolder, path: Path, work: Path) -> DiffusersFolder:
+def replace_vae(source: DiffusersFolder, path: Path) -> DiffusersFolder:
     """Return ``source`` with the AutoencoderKL in ``path``, a folder or a .safetensors file.
 
-    A file's folder is written to ``work``/vae. Raises RequestError for anything else, for latents
-    of another size, scale or number of channels, and for weights that are missing or NaN.
+    Raises RequestError for anything else, for latents of another size, scale or number of
+    channels, and for weights that are missing or NaN.
     """
-    option = "--vae"
     if path.is_dir():
-        folder = _folder(path, "AutoencoderKL", "vae", option)
-        _check_folder(folder, _KL_DEFAULTS, names.kl_tensors)
+        folder = _folder(path, "AutoencoderKL", "vae", "--vae")
+        config = _check_folder(folder, _KL_DEFAULTS, kl_tensors)
     else:
-        file = TensorFile.open(path, "a VAE")
-        if names.is_original(file.tensors):
-            renamed = names.from_original(file.tensors)
-        else:
-            renamed = {name: names.modern(name) for name in file.tensors}
-        config = _write(
-            work / "vae", [(file, renamed)], names.kl_config, names.kl_tensors, "AutoencoderKL"
-        )
+        folder = None
+        try:
+            tensors = layout.current(TensorFile.open(path, "a VAE").tensors)
+        except LayoutError as error:
+            raise RequestError(f"{path} is no AutoencoderKL: {error} twice.") from error
         own = source.configs["vae"]
-        config |= {name: own[name] for name in _INHERITED if name in own}
-        folder = _finish(work / "vae", config)
-    config = read_json(folder / "config.json", "config.json of the VAE")
+        config = read_kl(tensors, path) | {name: own[name] for name in _INHERITED if name in own}
     _check_latents(source, config, path, _stages(config, "block_out_channels", 1))
     _check_scaling(source, config, path)
-    return _with_folder(source, "vae", folder)
+    if folder is None:
+        replaced = source.with_tensors("vae", config, tensors)
+    else:
+        replaced = source.with_folder("vae", folder)
+    check_finite(replaced.tensors("vae"), path)
+    return replaced
 
 
-def replace_tiny_vae(source: DiffusersFolder, path: Path, work: Path) -> DiffusersFolder:
+def replace_tiny_vae(source: DiffusersFolder, path: Path) -> DiffusersFolder:
     """Return ``source`` with the AutoencoderTiny in ``path`` beside its autoencoder.
 
     ``path`` is a diffusers folder, a .safetensors file in diffusers' naming, or either of TAESD's
     own two files (NAME_encoder, NAME_decoder) with the other beside it, or their folder.
-    A file's folder is written to ``work``/tiny_vae. Raises RequestError as `replace_vae` does.
+    Raises RequestError as `replace_vae` does.
     """
-    option = "--tiny-vae"
     if path.is_dir() and not _is_pair(path):
-        folder = _folder(path, "AutoencoderTiny", "tiny_vae", option)
-        _check_folder(folder, _TINY_DEFAULTS, names.tiny_tensors)
+        folder = _folder(path, "AutoencoderTiny", "tiny_vae", "--tiny-vae")
+        config = _check_folder(folder, _TINY_DEFAULTS, tiny_tensors)
     else:
-        config = _write(
-            work / "tiny_vae",
-            _tiny_files(path),
-            names.tiny_config,
-            names.tiny_tensors,
-            "AutoencoderTiny",
-        )
-        folder = _finish(work / "tiny_vae", config)
-    config = read_json(folder / "config.json", "config.json of the tiny VAE")
+        folder = None
+        tensors = _tiny_tensors(path)
+        config = read_tiny(tensors, path)
     factor = config.get("upsampling_scaling_factor", 2)
     if factor not in (1, 2, 4):
         raise RequestError(
             f"{path} enlarges by {str(factor)[:40]} a stage; it should be 2, so get it again."
         )
     _check_latents(source, config, path, _stages(config, "num_decoder_blocks", 4), factor)
-    return _with_folder(source, "tiny_vae", folder)
+    if folder is None:
+        replaced = source.with_tensors("tiny_vae", config, tensors)
+    else:
+        replaced = source.with_folder("tiny_vae", folder)
+    check_finite(replaced.tensors("tiny_vae"), path)
+    return replaced
 
 
 def _folder(path: Path, class_name: str, inside: str, option: str) -> Path:
@@ -136,13 +133,15 @@ def _folder(path: Path, class_name: str, inside: str, option: str) -> Path:
 def _check_folder(
     folder: Path,
     defaults: Mapping[str, Any],
-    tensors_of: Callable[[Mapping[str, Any]], dict[str, names.Shape]],
-) -> None:
-    """Raise RequestError when tensors that the config asks for are missing or of another shape.
+    tensors_of: Callable[[Mapping[str, Any]], dict[str, Shape]],
+) -> dict[str, Any]:
+    """Return the config of the autoencoder in ``folder``.
 
-    diffusers would make up what is missing, at random. Unusual blocks are left to it.
+    Raises RequestError when tensors that it asks for are missing or of another shape. Unusual
+    blocks are left to whoever builds them.
     """
-    config = {**defaults, **read_json(folder / "config.json", "config.json of the autoencoder")}
+    own = read_json(folder / "config.json", "config.json of the autoencoder")
+    config = {**defaults, **own}
     kinds = {
         str(kind)
         for key in ("down_block_types", "up_block_types")
@@ -150,7 +149,7 @@ def _check_folder(
         for kind in config[key]
     }
     if not kinds <= {"DownEncoderBlock2D", "UpDecoderBlock2D"}:
-        return
+        return own
     for key, default in defaults.items():
         values = config[key] if isinstance(default, (list, tuple)) else [config[key]]
         kind = type(default[0] if isinstance(default, (list, tuple)) else default)
@@ -160,73 +159,20 @@ def _check_folder(
                 f"{folder / 'config.json'} gives {key} as {str(config[key])[:40]}, which cannot be;"
                 " get the autoencoder again."
             )
-    found = {
-        new: names.modern_shape(new, info.shape)
-        for file in sorted(folder.glob("*.safetensors"))
-        for old, info in TensorFile.open(file, "the autoencoder").tensors.items()
-        for new in [names.modern(old)]
-    }
+    found = component_tensors("vae", sorted(folder.glob("*.safetensors")))
     try:
         expected = tensors_of(config)
     except ValueError as error:
         raise RequestError(
             f"{folder / 'config.json'} gives lists of different lengths; get the autoencoder again."
         ) from error
-    wrong = sorted(name for name, shape in expected.items() if found.get(name) != shape)
+    wrong = [name for name in differing(found, expected) if name in expected]
     if found and wrong:
         raise RequestError(
             f"{folder} is no whole autoencoder: tensors are missing or of another shape"
             f" ({listed(wrong)}); download it again or choose another."
         )
-
-
-def _with_folder(source: DiffusersFolder, name: str, folder: Path) -> DiffusersFolder:
-    replaced = source.with_folder(name, folder)
-    for weights in replaced.weights[name]:
-        TensorFile.open(weights, "the autoencoder").check_finite()
-    return replaced
-
-
-def _write(
-    folder: Path,
-    files: Sequence[tuple[TensorFile, Mapping[str, str]]],
-    config_of: Callable[[names.Shapes], dict[str, Any]],
-    tensors_of: Callable[[Mapping[str, Any]], dict[str, names.Shape]],
-    what: str,
-) -> dict[str, Any]:
-    """Write the tensors of ``files`` under their new names; return the config read off them."""
-    tensors = [
-        Renamed(file, old, new, names.modern_shape(new, file.tensors[old].shape))
-        for file, renamed in files
-        for old, new in renamed.items()
-    ]
-    shapes = {tensor.new: tensor.shape for tensor in tensors}
-    where = " and ".join(str(file.path) for file, _ in files)
-    try:
-        config = config_of(shapes)
-        expected = tensors_of(config)
-    except (KeyError, IndexError) as error:
-        raise RequestError(
-            f"{where} holds no {what} ({listed(sorted(shapes))} are in it);"
-            f" give the file of one, encoder and decoder together."
-        ) from error
-    wrong = sorted(
-        name for name in expected.keys() | shapes.keys() if expected.get(name) != shapes.get(name)
-    )
-    if wrong or len(shapes) < len(tensors):
-        raise RequestError(
-            f"{where} is no whole {what}: tensors are missing, left over or of another shape"
-            f" ({listed(wrong)}); download it again or choose another."
-        )
-    folder.mkdir(parents=True, exist_ok=True)
-    write_renamed(tensors, folder / WEIGHTS)
-    return config
-
-
-def _finish(folder: Path, config: Mapping[str, Any]) -> Path:
-    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-    (folder / "config.json").write_text(text, encoding="utf-8")
-    return folder
+    return own
 
 
 def _is_pair(folder: Path) -> bool:
@@ -242,25 +188,27 @@ def _halves(folder: Path) -> dict[str, Path]:
 _SIDES = ("encoder", "decoder")
 
 
-def _tiny_files(path: Path) -> list[tuple[TensorFile, Mapping[str, str]]]:
-    """Return the file, or TAESD's two, with diffusers' names for what is in them."""
+def _tiny_tensors(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of the file ``path``, or of TAESD's two, as diffusers calls them."""
     if path.is_dir():
         halves = _halves(path)
     else:
-        file = TensorFile.open(path, "a tiny VAE")
-        if any(name.startswith(("encoder.", "decoder.")) for name in file.tensors):
-            return [(file, {name: name for name in file.tensors})]
-        halves = {}
+        tensors = TensorFile.open(path, "a tiny VAE").tensors
+        if any(name.startswith(("encoder.", "decoder.")) for name in tensors):
+            return dict(tensors)
         side = next((side for side in _SIDES if side in path.name), None)
-        if side is not None:
-            halves = {s: path.with_name(path.name.replace(side, s)) for s in _SIDES}
+        both = () if side is None else _SIDES
+        halves = {half: path.with_name(path.name.replace(str(side), half)) for half in both}
     if len(halves) < 2:
         raise RequestError(
             f"{path} is named neither as diffusers names an AutoencoderTiny nor as TAESD does"
             " (taesd_encoder.safetensors and taesd_decoder.safetensors, side by side)."
         )
-    files = [(side, TensorFile.open(half, f"a tiny VAE's {side}")) for side, half in halves.items()]
-    return [(file, names.from_taesd(file.tensors, side)) for side, file in files]
+    found: dict[str, Tensor] = {}
+    for side, half in halves.items():
+        file = TensorFile.open(half, f"a tiny VAE's {side}")
+        found |= layout.taesd_tensors(file.tensors, side)
+    return found
 
 
 def _check_latents(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from sdvino.convert.families import (
     FAMILIES,
@@ -16,13 +16,13 @@ from sdvino.convert.families import (
     read_facts,
     tokenizer_of,
 )
-from sdvino.convert.lora_file import Lora
-from sdvino.convert.safetensors_header import read_header
 from sdvino.diffusion.scheduler_config import SchedulerConfig
 from sdvino.errors import RequestError
 from sdvino.inputs.files import check_all_inside, read_json
+from sdvino.weights.layouts.diffusers import component_tensors
+from sdvino.weights.lora import Lora
+from sdvino.weights.safetensors import PICKLES, TensorFile, Tensors
 
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 # Sizes beyond these are no Stable Diffusion model, and would only eat memory.
 _LIMITS = {
     "sample_size": 512,
@@ -38,6 +38,7 @@ _LIMITS = {
 }
 # A mask and the latents of a masked picture, beside the latents themselves.
 _INPAINTING_CHANNELS = 9
+_Value = TypeVar("_Value")
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +64,8 @@ class DiffusersFolder:
     #: Sub-folder -> bytes of its weights, where they are elsewhere yet: such a source is an
     #: outline, good for telling what a conversion would take.
     elsewhere: Mapping[str, int] = field(default_factory=dict)
-    #: Sub-folder -> tensor -> shape, of weights that are elsewhere, as far as it is known.
-    shapes: Mapping[str, Mapping[str, tuple[int, ...]]] = field(default_factory=dict)
+    #: Sub-folder -> its tensors, where they are in a file of another layout.
+    packed: Mapping[str, Tensors] = field(default_factory=dict)
 
     @classmethod
     def open(
@@ -73,11 +74,13 @@ class DiffusersFolder:
         *,
         name: str | None = None,
         elsewhere: Mapping[str, int] | None = None,
+        packed: Mapping[str, Tensors] | None = None,
     ) -> DiffusersFolder:
         """Read and check ``path``; raises RequestError, in one sentence, for anything else.
 
         ``name`` is the model's, where the folder's says nothing (a hub's cache, a work folder).
-        With ``elsewhere`` the folder holds no weights: sub-folder to their bytes.
+        With ``elsewhere`` the folder holds no weights: sub-folder to their bytes. With ``packed``
+        neither: sub-folder to their tensors, which are in a file.
         """
         index = _read_index(path)
         check_all_inside(path)
@@ -112,10 +115,13 @@ class DiffusersFolder:
             family=find_family(facts),
             model_index=index,
             configs=configs,
-            weights={name: _find_weights(path / name) for name in folders if name not in away},
+            weights={}
+            if packed is not None
+            else {name: _find_weights(path / name) for name in folders if name not in away},
             prediction_type=scheduler.for_sampler("ddim").prediction_type,
             has_tiny_vae=has_tiny_vae,
             elsewhere={part: away[part] for part in folders if part in away},
+            packed={} if packed is None else packed,
         )
 
     @property
@@ -133,20 +139,49 @@ class DiffusersFolder:
         """Return where the sub-folder ``name`` stands."""
         return self.folders.get(name, self.path / name)
 
+    def tensors(self, folder: str) -> Tensors:
+        """Return the tensors of a sub-folder, in the naming of today and their own types.
+
+        Headers alone are read. LoRAs are not merged yet (see `sdvino.weights.lora_merge`).
+        """
+        if folder in self.packed:
+            return self.packed[folder]
+        return component_tensors(folder, self.weights[folder])
+
     def with_folder(self, name: str, folder: Path) -> DiffusersFolder:
         """Return the source with the sub-folder ``name`` (config.json and weights) from ``folder``.
 
         Raises RequestError when the folder is incomplete or does not fit the rest of the model.
         """
-        configs = {**self.configs, name: read_json(folder / "config.json", f"{name}/config.json")}
+        source = self._with_config(name, read_json(folder / "config.json", f"{name}/config.json"))
+        return replace(
+            source,
+            weights={**source.weights, name: _find_weights(folder)},
+            folders={**source.folders, name: folder},
+        )
+
+    def with_tensors(
+        self, name: str, config: Mapping[str, Any], tensors: Tensors
+    ) -> DiffusersFolder:
+        """Return the source with ``tensors`` and their ``config`` for the sub-folder ``name``.
+
+        Raises RequestError when they do not fit the rest of the model.
+        """
+        source = self._with_config(name, config)
+        return replace(source, packed={**source.packed, name: tensors})
+
+    def _with_config(self, name: str, config: Mapping[str, Any]) -> DiffusersFolder:
+        """Return the source with another config for ``name``, and without its weights."""
+        configs = {**self.configs, name: config}
         _check_configs(self.path, configs, self.family.text_encoders)
         return replace(
             self,
             configs=configs,
-            weights={**self.weights, name: _find_weights(folder)},
+            weights=_without(self.weights, name),
             has_tiny_vae=self.has_tiny_vae or name == "tiny_vae",
-            folders={**self.folders, name: folder},
-            elsewhere={part: size for part, size in self.elsewhere.items() if part != name},
+            folders=_without(self.folders, name),
+            elsewhere=_without(self.elsewhere, name),
+            packed=_without(self.packed, name),
         )
 
     @property
@@ -159,7 +194,13 @@ class DiffusersFolder:
         """Return the size of a sub-folder's weights."""
         if folder in self.elsewhere:
             return self.elsewhere[folder]
+        if folder in self.packed:
+            return sum(tensor.bytes for tensor in self.packed[folder].values())
         return sum(file.stat().st_size for file in self.weights[folder])
+
+
+def _without(table: Mapping[str, _Value], name: str) -> dict[str, _Value]:
+    return {key: value for key, value in table.items() if key != name}
 
 
 def _read_index(path: Path) -> dict[str, Any]:
@@ -309,10 +350,10 @@ def _find_weights(folder: Path) -> tuple[Path, ...]:
     chosen = plain if plain else half
     if chosen:
         for file in chosen:
-            read_header(file)
+            TensorFile.open(file)
         _check_shards(folder, chosen)
         return tuple(chosen)
-    if any(next(folder.glob(pattern), None) is not None for pattern in _PICKLES):
+    if any(file.suffix.lower() in PICKLES for file in folder.glob("*")):
         raise RequestError(
             f"{folder} holds its weights as a pickle, which can run code when it is opened;"
             " get the .safetensors version of the model."

@@ -22,8 +22,7 @@ from sdvino.compress.quiet import quiet
 from sdvino.compress.recipes import Recipe
 from sdvino.compress.samples import load_samples, save_samples
 from sdvino.compress.source_inputs import TorchPipeline, plan_for_passes, record
-from sdvino.compress.structure import Structure, load_component
-from sdvino.convert.lora import merge
+from sdvino.compress.structure import load_component, load_module
 from sdvino.convert.open_source import Source
 from sdvino.convert.openvino_source import OpenVinoFolder
 from sdvino.convert.request import WorkPlan
@@ -32,6 +31,8 @@ from sdvino.convert.state import describe_files, key_of
 from sdvino.convert.steps import Step
 from sdvino.convert.suggestions import suggestions
 from sdvino.errors import RequestError, SdvinoError
+from sdvino.nets.structure import Structure
+from sdvino.weights.lora_merge import merge
 
 PASSES = "passes"
 INPUTS = "inputs"
@@ -243,9 +244,8 @@ def _origin(plan: WorkPlan, source: DiffusersFolder, work: Path, place: int) -> 
 
 def _load(source: DiffusersFolder, name: str) -> Any:
     """Return a component of the source as a torch module, with its LoRAs."""
-    module = load_component(source.folder(name), name)
-    merge(module, name, source.loras)
-    return module
+    tensors = merge(source.tensors(name), source.loras, name)
+    return load_module(name, source.configs[name], tensors, Structure.read(source.folder(name)))
 
 
 def _diffusers(source: Source) -> DiffusersFolder:

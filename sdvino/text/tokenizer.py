@@ -12,15 +12,16 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE
+from tokenizers.processors import RobertaProcessing
 
 from sdvino.errors import ModelFolderError, RequestError
 from sdvino.text.vocabulary import TokenizerFiles, read_tokenizer_files
 
 #: CLIP's split: special tokens, English endings, runs of letters, single digits, runs of the rest.
 #: Source: openai/CLIP, simple_tokenizer.py.
-_WORDS = (
+WORDS = (
     r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d"
     r"|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 )
@@ -82,6 +83,16 @@ class ClipTokenizer:
         return TokenizedPrompt(ids=np.array([ids], np.int64), dropped=dropped)
 
 
+def tokenizer_json(files: TokenizerFiles) -> str:
+    """Return the tokenizer as transformers 5 reads it: the content of a tokenizer.json."""
+    tokenizer = _build(files)
+    ends = [(token, files.vocab[token]) for token in (files.end, files.start)]
+    tokenizer.post_processor = RobertaProcessing(*ends, trim_offsets=False, add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    text: str = tokenizer.to_str(pretty=True)
+    return text
+
+
 def _build(files: TokenizerFiles) -> Tokenizer:
     try:
         tokenizer = Tokenizer(
@@ -104,7 +115,7 @@ def _build(files: TokenizerFiles) -> Tokenizer:
     )
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(_WORDS), behavior="removed", invert=True),
+            pre_tokenizers.Split(Regex(WORDS), behavior="removed", invert=True),
             pre_tokenizers.ByteLevel(add_prefix_space=False),
         ]
     )

@@ -80,19 +80,3 @@ def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("clip") / "tokenizer"
     make_synthetic.write_tokenizer(folder, make_synthetic.EOS)
     return folder
-
-
-@pytest.fixture(scope="session")
-def sd() -> dict[str, Any]:
-    """The modules of a small Stable Diffusion 1.x. Copy before merging."""
-    from tests.convert.lora_modules import small_sd
-
-    return small_sd()
-
-
-@pytest.fixture(scope="session")
-def sdxl() -> dict[str, Any]:
-    """The modules of a small Stable Diffusion XL. Copy before merging."""
-    from tests.convert.lora_modules import small_sdxl
-
-    return small_sdxl()

@@ -25,12 +25,35 @@ _UNET: Shapes = {
     "output_blocks.1.1.transformer_blocks.0.attn2.to_k.weight": (64, 64),
     "out.2.weight": (4, 64, 3, 3),
 }
+_VAE_CONVS = {
+    "encoder.conv_in": (32, 3, 3, 3),
+    "encoder.down.0.block.0.conv1": (32, 32, 3, 3),
+    "encoder.down.0.block.0.conv2": (32, 32, 3, 3),
+    "encoder.mid.block_1.conv1": (32, 32, 3, 3),
+    "encoder.mid.block_1.conv2": (32, 32, 3, 3),
+    "encoder.mid.block_2.conv1": (32, 32, 3, 3),
+    "encoder.mid.block_2.conv2": (32, 32, 3, 3),
+    "encoder.conv_out": (8, 32, 3, 3),
+    "decoder.conv_in": (32, 4, 3, 3),
+    "decoder.mid.block_1.conv1": (32, 32, 3, 3),
+    "decoder.mid.block_1.conv2": (32, 32, 3, 3),
+    "decoder.mid.block_2.conv1": (32, 32, 3, 3),
+    "decoder.mid.block_2.conv2": (32, 32, 3, 3),
+    "decoder.up.0.block.0.conv1": (32, 32, 3, 3),
+    "decoder.up.0.block.0.conv2": (32, 32, 3, 3),
+    "decoder.up.0.block.1.conv1": (32, 32, 3, 3),
+    "decoder.up.0.block.1.conv2": (32, 32, 3, 3),
+    "decoder.conv_out": (3, 32, 3, 3),
+}
+_VAE_NORMS = [
+    name.replace("conv", "norm")
+    for name in _VAE_CONVS
+    if name.endswith(("conv1", "conv2", "conv_out"))
+]
 _VAE: Shapes = {
-    "encoder.conv_in.weight": (32, 3, 3, 3),
-    "encoder.down.0.block.0.conv1.weight": (32, 32, 3, 3),
-    "encoder.mid.attn_1.q.weight": (32, 32, 1, 1),
-    "decoder.conv_in.weight": (32, 4, 3, 3),
-    "decoder.up.0.block.0.conv1.weight": (32, 32, 3, 3),
+    **{f"{name}.weight": shape for name, shape in _VAE_CONVS.items()},
+    **{f"{name}.bias": shape[:1] for name, shape in _VAE_CONVS.items()},
+    **{f"{name}.{part}": (32,) for name in _VAE_NORMS for part in ("weight", "bias")},
 }
 _CLIP: Shapes = {
     "text_model.embeddings.token_embedding.weight": (TOKENS, 64),

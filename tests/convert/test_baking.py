@@ -14,12 +14,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sdvino.cli.main import main
-from sdvino.convert.autoencoder_names import kl_tensors
 from sdvino.convert.baking import BakingRequest, bake, baking_request
 from sdvino.convert.source import DiffusersFolder
 from sdvino.errors import RequestError
+from sdvino.weights.autoencoder import kl_tensors
 from tests.conftest import SHAPES_SOURCE
-from tests.convert import autoencoder_files, lora_files
+from tests.convert import autoencoder_files
+from tests.weights import lora_files
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
@@ -72,19 +73,18 @@ def test_what_is_left_out_and_a_hint_are_logged(
     tensors = linear_lora(32) | linear_lora(32, "no_such_layer")
     path = lora_files.save(tmp_path / "lcm.safetensors", tensors)
     with caplog.at_level(logging.WARNING, logger="sdvino"):
-        baked = bake(opened, baking_request([path]), tmp_path / "work")
+        baked = bake(opened, baking_request([path]))
     assert isinstance(baked, DiffusersFolder)
     assert [lora.name for lora in baked.loras] == ["lcm"]
     assert "2 tensors of the LoRA lcm fit nothing" in caplog.text
     assert "--suggest steps=4,guidance=1,scheduler=lcm" in caplog.text
     caplog.clear()
-    assert bake(opened, baking_request([path]), tmp_path / "work", say=False) == baked
+    assert bake(opened, baking_request([path]), say=False) == baked
     assert caplog.text == ""
 
 
-def test_nothing_asked_for_is_nothing_done(opened: DiffusersFolder, tmp_path: Path) -> None:
-    assert bake(opened, BakingRequest(), tmp_path / "work") == opened
-    assert not (tmp_path / "work").exists()
+def test_nothing_asked_for_is_nothing_done(opened: DiffusersFolder) -> None:
+    assert bake(opened, BakingRequest()) == opened
 
 
 def zero_vae(**changes: Any) -> dict[str, Any]:

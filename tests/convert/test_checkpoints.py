@@ -15,8 +15,9 @@ import synthetic_architectures
 
 from sdvino import StableDiffusionPipeline
 from sdvino.convert.api import convert
-from sdvino.convert.clip_vocabulary import find_vocabulary
 from sdvino.convert.single_file import SingleFile
+from sdvino.text.clip_vocabulary import find_vocabulary
+from sdvino.weights.numbers import as_float32
 from tests.convert.checkpoint_architectures import CHECKPOINTS
 from tests.convert.original_naming import (
     clip_to_ldm,
@@ -87,12 +88,14 @@ def test_every_weight_lands_where_diffusers_puts_it(
     checkpoint = checkpoints[arch]
     file = SingleFile.open(checkpoint.file)
     assert file.family.name == arch
-    folder = file.unpack(tmp_path, find_vocabulary(checkpoint.folder / "tokenizer"))
-    for component in file.tensors:
-        expected, found = load(checkpoint.folder / component), load(folder / component)
+    vocabulary = find_vocabulary(checkpoint.folder / "tokenizer", tokens=file.tokens)
+    folder = file.outline(tmp_path, vocabulary)
+    for component in file.components:
+        expected, found = load(checkpoint.folder / component), file.tensors_of(component)
         assert set(found) == set(expected)
         for name, tensor in expected.items():
-            assert torch.equal(found[name], tensor), (component, name)
+            assert found[name].dtype == "F16"
+            assert torch.equal(torch.from_numpy(found[name].read()), tensor), (component, name)
         # What shapes do not tell comes with sdvino; the native size of a miniature is its own.
         made = json.loads((checkpoint.folder / component / "config.json").read_text("utf-8"))
         for key, value in json.loads(
@@ -102,8 +105,8 @@ def test_every_weight_lands_where_diffusers_puts_it(
                 assert made.get(key) == value, (component, key)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_other_precisions_become_half(
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float8_e4m3fn", "float8_e5m2"])
+def test_other_precisions_are_read(
     checkpoints: dict[str, Checkpoint], tmp_path: Path, dtype: str
 ) -> None:
     import torch
@@ -115,10 +118,9 @@ def test_other_precisions_become_half(
         n: t.to(kind) if t.is_floating_point() else t for n, t in load_file(checkpoint.file).items()
     }
     save_file(state, tmp_path / "model.safetensors")
-    file = SingleFile.open(tmp_path / "model.safetensors")
-    folder = file.unpack(tmp_path / "work", find_vocabulary(checkpoint.folder / "tokenizer"))
+    found = SingleFile.open(tmp_path / "model.safetensors").tensors_of("unet")
     for name, tensor in load(checkpoint.folder / "unet").items():
-        assert torch.equal(load(folder / "unet")[name], tensor.to(kind).to(torch.float16))
+        assert torch.equal(torch.from_numpy(as_float32(found[name])), tensor.to(kind).float())
 
 
 def shapes_of_real(arch: str) -> Iterator[tuple[str, tuple[int, ...]]]:

@@ -195,8 +195,8 @@ def test_int8_quantizes_activations_but_for_the_fragile_layers(
             kinds[kind].add(op.get_friendly_name())
     assert any("conv1" in name for name in kinds["quantized"])
     for layer in ("conv_in", "conv_out", "conv_shortcut"):
-        assert not any(f"{layer}/" in name for name in kinds["quantized"])
-        assert any(f"{layer}/" in name for name in kinds["float"])
+        assert not any(name.endswith(layer) for name in kinds["quantized"])
+        assert any(name.endswith(layer) for name in kinds["float"])
 
 
 @pytest.mark.parametrize("component", ["unet", "vae_decoder", "vae_encoder"])

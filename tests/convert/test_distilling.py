@@ -17,7 +17,7 @@ from sdvino.cli.distill import Lines
 from sdvino.cli.main import main
 from sdvino.compress.distillation.settings import DistillSettings
 from sdvino.compress.recipe_file import from_toml
-from sdvino.compress.structure import Structure, load_component, save_component
+from sdvino.compress.structure import apply, load_component, save_component
 from sdvino.convert.api import _decide, convert, make_request
 from sdvino.convert.distilling import distill, work_folder
 from sdvino.convert.request import WorkPlan
@@ -28,6 +28,7 @@ from sdvino.convert.suggestions import trained_steps
 from sdvino.convert.worker import run_step
 from sdvino.errors import Cancelled, RequestError
 from sdvino.manifest import Manifest
+from sdvino.nets.structure import Structure
 
 SMALL: dict[str, Any] = {
     "iterations": 6,
@@ -117,7 +118,7 @@ def test_the_command_teaches_a_smaller_student(
     lean = tmp_path / "lean"
     module = load_component(tiny / "unet", "unet")
     structure = Structure(removed=("mid_block.attentions.0",))
-    structure.apply(module)
+    apply(structure, module)
     config = json.loads((tiny / "unet" / "config.json").read_text(encoding="utf-8"))
     save_component(module, lean, config=config, structure=structure)
     arguments = ["distill", str(tiny), "-o", str(tmp_path / "out"), "--student", str(lean)]

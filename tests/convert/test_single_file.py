@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
 
-from sdvino.convert.clip_vocabulary import Vocabulary
-from sdvino.convert.open_source import UNPACKED, open_source
+from sdvino.convert.api import make_request
+from sdvino.convert.open_source import OUTLINE, open_source
 from sdvino.convert.single_file import SingleFile
 from sdvino.convert.source import DiffusersFolder
 from sdvino.errors import RequestError
-from tests.convert.mini_checkpoint import Shapes, shapes_of, write
+from sdvino.text.clip_vocabulary import Vocabulary
+from sdvino.weights.autoencoder import kl_tensors
+from sdvino.weights.numbers import as_float32, check_finite
+from tests.convert.mini_checkpoint import Shapes, shapes_of, write, write_header
 
 VOCABULARY = Vocabulary({"a": 0}, [("a", "b")])
 
@@ -103,44 +104,83 @@ def test_the_configs_are_those_of_the_shapes(tmp_path: Path) -> None:
     assert file.configs["text_encoder_2"]["num_hidden_layers"] == 2
 
 
-def test_unpacking_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
-    path = write(tmp_path / "model.safetensors", shapes_of("sd2"), dtype=np.float32)
-    folder = tmp_path / "work"
-    parts: list[str] = []
-    file = SingleFile.open(path)
-    file.unpack(folder, VOCABULARY, lambda what, _: parts.append(what))
-    assert parts == ["unpack text_encoder", "unpack unet", "unpack vae"]
-    assert all(
-        tensor.dtype == np.float16
-        for weights in folder.rglob("*.safetensors")
-        for tensor in load_file(weights).values()
+def test_the_weights_stay_in_the_file(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "model.safetensors",
+        shapes_of("sd2"),
+        dtype=np.float32,
+        values={"model.diffusion_model.out.2.weight": 2.5},
     )
+    file = SingleFile.open(path)
+    assert set(file.components) == {"text_encoder", "unet", "vae"}
+    tensors = file.tensors_of("unet")
+    assert {tensor.dtype for tensor in tensors.values()} == {"F32"}
+    out = tensors["conv_out.weight"].read()
+    assert (out == 2.5).all()
+    assert not out.flags.owndata
+    # One matrix of the file, three of the model's.
+    query = file.tensors_of("text_encoder")["text_model.encoder.layers.0.self_attn.q_proj.weight"]
+    assert query.shape == query.read().shape == (64, 64)
+    source = open_source(path, tmp_path / "work")
+    assert isinstance(source, DiffusersFolder)
+    assert source.tensors("unet") == tensors
+    assert source.bytes_of("unet") == 4 * sum(tensor.size for tensor in tensors.values())
+    assert not list((tmp_path / "work").rglob("*.safetensors"))
+
+
+def test_the_outline_is_written_once(tmp_path: Path) -> None:
+    path = write(tmp_path / "model.safetensors", shapes_of("sd2"))
+    folder = tmp_path / "work"
+    SingleFile.open(path).outline(folder, VOCABULARY)
     before = {p: p.stat().st_mtime_ns for p in folder.rglob("*")}
-    file.unpack(folder, VOCABULARY, lambda what, _: pytest.fail(what))
+    SingleFile.open(path).outline(folder, VOCABULARY)
     assert {p: p.stat().st_mtime_ns for p in folder.rglob("*")} == before
-
-    parts.clear()
-    (folder / "model_index.json").unlink()
-    next((folder / "vae").glob("*.safetensors")).unlink()
-    file.unpack(folder, VOCABULARY, lambda what, _: parts.append(what))
-    assert parts == ["unpack vae"]
-
-    parts.clear()
-    os.utime(path, ns=(1, 1))  # another file under the same name
-    SingleFile.open(path).unpack(folder, VOCABULARY, lambda what, _: parts.append(what))
-    assert len(parts) == 3
+    (folder / "model_index.json").unlink()  # stopped half-way
+    SingleFile.open(path).outline(folder, VOCABULARY)
+    assert set(folder.rglob("*")) == set(before)
+    other = write(tmp_path / "sd_turbo.safetensors", shapes_of("sd2"))
+    SingleFile.open(other).outline(folder, VOCABULARY)
+    assert "sd_turbo" in (folder / "model_index.json").read_text(encoding="utf-8")
 
 
-def test_the_unpacked_folder_names_no_path(tmp_path: Path) -> None:
+@pytest.mark.parametrize("own", [True, False])
+def test_another_vae_takes_the_place_of_a_missing_one(tmp_path: Path, own: bool) -> None:
+    shapes = shapes_of("sd1") if own else without("first_stage_model.")(shapes_of("sd1"))
+    path = write(tmp_path / "model.safetensors", shapes)
+    config = {
+        "in_channels": 3,
+        "out_channels": 3,
+        "latent_channels": 4,
+        "block_out_channels": [32] if own else [32, 32, 32, 32],
+        "layers_per_block": 1,
+        "mid_block_add_attention": True,
+        "use_quant_conv": True,
+        "use_post_quant_conv": True,
+    }
+    vae = write(tmp_path / "vae.safetensors", kl_tensors(config), values={"quant_conv.bias": 0.5})
+    request = make_request(path, vae=vae)
+    opened = [request.open_source(tmp_path / "a"), request.outline_source(tmp_path / "b")[0]]
+    for source in opened:
+        assert isinstance(source, DiffusersFolder)
+        assert source.configs["vae"]["scaling_factor"] == 0.18215
+        assert source.configs["vae"]["block_out_channels"] == config["block_out_channels"]
+        assert (as_float32(source.tensors("vae")["quant_conv.bias"]) == 0.5).all()
+        assert source.bytes_of("vae") == sum(t.bytes for t in source.tensors("vae").values())
+    if not own:
+        with pytest.raises(RequestError, match="add one with --vae FILE"):
+            make_request(path).open_source(tmp_path / "work")
+
+
+def test_the_outline_names_no_path(tmp_path: Path) -> None:
     path = write(tmp_path / "model.safetensors", shapes_of("sd1"))
-    folder = SingleFile.open(path).unpack(tmp_path / "work", VOCABULARY)
+    folder = SingleFile.open(path).outline(tmp_path / "work", VOCABULARY)
     for file in folder.rglob("*.json"):
         assert str(tmp_path) not in file.read_text(encoding="utf-8")
 
 
 def test_lightning_suggests_its_own_steps(tmp_path: Path) -> None:
     path = write(tmp_path / "sdxl_lightning_8step.safetensors", shapes_of("sdxl"))
-    folder = SingleFile.open(path).unpack(tmp_path / "work", VOCABULARY)
+    folder = SingleFile.open(path).outline(tmp_path / "work", VOCABULARY)
     told = json.loads((folder / "sdvino.json").read_text(encoding="utf-8"))
     assert told == {"suggested": {"num_inference_steps": 8}}
 
@@ -154,8 +194,7 @@ def test_weights_that_are_not_numbers_are_refused(tmp_path: Path, component: str
     }[component]
     path = write(tmp_path / "a.safetensors", shapes_of("sd1"), values={name: np.nan})
     with pytest.raises(RequestError, match="not numbers"):
-        SingleFile.open(path).unpack(tmp_path / "work", VOCABULARY)
-    assert not list((tmp_path / "work" / component).glob("*.safetensors"))
+        check_finite(SingleFile.open(path).tensors_of(component), component)
 
 
 def without(prefix: str) -> Callable[[Shapes], Shapes]:
@@ -176,12 +215,12 @@ UNET = "model__diffusion_model__"
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (without("first_stage_model."), "no autoencoder"),
+        (without("first_stage_model."), "no autoencoder .* --vae FILE"),
         (without("cond_stage_model."), "no text encoder"),
         (without("model.diffusion_model."), "no UNet"),
-        (without("model.diffusion_model.out."), "no out.2.weight"),
+        (without("model.diffusion_model.out."), "no conv_out.weight"),
         (without("model.diffusion_model.input_blocks.0."), "levels"),
-        (without("first_stage_model.encoder.down"), r"no encoder.down"),
+        (without("first_stage_model.encoder.down"), "holds no AutoencoderKL"),
         (only("lora_unet_down_blocks_0.lora_down.weight"), "--lora"),
         (only("unet.down.attn.to_q.lora_A.weight"), "--lora"),
         (only("control_model.time_embed.0.weight"), "ControlNet"),
@@ -227,6 +266,18 @@ def test_pickles_and_other_files_are_refused_by_name(
         open_source(tmp_path / name, tmp_path / "work")
 
 
+@pytest.mark.parametrize("dtype", ["F8_E4M3", "F8_E5M2", "BF16"])
+def test_small_floats_are_weights(tmp_path: Path, dtype: str) -> None:
+    table: dict[str, Any] = {}
+    place = 0
+    for name, shape in shapes_of("sd1").items():
+        end = place + int(np.prod(shape)) * (2 if dtype == "BF16" else 1)
+        table[name] = {"dtype": dtype, "shape": shape, "data_offsets": [place, end]}
+        place = end
+    file = SingleFile.open(write_header(tmp_path / "a.safetensors", table, bytes(place)))
+    assert {tensor.dtype for tensor in file.tensors_of("unet").values()} == {dtype}
+
+
 def test_integers_for_weights_are_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "a.safetensors", shapes_of("sd1"), dtype=np.int8)
     with pytest.raises(RequestError, match="stored as I8"):
@@ -249,7 +300,7 @@ def test_a_single_file_becomes_a_checked_folder(
     folder = open_source(path, work, tokenizer=clip_folder)
     assert isinstance(folder, DiffusersFolder)
     assert folder.name == "my model"
-    assert folder.path == work / UNPACKED
+    assert folder.path == work / OUTLINE
     assert folder.family.name == "sd2-v"
     config = json.loads((folder.path / "tokenizer" / "tokenizer_config.json").read_text())
     assert config["pad_token"] == "!"

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from sdvino.convert.lora import open_lora, parse_lora
 from sdvino.errors import RequestError
-from tests.convert.lora_files import save
+from sdvino.weights.lora import open_lora, parse_lora
+from tests.weights.lora_files import save
 
 GOOD = {
     "lora_unet_conv_in.lora_down.weight": np.zeros((4, 4, 3, 3), np.float32),
@@ -76,8 +76,22 @@ BAD: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "nothing in it": (only({}), "empty"),
     "no LoRA": (only({"unet.conv_in.weight": torch.zeros(2)}), "holds no LoRA"),
-    "a LoHa": (only({"lora_unet_conv_in.hada_w1_a": torch.zeros(2, 2)}), "LoHa"),
-    "a LoKr": (only({"lora_unet_conv_in.lokr_w1": torch.zeros(2, 2)}), "LoKr"),
+    "half a LoHa": (only({"lora_unet_a.hada_w1_a": torch.zeros(2, 2)}), "holds no LoRA"),
+    "half a LoKr": (only({"lora_unet_a.lokr_w1": torch.zeros(2, 2)}), "holds no LoRA"),
+    "a LoHa of two sizes": (
+        only(
+            {
+                f"lora_unet_a.hada_w{i}_{half}": torch.zeros(shape)
+                for i in (1, 2)
+                for half, shape in (("a", (4, 2)), ("b", (2, 4 * i)))
+            }
+        ),
+        "can be",
+    ),
+    "a LoKr of vectors": (
+        only({f"lora_unet_a.lokr_w{i}": torch.zeros(2) for i in (1, 2)}),
+        "can be",
+    ),
     "half of a pair": (only({DOWN: torch.zeros(4, 4, 3, 3)}), "holds no LoRA"),
     "NaN": (with_tensor("lora_down.weight", NAN), "NaN or infinity"),
     "infinity": (

@@ -1,87 +1,66 @@
-"""What the tensors of an autoencoder are called, in diffusers' naming and in the original ones.
+"""Autoencoders without a config: it is read off their tensors, and nothing may be missing.
 
-A file without a config is understood by its tensors alone: the config is read off their shapes, and
-what that config needs is held against what the file has, so that nothing is missing or left over.
+The config's own tensors are held against what there is: none missing, left over or of another
+shape. What shapes do not tell (groups of the norms, scaling) a config read so leaves out.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeAlias
 
-Shape = tuple[int, ...]
-Shapes = Mapping[str, Shape]
+from sdvino.errors import RequestError
+from sdvino.weights.layouts.rename import listed
+from sdvino.weights.safetensors import Shape, Tensors
 
-# Old names of diffusers' attention, and those of the original code.
-_ATTENTION = {
-    "query": "to_q",
-    "key": "to_k",
-    "value": "to_v",
-    "proj_attn": "to_out.0",
-    "norm": "group_norm",
-    "q": "to_q",
-    "k": "to_k",
-    "v": "to_v",
-    "proj_out": "to_out.0",
-}
-_ORIGINAL_PREFIX = "first_stage_model."
-_ORIGINAL = re.compile(r"(?:first_stage_model\.)?(?:encoder\.down|decoder\.up)\.\d+\.")
-_BLOCK = re.compile(
-    r"(?P<side>encoder\.down|decoder\.up)\.(?P<block>\d+)\."
-    r"(?:block\.(?P<number>\d+)|(?P<sampler>downsample|upsample))\.(?P<rest>.+)"
-)
-_MIDDLE = re.compile(
-    r"(?P<side>encoder|decoder)\.mid\.(?P<part>block_1|attn_1|block_2)\.(?P<rest>.+)"
-)
-_PARTS = {"block_1": "resnets.0", "attn_1": "attentions.0", "block_2": "resnets.1"}
+Shapes: TypeAlias = Mapping[str, Shape]
 
 
-def is_original(names: Iterable[str]) -> bool:
-    """Return whether an autoencoder is named as in CompVis' code (AutoencoderKL of ldm)."""
-    return any(_ORIGINAL.match(name) for name in names)
+def read_kl(tensors: Tensors, where: object) -> dict[str, Any]:
+    """Return the config of the AutoencoderKL that ``tensors`` are, which ``where`` holds.
 
-
-def from_original(names: Iterable[str]) -> dict[str, str]:
-    """Return the original code's names -> diffusers' names, for those of an autoencoder.
-
-    Of a whole checkpoint only ``first_stage_model.`` is looked at. Training's own tensors (the
-    loss, an average) are left out. Source: CompVis/latent-diffusion, ldm/modules/diffusionmodules.
+    Raises RequestError, in one sentence, when they are none, or not a whole one.
     """
-    names = list(names)
-    prefix = _ORIGINAL_PREFIX if any(n.startswith(_ORIGINAL_PREFIX) for n in names) else ""
-    inner = {n: n.removeprefix(prefix) for n in names if n.startswith(prefix)}
-    inner = {n: t for n, t in inner.items() if not t.startswith(("loss.", "model_ema."))}
-    ups = {int(m["block"]) for t in inner.values() if (m := _BLOCK.match(t)) and "up" in m["side"]}
-    return {name: _original(theirs, max(ups, default=0)) for name, theirs in inner.items()}
+    return _read(tensors, where, "AutoencoderKL", kl_config, kl_tensors)
 
 
-def _original(name: str, last_up: int) -> str:
-    if match := _BLOCK.fullmatch(name):
-        up = match["side"] == "decoder.up"
-        # Going up, the original code counts its blocks from the picture.
-        block = last_up - int(match["block"]) if up else int(match["block"])
-        side = f"decoder.up_blocks.{block}" if up else f"encoder.down_blocks.{block}"
-        if match["sampler"] is not None:
-            return f"{side}.{match['sampler']}rs.0.{match['rest']}"
-        rest = match["rest"].replace("nin_shortcut.", "conv_shortcut.")
-        return f"{side}.resnets.{match['number']}.{rest}"
-    if match := _MIDDLE.fullmatch(name):
-        stem = f"{match['side']}.mid_block.{_PARTS[match['part']]}"
-        return modern(f"{stem}.{match['rest']}")
-    return re.sub(r"^(encoder|decoder)\.norm_out\.", r"\1.conv_norm_out.", name)
+def read_tiny(tensors: Tensors, where: object) -> dict[str, Any]:
+    """Return the config of the AutoencoderTiny that ``tensors`` are; see `read_kl`."""
+    return _read(tensors, where, "AutoencoderTiny", tiny_config, tiny_tensors)
 
 
-def modern(name: str) -> str:
-    """Return the name that diffusers gives today to the middle's attention."""
-    stem, found, rest = name.partition(".mid_block.attentions.0.")
-    old, dot, leaf = rest.rpartition(".")
-    return f"{stem}{found}{_ATTENTION.get(old, old)}{dot}{leaf}" if found else name
+def differing(tensors: Tensors, expected: Shapes) -> list[str]:
+    """Return the names that only one of the two has, or with another shape, sorted."""
+    found = {name: tensor.shape for name, tensor in tensors.items()}
+    return sorted(
+        name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)
+    )
 
 
-def modern_shape(name: str, shape: Shape) -> Shape:
-    """Return a shape as diffusers has it: the middle's attention is linear, not 1 x 1."""
-    return shape[:2] if ".attentions." in name and shape[2:] == (1, 1) else shape
+def _read(
+    tensors: Tensors,
+    where: object,
+    what: str,
+    config_of: Callable[[Shapes], dict[str, Any]],
+    tensors_of: Callable[[Mapping[str, Any]], dict[str, Shape]],
+) -> dict[str, Any]:
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    try:
+        config = config_of(shapes)
+        expected = tensors_of(config)
+    except (KeyError, IndexError) as error:
+        raise RequestError(
+            f"{where} holds no {what} ({listed(sorted(shapes))} are in it);"
+            " give the file of one, encoder and decoder together."
+        ) from error
+    wrong = differing(tensors, expected)
+    if wrong:
+        raise RequestError(
+            f"{where} is no whole {what}: tensors are missing, left over or of another shape"
+            f" ({listed(wrong)}); download it again or choose another."
+        )
+    return config
 
 
 def kl_config(shapes: Shapes) -> dict[str, Any]:
@@ -170,24 +149,6 @@ def _norm(stem: str, width: int) -> dict[str, Shape]:
 def _conv(stem: str, outputs: int, inputs: int, kernel: int, bias: bool = True) -> dict[str, Shape]:
     found: dict[str, Shape] = {f"{stem}.weight": (outputs, inputs, kernel, kernel)}
     return found | {f"{stem}.bias": (outputs,)} if bias else found
-
-
-_NUMBERED = re.compile(r"\d+\..+")
-
-
-def from_taesd(names: Iterable[str], side: str) -> dict[str, str]:
-    """Return TAESD's own names -> diffusers', for its ``side``: encoder or decoder.
-
-    TAESD's decoder has a clamp in front, which diffusers does not count among the layers; its own
-    files are two plain sequences. Source: madebyollin/taesd, taesd.py.
-    """
-    names = [name for name in names if _NUMBERED.fullmatch(name)]
-    shift = 1 if side == "decoder" and not any(name.startswith("0.") for name in names) else 0
-    found = {}
-    for name in names:
-        number, _, rest = name.partition(".")
-        found[name] = f"{side}.layers.{int(number) - shift}.{rest}"
-    return found
 
 
 def tiny_config(shapes: Shapes) -> dict[str, Any]:

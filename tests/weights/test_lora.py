@@ -13,15 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sdvino.convert.lora import (
-    Lora,
-    merge,
-    open_lora,
-)
-from sdvino.convert.lora_names import parse_key
-from tests.convert import lora_files
-from tests.convert.lora_files import Model, random_factors, save
-from tests.convert.lora_modules import attention, check
+from sdvino.weights.layouts.lora import parse_key
+from sdvino.weights.lora import open_lora
+from tests.weights import lora_files
+from tests.weights.lora_files import Model, random_factors, save
+from tests.weights.lora_modules import attention, check, merged_layers
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
@@ -173,9 +169,7 @@ def test_dora(sd: dict[str, Any], tmp_path: Path, layout: str, axis: str) -> Non
     else:
         path = save(tmp_path / "dora.safetensors", *lora_files.peft(factors))
     for weight in (1.0, 0.25):
-        merged = copy.deepcopy(modules["unet"])
-        merge(merged, "unet", [open_lora(path, weight)])
-        found = lora_files.layers_of(merged)
+        found = merged_layers(modules["unet"], "unet", [open_lora(path, weight)])
         part_way = {n: before[n] + weight * (value - before[n]) for n, value in expected.items()}
         assert lora_files.largest_error(found, part_way) < 1e-5
 
@@ -249,10 +243,9 @@ def test_against_diffusers_own_merge(
     path = save(tmp_path / "lora.safetensors", tensors, metadata)
     assert load_file(path)
     fused = fuse_with_diffusers(modules, path, 0.8)
-    lora: Lora = open_lora(path, 0.8)
+    lora = open_lora(path, 0.8)
     for component, module in modules.items():
-        merged = copy.deepcopy(module)
-        merge(merged, component, [lora])
+        found = merged_layers(module, component, [lora])
         expected = unwrapped(fused[component])
-        assert expected.keys() == lora_files.layers_of(merged).keys()
-        assert lora_files.largest_error(lora_files.layers_of(merged), expected) < 1e-5
+        assert expected.keys() == found.keys()
+        assert lora_files.largest_error(found, expected) < 1e-5

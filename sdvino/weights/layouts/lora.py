@@ -1,7 +1,8 @@
 """The names that LoRA files give to the layers of a model.
 
 Layouts differ in their prefixes (kohya's ``lora_unet_``, diffusers' ``unet.``), in the words behind
-the layer (``lora_down``, ``lora.down``, ``lora_A``, ``processor.to_q_lora.down``) and, for the
+the layer (``lora_down``, ``lora.down``, ``lora_A``, ``processor.to_q_lora.down``; LyCORIS writes
+``hada_w1_a`` and ``lokr_w1``, too) and, for the
 UNet, in how blocks are numbered: diffusers' ``down_blocks.1.attentions.0`` is ``input_blocks.4.1``
 in the original code that kohya's SDXL files follow. All are brought to one *spelling*: the layer's
 name with underscores for dots, which is what kohya writes and loses least.
@@ -14,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-Role = Literal["down", "up", "mid", "alpha", "magnitude"]
+Layout = Literal["kohya", "diffusers", "PEFT"]
 
 #: Components that a LoRA can change, as the sub-folders of a diffusers folder are called.
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
@@ -32,7 +33,8 @@ _PREFIXES = (
 )
 # PEFT wraps the model it trains.
 _WRAPPER = "base_model.model."
-_ROLES: dict[str, Role] = {
+# Word of a layout -> what the tensor is for; LyCORIS' own words (hada_w1_a ...) stay.
+_ROLES = {
     "down": "down",
     "A": "down",
     "up": "up",
@@ -52,6 +54,7 @@ _PATTERNS = (
     re.compile(rf"(?P<layer>.+?)\.lora_(?P<role>A|B){_ADAPTER}\.weight"),
     re.compile(rf"(?P<layer>.+?){_WORDS}?\.(?P<role>alpha|dora_scale)"),
     re.compile(rf"(?P<layer>.+?)\.(?P<role>lora_magnitude_vector){_ADAPTER}"),
+    re.compile(r"(?P<layer>.+?)\.(?P<role>hada_(?:w[12]_[ab]|t[12])|lokr_(?:w[12](?:_[ab])?|t2))"),
 )
 _MAX_NAME = 300
 _SGM_BLOCKS = ("input_blocks_", "middle_block_", "output_blocks_")
@@ -63,8 +66,9 @@ class LoraKey:
 
     component: str
     spelling: str
-    role: Role
-    layout: Literal["kohya", "diffusers", "PEFT"]
+    #: down, up, mid, alpha, magnitude, or LyCORIS' word.
+    role: str
+    layout: Layout
     #: The layer's name as the file writes it, without the component.
     layer: str
 
@@ -89,7 +93,7 @@ def parse_key(name: str) -> LoraKey | None:
     return LoraKey(
         component=component,
         spelling=_spell(layer),
-        role=_ROLES[match["role"]],
+        role=_ROLES.get(match["role"], match["role"]),
         layout="kohya" if kohya else "PEFT" if peft else "diffusers",
         layer=layer,
     )

@@ -13,16 +13,15 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sdvino.convert.lora import (
-    check_loras,
-    hints,
-    merge,
-    open_lora,
-)
+from sdvino.compress.structure import load_module
 from sdvino.errors import RequestError
-from tests.convert import lora_files
-from tests.convert.lora_files import Factors, Model, random_factors, save
-from tests.convert.lora_modules import attention, shapes_of
+from sdvino.weights.lora import open_lora
+from sdvino.weights.lora_merge import check_loras, hints, merge
+from sdvino.weights.numbers import as_float32, of_array
+from sdvino.weights.safetensors import Tensor
+from tests.weights import lora_files
+from tests.weights.lora_files import Factors, Model, random_factors, save
+from tests.weights.lora_modules import SD_UNET, all_tensors, attention, merged_layers, tensors_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
@@ -36,7 +35,8 @@ def test_the_merged_module_answers_as_one_with_the_layers_beside_it(
     weight = 0.2
     path = save(tmp_path / "a.safetensors", lora_files.kohya(factors))
     merged = copy.deepcopy(unet)
-    merge(merged, "unet", [open_lora(path, weight)])
+    for layer, value in merged_layers(unet, "unet", [open_lora(path, weight)]).items():
+        merged.get_submodule(layer).weight.data = value
     for layer, part in factors["unet"].items():
         module = unet.get_submodule(layer)
 
@@ -75,17 +75,13 @@ def test_several_with_weights_are_summed(sd: dict[str, Any], tmp_path: Path) -> 
             -0.4,
         ),
     ]
-    merged = copy.deepcopy(sd["unet"])
-    merge(merged, "unet", loras)
+    found = merged_layers(sd["unet"], "unet", loras)
     expected = Model(sd, first).expected("unet", 0.7)
     for layer, part in lora_files.without_alphas(second)["unet"].items():
         expected[layer] = expected[layer] - 0.4 * part.delta().reshape(expected[layer].shape)
-    assert lora_files.largest_error(lora_files.layers_of(merged), expected) < 1e-5
-    turned = copy.deepcopy(sd["unet"])
-    merge(turned, "unet", loras[::-1])
-    assert (
-        lora_files.largest_error(lora_files.layers_of(turned), lora_files.layers_of(merged)) < 1e-6
-    )
+    assert lora_files.largest_error(found, expected) < 1e-5
+    turned = merged_layers(sd["unet"], "unet", loras[::-1])
+    assert lora_files.largest_error(turned, found) < 1e-6
 
 
 @settings(
@@ -99,54 +95,73 @@ def test_a_lora_and_its_opposite_are_nothing(
     if not path.exists():
         save(path, lora_files.kohya(random_factors(sd, take=attention)))
     before = lora_files.layers_of(sd["text_encoder"])
-    at_once = copy.deepcopy(sd["text_encoder"])
-    merge(at_once, "text_encoder", [open_lora(path, weight), open_lora(path, -weight)])
-    assert not lora_files.changed(lora_files.layers_of(at_once), before)
-    in_turn = copy.deepcopy(sd["text_encoder"])
-    for sign in (1, -1):
-        merge(in_turn, "text_encoder", [open_lora(path, sign * weight)])
-    assert lora_files.largest_error(lora_files.layers_of(in_turn), before) < 1e-5
+    both = [open_lora(path, weight), open_lora(path, -weight)]
+    at_once = merged_layers(sd["text_encoder"], "text_encoder", both)
+    assert not lora_files.changed(at_once, before)
+    in_turn = tensors_of(sd["text_encoder"])
+    for lora in both:
+        in_turn = merge(in_turn, [lora], "text_encoder")
+    found = {n: torch.from_numpy(as_float32(in_turn[f"{n}.weight"])) for n in before}
+    assert lora_files.largest_error(found, before) < 1e-5
 
 
 def test_weight_zero_changes_nothing(sd: dict[str, Any], tmp_path: Path) -> None:
     path = save(tmp_path / "a.safetensors", lora_files.kohya(random_factors(sd)))
-    merged = copy.deepcopy(sd["unet"])
-    assert merge(merged, "unet", [open_lora(path, 0.0)]).layers == 0
-    before = lora_files.layers_of(sd["unet"])
-    assert not lora_files.changed(lora_files.layers_of(merged), before)
+    tensors = tensors_of(sd["unet"])
+    merged = merge(tensors, [open_lora(path, 0.0)], "unet")
+    assert all(merged[name] is tensor for name, tensor in tensors.items())
 
 
-def test_a_weight_keeps_its_type(sd: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "merged_to"),
+    [("F32", "F32"), ("F64", "F32"), ("F16", "F16"), ("BF16", "F16"), ("F8_E4M3", "F16")],
+)
+def test_a_merged_weight_s_type(
+    sd: dict[str, Any], tmp_path: Path, dtype: str, merged_to: str
+) -> None:
+    kinds = {"F32": torch.float32, "F64": torch.float64, "F16": torch.float16}
+    kinds |= {"BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn}
+    factors = random_factors({"unet": sd["unet"]}, take=lambda layer: layer == "conv_in")
+    path = save(tmp_path / "a.safetensors", lora_files.kohya(factors))
+    before = sd["unet"].conv_in.weight.detach().to(kinds[dtype])
+    bits = {"BF16": torch.uint16, "F8_E4M3": torch.uint8}.get(dtype)
+    array = (before if bits is None else before.view(bits)).numpy()
+    tensors = {"conv_in.weight": of_array(array, dtype)}
+    (merged,) = merge(tensors, [open_lora(path, 0.5)], "unet").values()
+    assert merged.dtype == merged_to
+    assert str(merged.read().dtype) == {"F32": "float32", "F16": "float16"}[merged_to]
+    expected = before.float() + 0.5 * factors["unet"]["conv_in"].delta()
+    assert float((torch.from_numpy(as_float32(merged)) - expected).abs().max()) < 2e-3
+    assert tensors["conv_in.weight"].read() is array
+
+
+def test_nothing_is_read_before_it_is_asked_for(sd: dict[str, Any], tmp_path: Path) -> None:
     path = save(tmp_path / "a.safetensors", lora_files.kohya(random_factors(sd)))
-    merged = copy.deepcopy(sd["unet"]).half()
-    merge(merged, "unet", [open_lora(path)])
-    assert {value.dtype for value in merged.parameters()} == {torch.float16}
+
+    def read() -> Any:
+        raise AssertionError
+
+    tensors = {n: Tensor(t.dtype, t.shape, read) for n, t in tensors_of(sd["unet"]).items()}
+    assert merge(tensors, [open_lora(path)], "unet") == tensors
 
 
-def test_weights_that_the_module_only_seems_to_have(sd: dict[str, Any], tmp_path: Path) -> None:
+def test_a_torch_module_takes_the_merged_tensors(sd: dict[str, Any], tmp_path: Path) -> None:
+    """As passes load what they work on."""
     factors = random_factors({"unet": sd["unet"]})
     path = save(tmp_path / "a.safetensors", lora_files.kohya(factors))
-    hollow = copy.deepcopy(sd["unet"])
-    mapped = {}
-    for name, value in hollow.named_parameters():
-        if value.numel() > 2000:
-            mapped[name] = value.detach().numpy().astype(np.float16)
-            value.data = torch.zeros(1).expand(value.shape)
-    before = dict(mapped)
-    merge(hollow, "unet", [open_lora(path, 0.5)], mapped)
-    found = lora_files.layers_of(hollow)
-    for name, array in mapped.items():
-        assert array.dtype == np.float16
-        assert before[name] is not array
-        found[name.removesuffix(".weight")] = torch.from_numpy(array.astype(np.float32))
+    tensors = merge(tensors_of(sd["unet"]), [open_lora(path, 0.5)], "unet")
+    found = lora_files.layers_of(load_module("unet", SD_UNET, tensors))
     expected = Model(sd, factors).expected("unet", 0.5)
-    assert 0 < len(mapped) < len(found)
-    assert lora_files.largest_error(found, expected) < 2e-3
+    assert lora_files.largest_error(found, expected) < 1e-5
+    del tensors["conv_in.bias"]
+    with pytest.raises(RequestError, match=r"do not fit its config\.json \(conv_in\.bias\)"):
+        load_module("unet", SD_UNET, tensors)
 
 
 def test_other_components_are_left_alone(sd: dict[str, Any], tmp_path: Path) -> None:
     path = save(tmp_path / "a.safetensors", lora_files.kohya(random_factors(sd)))
-    assert merge(torch.nn.Linear(2, 2), "vae", [open_lora(path)]).layers == 0
+    tensors = tensors_of(torch.nn.Linear(2, 2))
+    assert merge(tensors, [open_lora(path)], "vae") == tensors
 
 
 def test_a_lora_can_be_sent_to_another_process(sd: dict[str, Any], tmp_path: Path) -> None:
@@ -165,12 +180,10 @@ def test_what_fits_nothing_is_counted_and_named(sd: dict[str, Any], tmp_path: Pa
         "lora_unet_conv_in.diff_b": torch.ones(16),
     }
     path = save(tmp_path / "mixed.safetensors", tensors | unknown)
-    (sentence,) = check_loras([open_lora(path)], shapes_of(sd))
+    (sentence,) = check_loras([open_lora(path)], all_tensors(sd))
     assert "5 tensors of the LoRA mixed fit nothing" in sentence
     assert "and 2 more" in sentence
     assert sum(name in sentence for name in unknown) == 3
-    report = merge(copy.deepcopy(sd["text_encoder"]), "text_encoder", [open_lora(path)])
-    assert report.unmatched == {}
 
 
 def test_a_layer_under_two_names_is_merged_once(sdxl: dict[str, Any], tmp_path: Path) -> None:
@@ -178,13 +191,12 @@ def test_a_layer_under_two_names_is_merged_once(sdxl: dict[str, Any], tmp_path: 
     tensors = lora_files.kohya(factors, rename=lora_files.sdxl_original)
     tensors |= lora_files.kohya(factors)
     lora = open_lora(save(tmp_path / "twice.safetensors", tensors))
-    (sentence,) = check_loras([lora], shapes_of(sdxl))
+    (sentence,) = check_loras([lora], all_tensors(sdxl))
     assert f"{3 * len(factors['unet'])} tensors" in sentence
     assert "input_blocks" in sentence
-    merged = copy.deepcopy(sdxl["unet"])
-    merge(merged, "unet", [lora])
+    found = merged_layers(sdxl["unet"], "unet", [lora])
     expected = Model(sdxl, factors).expected("unet")
-    assert lora_files.largest_error(lora_files.layers_of(merged), expected) < 1e-5
+    assert lora_files.largest_error(found, expected) < 1e-5
 
 
 WIDTHS = {
@@ -198,7 +210,8 @@ WIDTHS = {
 @pytest.mark.parametrize("theirs", WIDTHS)
 def test_another_family_is_told_by_the_text_s_width(tmp_path: Path, ours: int, theirs: int) -> None:
     layer = "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k"
-    shapes = {"unet": {layer: (640, ours)}}
+    weight = of_array(np.zeros((640, ours), np.float16), "F16")
+    model = {"unet": {f"{layer}.weight": weight}}
     name = "input_blocks_4_1" if theirs == 2048 else "down_blocks_1_attentions_0"
     stem = f"lora_unet_{name}_transformer_blocks_0_attn2_to_k"
     tensors = {
@@ -207,10 +220,10 @@ def test_another_family_is_told_by_the_text_s_width(tmp_path: Path, ours: int, t
     }
     lora = open_lora(save(tmp_path / "a.safetensors", tensors))
     if ours == theirs and ours != 2048:
-        assert check_loras([lora], shapes) == ()
+        assert check_loras([lora], model) == ()
     elif ours != theirs:
         with pytest.raises(RequestError, match=f"is for {WIDTHS[theirs]}.*is {WIDTHS[ours]}"):
-            check_loras([lora], shapes)
+            check_loras([lora], model)
 
 
 def test_a_lora_of_another_architecture_is_refused(sd: dict[str, Any], tmp_path: Path) -> None:
@@ -220,7 +233,7 @@ def test_a_lora_of_another_architecture_is_refused(sd: dict[str, Any], tmp_path:
     }
     lora = open_lora(save(tmp_path / "flux.safetensors", flux))
     with pytest.raises(RequestError, match=r"Nothing in the LoRA .* fits this model"):
-        check_loras([lora], shapes_of(sd))
+        check_loras([lora], all_tensors(sd))
 
 
 def test_a_layer_of_another_shape_is_refused_before_and_while_merging(
@@ -231,12 +244,9 @@ def test_a_layer_of_another_shape_is_refused_before_and_while_merging(
     factors["unet"]["conv_in"] = Factors(torch.zeros(4, 9, 3, 3), part.up, 4.0)
     lora = open_lora(save(tmp_path / "inpaint.safetensors", lora_files.kohya(factors)))
     with pytest.raises(RequestError, match=r"conv_in is \[16, 9, 3, 3\].*here it is \[16, 4"):
-        check_loras([lora], shapes_of(sd))
-    merged = copy.deepcopy(sd["unet"])
+        check_loras([lora], all_tensors(sd))
     with pytest.raises(RequestError, match="for another model"):
-        merge(merged, "unet", [lora])
-    before = lora_files.layers_of(sd["unet"])
-    assert not lora_files.changed(lora_files.layers_of(merged), before)
+        merge(tensors_of(sd["unet"]), [lora], "unet")
 
 
 def test_overflow_is_an_error(sd: dict[str, Any], tmp_path: Path) -> None:
@@ -245,7 +255,7 @@ def test_overflow_is_an_error(sd: dict[str, Any], tmp_path: Path) -> None:
         part.down, part.up = part.down * 1e20, part.up * 1e20
     lora = open_lora(save(tmp_path / "a.safetensors", lora_files.kohya(factors)))
     with pytest.raises(RequestError, match="overflows with the LoRA a"):
-        merge(copy.deepcopy(sd["unet"]), "unet", [lora])
+        merged_layers(sd["unet"], "unet", [lora])
 
 
 @pytest.mark.parametrize(

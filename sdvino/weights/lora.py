@@ -1,73 +1,40 @@
-"""LoRA files: what one holds, decided from its header before torch is imported."""
+"""LoRA files: what one holds, decided from its header."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sdvino.convert.lora_names import COMPONENTS, LoraKey, is_sgm, parse_key
-from sdvino.convert.tensor_file import TensorFile
 from sdvino.errors import RequestError
 from sdvino.inputs.files import read_json
 from sdvino.inputs.plain import NotPlain, parse_json
+from sdvino.weights.layouts.lora import COMPONENTS, LoraKey, is_sgm, parse_key
+from sdvino.weights.layouts.rename import listed
+from sdvino.weights.lora_part import BESIDE, LoraPart, NoPart, is_whole, rank_of, shape_of
+from sdvino.weights.numbers import as_float32, check_finite, check_floats
+from sdvino.weights.safetensors import TensorFile
 
+#: The largest weight to merge a LoRA with.
 MAX_WEIGHT = 100.0
-_MAX_RANK = 8192
 _NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?")
 # Where diffusers keeps PEFT's LoraConfig in a file, and what PEFT calls it beside one.
 _METADATA_KEY = "lora_adapter_metadata"
 _ADAPTER_CONFIG = "adapter_config.json"
 # Keys of metadata that name the model, in kohya's files and in the model spec's.
 _TITLES = ("ss_output_name", "modelspec.title")
-_OTHER_KINDS = {"hada_w1_a": "a LoHa", "lokr_w1": "a LoKr", "lokr_w1_a": "a LoKr"}
-_NAMED = 3
-
-Shape = tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class LoraPart:
-    """What a file does to one layer: the names of its tensors, and their shapes."""
-
-    component: str
-    spelling: str
-    down: str
-    up: str
-    mid: str | None
-    magnitude: str | None
-    alpha: str | None
-    #: [rank, in, ...] and [out, rank, ...]; the middle one, between them, is [rank, rank, h, w].
-    down_shape: Shape
-    up_shape: Shape
-    mid_shape: Shape | None
-    magnitude_shape: Shape | None
-    #: alpha / rank.
-    scale: float
-
-    @property
-    def delta_shape(self) -> Shape:
-        """Return (out, in) or (out, in, h, w): what the part adds to."""
-        kernel = self.down_shape[2:] if self.mid_shape is None else self.mid_shape[2:]
-        return (self.up_shape[0], self.down_shape[1], *kernel)
-
-    @property
-    def tensors(self) -> tuple[str, ...]:
-        """Return the names of its tensors."""
-        names = (self.down, self.up, self.mid, self.magnitude, self.alpha)
-        return tuple(name for name in names if name is not None)
 
 
 @dataclass(frozen=True, slots=True)
 class Lora:
-    """A checked LoRA file and the weight to merge it with."""
+    """A checked LoRA file (or LoCon, LoHa, LoKr) and the weight to merge it with."""
 
     path: Path
     weight: float
-    #: kohya, diffusers or PEFT; several joined by "+" where a file mixes them.
+    #: Who names the layers so: kohya, diffusers or PEFT; several joined by "+" in a mixed file.
     layout: str
     parts: tuple[LoraPart, ...]
     #: Tensors that no layout accounts for.
@@ -106,7 +73,7 @@ def check_weight(weight: float) -> float:
 
 
 def open_lora(path: Path, weight: float = 1.0) -> Lora:
-    """Read the header of the LoRA ``path`` and decide its layout; torch is not needed.
+    """Read the header of the LoRA ``path``, and look whether its weights are numbers.
 
     Raises RequestError for a file that is no LoRA, is damaged, a pickle, or holds NaN.
     """
@@ -116,11 +83,8 @@ def open_lora(path: Path, weight: float = 1.0) -> Lora:
     unknown: list[str] = []
     for name in file.tensors:
         key = parse_key(name)
-        if key is None:
-            unknown.append(name)
-            continue
-        group = groups.setdefault((key.component, key.spelling), {})
-        if key.role in group:
+        group = {} if key is None else groups.setdefault((key.component, key.spelling), {})
+        if key is None or key.role in group:
             unknown.append(name)
         else:
             group[key.role] = (name, key)
@@ -128,14 +92,15 @@ def open_lora(path: Path, weight: float = 1.0) -> Lora:
     parts: list[LoraPart] = []
     layouts: set[str] = set()
     for group in groups.values():
-        if "down" not in group or "up" not in group:
+        if is_whole(group.keys()):
+            parts.append(_part(file, group, scales))
+            layouts |= {key.layout for role, (_, key) in group.items() if role not in BESIDE}
+        else:
             unknown.extend(name for name, _ in group.values())
-            continue
-        parts.append(_part(file, group, scales))
-        layouts |= {key.layout for _, key in group.values() if key.role == "down"}
     if not parts:
-        raise RequestError(_no_lora(path, unknown))
-    file.check_finite({name for p in parts for name in p.tensors if name != p.alpha})
+        raise RequestError(
+            f"{path} holds no LoRA ({listed(unknown)}); give a file that was saved as a LoRA."
+        )
     titles = (path.stem, *(file.metadata.get(key, "") for key in _TITLES))
     return Lora(
         path=path,
@@ -152,56 +117,41 @@ def _part(
     file: TensorFile, group: Mapping[str, tuple[str, LoraKey]], scales: _PeftScales
 ) -> LoraPart:
     names = {role: name for role, (name, _) in group.items()}
-    shapes = {role: file.tensors[name].shape for role, name in names.items()}
-    down, up = shapes["down"], shapes["up"]
-    rank = down[0] if down else 0
-    mid = shapes.get("mid")
-    # LoCon's 3 x 3: down and up are 1 x 1, and the middle one has the kernel.
-    fits = (
-        len(down) in (2, 4)
-        and len(up) in (2, 4)
-        and up[1] == rank
-        and set(up[2:]) <= {1}
-        and 1 <= rank <= _MAX_RANK
-        and 0 not in down + up
-        and (mid is None or (len(mid) == 4 and mid[:2] == (rank, rank) and set(down[2:]) <= {1}))
-    )
-    if not fits:
-        raise RequestError(
-            f"{file.path} is no LoRA that can be: {names['down'][:120]} is {list(down)} and"
-            f" {names['up'][:120]} {list(up)}; download it again or choose another."
+    factors = {role: file.tensors[name] for role, name in names.items() if role != "alpha"}
+    named = {names[role]: tensor for role, tensor in factors.items()}
+    check_floats(named, file.path)
+    try:
+        shape_of(factors)
+    except NoPart as error:
+        shapes = " and ".join(
+            f"{name[:120]} {list(t.shape)}" for name, t in list(named.items())[:2]
         )
-    if "alpha" in names:
-        scale = file.scalar(names["alpha"]) / rank
+        raise RequestError(
+            f"{file.path} is no LoRA that can be: its {shapes} do not go together;"
+            " download it again or choose another."
+        ) from error
+    check_finite(named, file.path)
+    rank = rank_of(factors)
+    key = next(key for role, (_, key) in group.items() if role in factors)
+    if rank is None:  # LoKr without a product: nothing is scaled
+        scale = 1.0
+    elif "alpha" in names:
+        scale = _number(file, names["alpha"]) / rank
     else:
-        scale = scales.of(group["down"][1], rank)
+        scale = scales.of(key, rank)
     if not math.isfinite(scale):
         raise RequestError(
-            f"{file.path} scales {names['down'][:120]} by a number that is none;"
+            f"{file.path} scales {next(iter(named))[:120]} by a number that is none;"
             " download it again or choose another."
         )
-    return LoraPart(
-        component=group["down"][1].component,
-        spelling=group["down"][1].spelling,
-        down=names["down"],
-        up=names["up"],
-        mid=names.get("mid"),
-        magnitude=names.get("magnitude"),
-        alpha=names.get("alpha"),
-        down_shape=down,
-        up_shape=up,
-        mid_shape=mid,
-        magnitude_shape=shapes.get("magnitude"),
-        scale=scale,
-    )
+    return LoraPart(key.component, key.spelling, tuple(names.values()), factors, scale)
 
 
-def _no_lora(path: Path, names: Sequence[str]) -> str:
-    for name in names:
-        kind = _OTHER_KINDS.get(name.rpartition(".")[2])
-        if kind is not None:
-            return f"{path} is {kind}, which convert does not bake in; choose a LoRA or LoCon."
-    return f"{path} holds no LoRA ({listed(names)}); give a file that was saved as a LoRA."
+def _number(file: TensorFile, name: str) -> float:
+    tensor = file.tensors[name]
+    if tensor.size != 1:
+        raise RequestError(f"{file.path} gives {name[:120]} as more than one number.")
+    return float(as_float32(tensor).reshape(()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,7 +166,8 @@ class _PeftScales:
         config = self.configs.get(key.component)
         if config is None:
             return 1.0
-        alpha = config.get("lora_alpha", rank)
+        # LoHa and LoKr of PEFT say alpha.
+        alpha = config.get("lora_alpha", config.get("alpha", rank))
         patterns = config.get("alpha_pattern")
         for name, value in patterns.items() if isinstance(patterns, dict) else ():
             name = str(name).removeprefix("^")
@@ -256,10 +207,3 @@ def _peft_scales(file: TensorFile) -> _PeftScales:
         config = read_json(beside, _ADAPTER_CONFIG)
         return _PeftScales(dict.fromkeys(COMPONENTS, config))
     return _PeftScales({})
-
-
-def listed(names: Sequence[str]) -> str:
-    """Return the first few of ``names`` and how many more there are."""
-    more = len(names) - _NAMED
-    listed = ", ".join(name[:120] for name in names[:_NAMED])
-    return f"{listed} and {more} more" if more > 0 else listed

@@ -1,0 +1,1 @@
+"""What checkpoints call their tensors: tables that put other namings into diffusers' own."""
