@@ -5,7 +5,7 @@
 Speed, memory and conversion do not depend on what the weights are; pictures do, and are noise.
 Weights are half-precision safetensors, written a shard at a time. The tiny ones are each family's
 layout with narrow layers, for tests; scripts/synthetic_architectures.py lists them all.
-Needs torch, diffusers and transformers (pip install "sdvino[convert]").
+Needs torch, diffusers and transformers (pip install "sdvino[train]").
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Lint, types and every test on a bare clone: `python scripts/test.py [--fast] [pytest arguments]`.
 
-Makes its own virtual environment with the `convert` and `test` extras. `--fast` leaves the slow
+Makes its own virtual environment with the `train` and `test` extras. `--fast` leaves the slow
 tests out; `--here` uses the Python that runs this script instead of making an environment. Groups
 of tests run side by side, each on its own share of the processor's cores; `--jobs` says how many.
 """
@@ -127,7 +127,7 @@ def main() -> int:
         python = (
             Path(sys.executable)
             if options.here
-            else ensure_environment(ROOT / ".venv-test", "convert,test")
+            else ensure_environment(ROOT / ".venv-test", "train,test")
         )
     except SetupError as error:
         print(f"test: {error}", file=sys.stderr)

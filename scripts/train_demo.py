@@ -6,7 +6,7 @@ Stages, in order: the autoencoder; a pool of scenes encoded once; the text encod
 UNet together with it; the autoencoder's decoder once more; the tiny autoencoder for previews. Each
 goes on from its checkpoint in --work when run again, so Ctrl-C is safe. `--init FOLDER` goes on
 from the weights of an earlier folder, whose encoder is taken as it is.
-Needs pip install "sdvino[convert]".
+Needs pip install "sdvino[train]".
 """
 
 from __future__ import annotations

@@ -10,8 +10,9 @@ from typing import Any
 from sdvino.compress.calls import operations, outputs_of, relative_error, spread
 from sdvino.compress.passes import SourcePass, Surroundings
 from sdvino.compress.quiet import quiet
-from sdvino.compress.structure import Structure, save_component
+from sdvino.compress.structure import save_component
 from sdvino.errors import RequestError
+from sdvino.nets.structure import Structure
 
 HISTORY_FILE = "history.json"
 

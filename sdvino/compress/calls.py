@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sdvino.compress.structure import Structure, build
+from sdvino.compress.structure import build
+from sdvino.nets.structure import Structure
 
 Inputs = Mapping[str, NDArray[Any]]
 

@@ -27,7 +27,7 @@ from sdvino.compress.passes import Outcome, Pass, SourcePass, Surroundings, chec
 from sdvino.errors import RequestError
 
 if TYPE_CHECKING:
-    from sdvino.compress.structure import Structure
+    from sdvino.nets.structure import Structure
 
 Array = NDArray[np.float64]
 

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from sdvino.compress.component_recipe import ComponentRecipe
-    from sdvino.compress.structure import Structure
+    from sdvino.nets.structure import Structure
 
 Level = Literal["source", "storage", "device"]
 

@@ -28,7 +28,7 @@ from sdvino.settings import check_choice
 if TYPE_CHECKING:
     from typing import Literal
 
-    from sdvino.compress.structure import Structure
+    from sdvino.nets.structure import Structure
 
     Method = Literal["magnitude", "heads", "channels", "blocks"]
 

@@ -28,8 +28,9 @@ from sdvino.compress.calls import (
 from sdvino.compress.layer_names import chosen
 from sdvino.compress.magnitude import Scope
 from sdvino.compress.passes import Outcome
-from sdvino.compress.structure import Structure, can_pass, gap_for
+from sdvino.compress.structure import can_pass, gap_for
 from sdvino.errors import RequestError
+from sdvino.nets.structure import Structure
 
 Progress = Callable[[float], None]
 Widths = Literal["heads", "channels"]

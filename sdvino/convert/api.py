@@ -15,8 +15,9 @@ from sdvino.compress.targets import get_target
 from sdvino.convert.baking import baking_request
 from sdvino.convert.conversion import Conversion, origin_of, steps_of
 from sdvino.convert.estimate import Needs, StepNeeds, check_needs, work_out
-from sdvino.convert.export import require_libraries
+from sdvino.convert.export import EXPORTERS, Exporter
 from sdvino.convert.gating import GateSettings, judge
+from sdvino.convert.libraries import require_libraries
 from sdvino.convert.open_source import Source, is_here, resolve_source
 from sdvino.convert.progress import Progress, silent
 from sdvino.convert.request import Request, WorkPlan
@@ -28,6 +29,7 @@ from sdvino.convert.suggestions import check_suggestions, suggestions, trained_s
 from sdvino.errors import Cancelled, RequestError, SdvinoError
 from sdvino.inputs.names import user_path
 from sdvino.model_folder import ModelFolder
+from sdvino.settings import check_choice
 
 #: Tells a person, in a line, what the gate costs and what it changes.
 Say = Callable[[str], None]
@@ -55,6 +57,7 @@ def convert(
     vae: Path | str | None = None,
     tiny_vae: Path | str | None = None,
     gate: GateSettings | None = None,
+    exporter: Exporter = "sdvino",
     overwrite: bool = False,
     fresh: bool = False,
     progress: Progress = silent,
@@ -73,9 +76,10 @@ def convert(
     loras: files to merge into the weights, each a path, ``FILE:WEIGHT`` or (path, weight). vae: an
     AutoencoderKL in the source's place, tiny_vae: an AutoencoderTiny beside it; folders or files.
     gate: how the result is compared with the uncompressed pipeline and mended (the command line's
-    default is `GateSettings()`); None: not at all. fresh: do not continue what an earlier,
-    interrupted conversion to ``folder`` finished. progress: called with what is being done and the
-    share done; say: with what the gate costs and what it changes, in a line each.
+    default is `GateSettings()`); None: not at all. exporter: who writes the graphs, "sdvino" itself
+    or "optimum-intel", which needs torch and knows more networks. fresh: do not continue what an
+    earlier, interrupted conversion to ``folder`` finished. progress: called with what is being done
+    and the share done; say: with what the gate costs and what it changes, in a line each.
 
     The folder appears when it is complete. After Ctrl-C, a crash or a failure the finished steps
     stay in `.NAME.sdvino-partial` beside it, and the same call continues from them. The source is
@@ -100,6 +104,7 @@ def convert(
         vae=vae,
         tiny_vae=tiny_vae,
         gate=gate,
+        exporter=exporter,
     )
     return run(request, Path(folder), overwrite=overwrite, fresh=fresh, progress=progress, say=say)
 
@@ -122,12 +127,14 @@ def make_request(
     vae: Path | str | None = None,
     tiny_vae: Path | str | None = None,
     gate: GateSettings | None = None,
+    exporter: Exporter = "sdvino",
     download: bool = True,
 ) -> Request:
     """Return the arguments of `convert` as a Request; raises RequestError for absurd ones.
 
     A source on the hub is downloaded; without ``download`` the request is for `look_ahead` alone.
     """
+    check_choice("exporter", exporter, EXPORTERS)
     request = Request(
         source="",
         recipe=str(recipe) if recipe in RECIPES else str(Path(recipe).absolute()),
@@ -140,6 +147,7 @@ def make_request(
         prediction_type=prediction_type,
         baking=baking_request(loras, vae, tiny_vae),
         gate=gate,
+        exporter=exporter,
     )
     request.resolve_recipe()  # before anything is downloaded
     if not download and not is_here(source):
@@ -168,12 +176,13 @@ def run(
 ) -> ModelFolder:
     """Do the conversion that ``request`` describes; see `convert`."""
     recipe = request.resolve_recipe()
+    require_libraries(recipe, request.exporter, gated=request.gate is not None)
     target = folder.absolute()
     _check_apart(Path(request.source), target)
     work = WorkFolder(target)
     conversion = None
     try:
-        source = request.open_source(work.path, progress=progress, say=True)
+        source = request.open_source(work.path, say=True)
         plan, hints = _decide(request, recipe, source)
         steps = progress if request.gate is None else _scaled(progress, 0.0, _GATE_FROM)
         conversion = Conversion(source, plan, hints, work, steps)
@@ -181,7 +190,6 @@ def run(
             work.close(remove=True)
             return ModelFolder.open(target)
         check_target(target, overwrite=overwrite)
-        require_libraries()
         if fresh:
             work.start_anew()
         check_needs(work_out(conversion.left(), conversion.plan), work.path)

@@ -19,9 +19,9 @@ _log = logging.getLogger("sdvino")
 
 # Peaks of the worker processes, resident, mapped files included: libraries alone, and for each byte
 # of half-precision weights. `scripts/bench_convert.py` prints them beside what is measured.
-_EXPORT = (1_200_000_000, 1.1)
-# transformers holds what diffusers leaves mapped.
-_EXPORT_TEXT = (1_200_000_000, 2.7)
+_EXPORT = (150_000_000, 1.05)
+# optimum-intel's exporter holds a module in float32, and the graph that is traced of it.
+_TRACE = (1_200_000_000, 4.0)
 _WEIGHTS = (500_000_000, 1.6)
 # Of what is calibrated only a part is worked on at a time: less where it is only evaluated. For
 # each byte of weights and each pixel of the latents: what the whole would take.
@@ -124,9 +124,8 @@ def _needs_of(step: Step, plan: WorkPlan) -> StepNeeds:
     if step.kind == "frame":
         return StepNeeds(step, "tokenizer and configs", seconds, _peak(_EXPORT, 0), 10_000_000)
     if step.kind == "export":
-        text = step.component.startswith("text_encoder")
-        memory = _peak(_EXPORT_TEXT if text else _EXPORT, size)
-        return StepNeeds(step, "half precision", seconds, memory, size)
+        rates = _EXPORT if plan.request.exporter == "sdvino" else _TRACE
+        return StepNeeds(step, "half precision", seconds, _peak(rates, size), size)
     if step.kind == "calibrate":
         return _calibrating(step, plan, seconds)
     if step.kind == "gather":

@@ -12,9 +12,9 @@ from sdvino.compress.calibration import CalibrationPlan
 from sdvino.compress.recipe_file import from_toml, to_toml
 from sdvino.compress.recipes import Recipe, get_recipe
 from sdvino.convert.baking import BakingRequest, bake
+from sdvino.convert.export import Exporter
 from sdvino.convert.gating import GateSettings
 from sdvino.convert.open_source import Source, open_source, outline_source
-from sdvino.convert.progress import Progress, silent
 from sdvino.errors import SdvinoError
 
 PLAN_FILE = "plan.json"
@@ -48,15 +48,17 @@ class Request:
     baking: BakingRequest = field(default_factory=BakingRequest)
     #: How the gate judges the result; None: there is none.
     gate: GateSettings | None = None
+    #: Who writes the graphs.
+    exporter: Exporter = "sdvino"
     #: Of the hub, where the source is only looked at.
     revision: str | None = None
     offline: bool = False
     max_download: int | None = None
 
-    def open_source(self, work: Path, *, progress: Progress = silent, say: bool = False) -> Source:
+    def open_source(self, work: Path, *, say: bool = False) -> Source:
         """Open the source, checked, with whatever is put in the place of its parts.
 
-        What has to be unpacked goes below ``work``, once: workers open the source again. ``say``
+        What a single file lacks goes below ``work``, once: workers open the source again. ``say``
         logs what of a LoRA fits nothing. Raises RequestError for a source that is none.
         """
         source = open_source(
@@ -65,14 +67,14 @@ class Request:
             tokenizer=None if self.tokenizer is None else Path(self.tokenizer),
             prediction_type=self.prediction_type,
             name=self.source_name,
-            progress=progress,
+            own_vae=self.baking.vae is None,
         )
-        return bake(source, self.baking, work, say=say)
+        return bake(source, self.baking, say=say)
 
     def outline_source(self, work: Path) -> tuple[Source, int]:
         """Return the source as `open_source` would, and the bytes to be downloaded before.
 
-        It tells what a conversion would take; no weight is read, unpacked or downloaded.
+        It tells what a conversion would take; no weight is downloaded.
         """
         source, download = outline_source(
             Path(self.source) if self.source else str(self.source_name),
@@ -83,8 +85,9 @@ class Request:
             tokenizer=None if self.tokenizer is None else Path(self.tokenizer),
             prediction_type=self.prediction_type,
             name=self.source_name,
+            own_vae=self.baking.vae is None,
         )
-        return bake(source, self.baking, work, say=False), download
+        return bake(source, self.baking, say=False), download
 
     @property
     def files(self) -> tuple[Path, ...]:

@@ -9,7 +9,7 @@ from typing import Literal, get_args
 Kind = Literal["frame", "gather", "pass", "export", "calibrate", "compress"]
 _KINDS: tuple[Kind, ...] = get_args(Kind)
 
-# Steps of components smaller than this share a process: importing torch takes as long as their
+# Steps of components smaller than this share a process: importing libraries takes as long as their
 # work, and their memory does not matter.
 _SMALL_BYTES = 400_000_000
 
@@ -66,13 +66,15 @@ def _family(step: Step, small: bool) -> str:
     """Return with which others a step may share a process.
 
     Training keeps its memory, the others give it back. Unless all is small, those share that load
-    the same libraries: the frame's are among the export's, which are those of passes.
+    the same libraries.
     """
     if step.trains:
         return "train"
     if small:
         return "small"
-    return "torch" if step.kind in ("frame", "gather", "pass", "export") else step.kind
+    if step.kind in ("frame", "export"):
+        return "networks"
+    return "torch" if step.kind in ("gather", "pass") else step.kind
 
 
 #: Called with the name of a step and the share of it done, 0 to 1.

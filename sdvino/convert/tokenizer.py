@@ -6,10 +6,14 @@ import json
 import os
 from pathlib import Path
 
+import openvino as ov
+
 from sdvino.compress.quiet import quiet
 from sdvino.errors import SdvinoError
+from sdvino.graph.saving import save_graph
 from sdvino.inputs.files import read_bytes, read_json
-from sdvino.text.vocabulary import MAX_FILE_BYTES
+from sdvino.text.tokenizer import WORDS, tokenizer_json
+from sdvino.text.vocabulary import MAX_FILE_BYTES, TokenizerFiles, read_tokenizer_files
 
 _FILES = (
     "vocab.json",
@@ -20,6 +24,7 @@ _FILES = (
     "added_tokens.json",
 )
 # What holds a path or a name of the machine that saved the tokenizer, or of its Python classes.
+_MODELS = ("openvino_tokenizer", "openvino_detokenizer")
 _PRIVATE_KEYS = ("name_or_path", "_name_or_path", "auto_map", "is_local")
 
 
@@ -44,17 +49,80 @@ def convert_tokenizer(source: Path, output: Path) -> None:
 
 
 def _add_derived(output: Path) -> None:
-    import openvino as ov
-    import openvino_tokenizers
-    from transformers import CLIPTokenizerFast
-
-    tokenizer = CLIPTokenizerFast.from_pretrained(output, local_files_only=True)
-    if not (output / "tokenizer.json").is_file():
-        tokenizer.backend_tokenizer.save(str(output / "tokenizer.json"))
-    models = openvino_tokenizers.convert_tokenizer(tokenizer, with_detokenizer=True)
-    for name, model in zip(("openvino_tokenizer", "openvino_detokenizer"), models, strict=True):
+    files = read_tokenizer_files(output)
+    written = output / "tokenizer.json"
+    if not written.is_file():
+        written.write_text(tokenizer_json(files), encoding="utf-8")
+    for name, model in zip(_MODELS, _openvino_models(files), strict=True):
         model.set_friendly_name(name)
-        ov.save_model(model, output / f"{name}.xml")
+        for key, token in (("bos", files.start), ("eos", files.end), ("pad", files.pad)):
+            model.set_rt_info(files.vocab[token], f"{key}_token_id")
+        save_graph(model, output / f"{name}.xml")
+
+
+def _openvino_models(files: TokenizerFiles) -> tuple[ov.Model, ov.Model]:
+    """Return CLIP's tokenizer and detokenizer as OpenVINO models, of openvino_tokenizers' steps.
+
+    Its own converter makes the same steps, but of what transformers read.
+    """
+    from openvino_tokenizers import tokenizer_pipeline as ot
+    from openvino_tokenizers.constants import UTF8ReplaceMode
+    from openvino_tokenizers.utils import change_inputs_type, change_outputs_type
+
+    content = json.loads(tokenizer_json(files))
+    start, end, pad = (
+        {"token": token, "_token_id": files.vocab[token]}
+        for token in (files.start, files.end, files.pad)
+    )
+    special = {token.id: token.content for token in files.added if token.flags["special"]}
+    split = [
+        ot.SpecialToken(token.content, token.flags["lstrip"], token.flags["rstrip"])
+        for token in files.added
+    ]
+    pipeline = ot.TokenizerPipeline()
+    pipeline.number_of_inputs = 1
+    pipeline.add_steps(
+        [
+            ot.SpecialTokensSplit(split),
+            ot.NormalizeUnicode("NFC"),
+            ot.RegexNormalizationStep(r"\s+", " "),
+            ot.CaseFoldStep(),
+            ot.RegexSplitStep(WORDS, invert=True, behaviour="remove"),
+            ot.RegexSplitStep.byte_level_splitter(),
+            ot.BytesToCharsStep(),
+            ot.BPETokenizationStep.from_hf_json(content),
+        ]
+    )
+    pipeline.vocab = pipeline[-1].vocab
+    decoder = ot.VocabDecoderStep.from_hf_json(
+        tokenizer_json=content,
+        pipeline_vocab=pipeline.vocab,
+        skip_tokens=special,
+        added_tokens={token.id: token.content for token in files.added},
+        is_byte_level=True,
+    )
+    pipeline.add_steps(
+        [
+            ot.TruncationStep(files.max_length - 2),
+            ot.CombineSegmentsStep([ot.AddToken(**start), ot.Sequence(), ot.AddToken(**end)]),
+            ot.PaddingStep(**pad, max_length=files.max_length),
+            decoder,
+            ot.CharsToBytesStep(),
+            ot.UTF8ValidateStep(mode=UTF8ReplaceMode.REPLACE),
+            ot.RegexDecodingStep.replace_end_of_word_suffix(suffix="</w>"),
+            ot.RegexDecodingStep.rstrip_space(),
+        ]
+    )
+    whole = pipeline.get_tokenizer_ov_subgraph()
+    named = {name: port for port in whole.outputs for name in port.get_names()}
+    # CLIP has no types of tokens.
+    kept = [named[name] for name in ("input_ids", "attention_mask")]
+    tokenizer = ov.Model(kept, whole.get_parameters())
+    tokenizer.add_sinks(whole.get_sinks())
+    change_outputs_type(tokenizer, ov.Type.i64)
+    detokenizer = pipeline.get_detokenizer_ov_subgraph()
+    change_inputs_type(detokenizer, ov.Type.i64)
+    return tokenizer, detokenizer
 
 
 def _clean_config(path: Path) -> None:

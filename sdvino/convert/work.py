@@ -11,8 +11,8 @@ from sdvino.convert.steps import Step
 
 # Seconds on a small laptop, per step and per gigabyte of half-precision weights; what matters most
 # is their ratios.
-_FRAME = 8.0
-_EXPORT = (6.0, 30.0)
+_FRAME = 2.0
+_EXPORT = (1.0, 6.0)
 _COPY = (0.1, 1.0)
 _WEIGHTS = (2.0, 20.0)
 _EVALUATION = (0.01, 3.0)

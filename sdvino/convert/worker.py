@@ -5,7 +5,7 @@
 What to do stands in WORKDIR/plan.json. Lines of JSON go to stdout: {"step", "share"} while a step
 runs, {"step", "files"} when it is finished, {"error"} when it failed. The process ends when its
 stdin does: nothing goes on when the conversion was killed. Libraries are imported for the steps
-that need them: compression does without torch's models, export without NNCF.
+that need them: torch for passes and for optimum-intel's exporter, NNCF to compress.
 """
 
 from __future__ import annotations
@@ -150,22 +150,35 @@ def _export(
 ) -> None:
     from sdvino.convert.export import export_component
     from sdvino.convert.frame import write_component_config
+    from sdvino.convert.source import DiffusersFolder
     from sdvino.convert.source_passes import with_passes
+    from sdvino.runtime.mapped import pages_dropped
 
     source = with_passes(plan.open_source(work), plan, work, component)
-    export_component(source, component, output)
+    files = [output, *plan.request.files]
+    if isinstance(source, DiffusersFolder):
+        files += source.weights.get(source.components[component], ())
+    with pages_dropped(files, writable=True):
+        export_component(source, component, output, plan.request.exporter)
     write_component_config(source, component, output)
 
 
 def _calibrate(
     plan: WorkPlan, work: Path, component: str, output: Path, progress: Callable[[float], None]
 ) -> None:
+    from sdvino.compress.component_recipe import CALIBRATED
     from sdvino.compress.folder import calibrate
     from sdvino.compress.samples import save_samples
 
-    inputs = calibrate(work / "float", plan.calibration, progress, scratch=output.parent)
+    measured = {
+        name: output / f"{name}.bin"
+        for name in plan.quantized
+        if plan.recipe.treatment(name) in CALIBRATED
+    }
+    inputs = calibrate(work / "float", plan.calibration, progress, output.parent, measured)
     for name in plan.quantized:
-        save_samples(output / f"{name}.npz", inputs.of(name))
+        if name not in measured:
+            save_samples(output / f"{name}.npz", inputs.of(name))
 
 
 def _compress(
@@ -181,26 +194,34 @@ def _compress(
     from sdvino.compress.folder import compress_component
     from sdvino.compress.local_report import write_plan
     from sdvino.compress.samples import load_samples
+    from sdvino.compress.statistics import Statistics, has_statistics
     from sdvino.compress.targets import get_target
     from sdvino.graph.saving import given_names, save_graph
+    from sdvino.runtime.mapped import pages_dropped
 
     xml = source / "openvino_model.xml"
-    samples: list[dict[str, Any]] = []
+    measured = work / "calibration" / f"{component}.bin"
+    calibration: Statistics | list[dict[str, Any]] = []
     if component in plan.quantized:
-        samples = load_samples(work / "calibration" / f"{component}.npz")
-    model = compress_component(
-        component,
-        xml,
-        plan.recipe.component(component),
-        samples,
-        get_target(plan.request.target),
-        progress,
-        scratch=output.parent,
-        planned=partial(write_plan, output),
-    )
-    # Layers are found by the names that they have in the float graph.
-    standing = given_names(ov.Core().read_model(xml))
-    save_graph(model, output / xml.name, name=component, standing=standing)
+        calibration = (
+            Statistics(measured)
+            if has_statistics(measured)
+            else load_samples(measured.with_suffix(".npz"))
+        )
+    with pages_dropped([source]):
+        model = compress_component(
+            component,
+            xml,
+            plan.recipe.component(component),
+            calibration,
+            get_target(plan.request.target),
+            progress,
+            scratch=output.parent,
+            planned=partial(write_plan, output),
+        )
+        # Layers are found by the names that they have in the float graph.
+        standing = given_names(ov.Core().read_model(xml))
+        save_graph(model, output / xml.name, name=component, standing=standing)
     for file in source.iterdir():
         if file.suffix not in (".xml", ".bin"):
             shutil.copyfile(file, output / file.name)
@@ -238,10 +259,11 @@ def _describe(error: BaseException, step: str) -> dict[str, Any]:
     elif isinstance(error, MemoryError):
         described["message"] = f"There is not enough memory to {step}; close other programs."
     elif isinstance(error, ImportError):
+        extra = "convert" if step.startswith(("calibrate", "compress")) else "train"
         described["type"] = RequestError.__name__
         described["message"] = (
             f"Converting needs libraries that cannot be loaded here ({error});"
-            ' install them with: pip install "sdvino[convert]".'
+            f' install them with: pip install "sdvino[{extra}]".'
         )
     elif isinstance(error, OSError):
         described["type"] = "OSError"
@@ -262,7 +284,8 @@ def _import_libraries(plan: WorkPlan, names: Sequence[str]) -> None:
     gc.disable()
     try:
         with contextlib.suppress(Exception):  # the step that needs it says so
-            if any(step.kind in ("pass", "export") for step in steps):
+            traced = plan.request.exporter != "sdvino"
+            if any(step.kind == "pass" or (step.kind == "export" and traced) for step in steps):
                 _import_models()
             if any(
                 step.kind == "compress" and plan.recipe.treatment(step.component) != "fp16"

@@ -24,16 +24,19 @@ _LOOK_SECONDS = 0.01
 _MADV_DONTNEED = 4  # Linux
 
 
-def mapped_ranges(paths: Sequence[Path], maps: str) -> list[tuple[int, int]]:
+def mapped_ranges(
+    paths: Sequence[Path], maps: str, *, writable: bool = False
+) -> list[tuple[int, int]]:
     """Return where ``maps``, the text of /proc/self/maps, has the files: addresses and lengths.
 
     ``paths`` are files, and folders whose files all count. Only what nobody may write: dropping
-    those pages loses nothing.
+    those pages loses nothing. With ``writable`` also what is mapped copy-on-write, for files whose
+    copies nobody has written to.
     """
     ranges = []
     for line in maps.splitlines():
         words = line.split(maxsplit=5)
-        if len(words) < 6 or words[1][:2] != "r-":
+        if len(words) < 6 or words[1][:2] not in ("r-", "rw" if writable else "r-"):
             continue
         file = Path(words[5])
         if any(path in (file, file.parent) for path in paths):
@@ -42,25 +45,27 @@ def mapped_ranges(paths: Sequence[Path], maps: str) -> list[tuple[int, int]]:
     return ranges
 
 
-def drop_pages(paths: Sequence[Path]) -> None:
+def drop_pages(paths: Sequence[Path], *, writable: bool = False) -> None:
     """Drop the pages of these files that this process has mapped; elsewhere than on Linux nothing.
 
-    ``paths`` are as for `mapped_ranges`.
+    ``paths`` and ``writable`` are as for `mapped_ranges`.
     """
     if not sys.platform.startswith("linux"):
         return
     library = ctypes.CDLL(None)
     there = [path.resolve() for path in paths]
-    for address, length in mapped_ranges(there, read_text("/proc/self/maps") or ""):
+    maps = read_text("/proc/self/maps") or ""
+    for address, length in mapped_ranges(there, maps, writable=writable):
         library.madvise(ctypes.c_void_p(address), ctypes.c_size_t(length), _MADV_DONTNEED)
 
 
 @contextmanager
-def pages_dropped(paths: Sequence[Path]) -> Iterator[None]:
+def pages_dropped(paths: Sequence[Path], *, writable: bool = False) -> Iterator[None]:
     """Keep few pages of these files in memory while the block runs, and none after it.
 
     A thread looks and drops them. The block takes about as long as before: pages come back without
-    the disk while the machine has memory to spare. ``paths`` are as for `mapped_ranges`.
+    the disk while the machine has memory to spare. ``paths`` and ``writable`` are as for
+    `mapped_ranges`.
     """
     before = _file_pages()
     if not paths or before is None:
@@ -72,7 +77,7 @@ def pages_dropped(paths: Sequence[Path]) -> Iterator[None]:
         while not done.wait(_LOOK_SECONDS):
             now = _file_pages()
             if now is not None and now - before > GATHERED_BYTES:
-                drop_pages(paths)
+                drop_pages(paths, writable=writable)
 
     looking = threading.Thread(target=look, name="sdvino-pages", daemon=True)
     looking.start()
@@ -81,7 +86,7 @@ def pages_dropped(paths: Sequence[Path]) -> Iterator[None]:
     finally:
         done.set()
         looking.join()
-        drop_pages(paths)
+        drop_pages(paths, writable=writable)
 
 
 def _file_pages() -> int | None:

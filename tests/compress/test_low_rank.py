@@ -20,8 +20,8 @@ from sdvino.compress.low_rank import (
     rank_for_energy,
     spectrum_of,
 )
-from sdvino.compress.structure import Structure
 from sdvino.errors import RequestError
+from sdvino.nets.structure import Structure
 from tests.compress.tiny_unet import calls, tiny_unet
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")

@@ -13,9 +13,10 @@ from sdvino.compress.lean_modules import keep_channels, keep_heads
 from sdvino.compress.magnitude import kth_value, layers_with_weights
 from sdvino.compress.passes import Surroundings
 from sdvino.compress.prune import Prune, prune_magnitude
-from sdvino.compress.structure import Structure, load_component
+from sdvino.compress.structure import load_component
 from sdvino.compress.structured_prune import choose_blocks, choose_widths, prune_blocks
 from sdvino.errors import RequestError
+from sdvino.nets.structure import Structure
 from tests.compress.tiny_unet import CONFIG, calls, tiny_unet
 from tests.conftest import SHAPES_SOURCE
 

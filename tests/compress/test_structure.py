@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from sdvino.compress.calls import operations, outputs_of, relative_error
-from sdvino.compress.structure import STRUCTURE_FILE, Structure, load_component, save_component
+from sdvino.compress.structure import apply, load_component, save_component
 from sdvino.errors import RequestError
+from sdvino.nets.structure import STRUCTURE_FILE, Structure
 from tests.compress.tiny_unet import CONFIG, calls, tiny_unet
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -48,7 +49,7 @@ def test_every_kind_of_change_survives_the_way_to_the_disk(tmp_path: Path) -> No
         ranks={"down_blocks.0.resnets.0.conv1": 5, "time_embedding.linear_1": 7},
     )
     unet = tiny_unet()
-    structure.apply(unet)
+    apply(structure, unet)
     for parameter in unet.requires_grad_(False).parameters():
         parameter.normal_(std=0.05)
     save_component(unet, tmp_path, config=CONFIG, structure=structure, dtype="float32")
@@ -94,7 +95,7 @@ def test_the_other_components_too(tmp_path: Path, component: str) -> None:
         sample = {"input_ids": np.arange(77, dtype=np.int64)[None]}
         names = ["text_model.encoder.layers.0.mlp.fc1"]
     structure = Structure(ranks=dict.fromkeys(names, 4))
-    structure.apply(model)
+    apply(structure, model)
     save_component(model, tmp_path, config=config, structure=structure, dtype="float32")
     found = load_component(tmp_path, component)
     assert relative_error(outputs_of(found, [sample]), outputs_of(model, [sample])) == 0.0

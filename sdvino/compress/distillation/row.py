@@ -16,7 +16,7 @@ from sdvino.compress.prompts import check_prompts
 from sdvino.errors import RequestError
 
 if TYPE_CHECKING:
-    from sdvino.compress.structure import Structure
+    from sdvino.nets.structure import Structure
 
 # Calls that the distance from the teacher is measured on.
 _SAMPLES = 4
