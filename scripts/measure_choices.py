@@ -10,12 +10,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -27,8 +25,17 @@ from openvino import opset13 as ops
 from sdvino.compress.calibration import CalibrationInputs, make_plan
 from sdvino.compress.component_recipe import ComponentRecipe
 from sdvino.compress.folder import calibrate, compress_component
+from sdvino.compress.fragile import float_nodes
 from sdvino.compress.ir import read_ir
+from sdvino.compress.layers import (
+    attention_nodes,
+    nodes_with_weights,
+    operations,
+    residual_sources,
+)
 from sdvino.compress.prompts import GENERAL_PROMPTS
+from sdvino.compress.quantization import OVERFLOW
+from sdvino.compress.quiet import quiet
 from sdvino.compress.recipes import CalibrationRecipe, get_recipe
 from sdvino.compress.targets import Target, get_target
 from sdvino.errors import SdvinoError
@@ -108,29 +115,36 @@ def split_shortcuts(model: ov.Model) -> int:
     return done
 
 
-@contextmanager
-def convolutional() -> Iterator[None]:
-    """Let NNCF quantize what it quantizes by default, sums of residuals among it."""
+def with_sums(name: str, model: ov.Model, given: Sequence[Sample], variant: Variant) -> ov.Model:
+    """Return ``model`` quantized as NNCF does by default, sums of residuals among it."""
     import nncf
 
-    quantize = nncf.quantize
-
-    def without_type(*given: Any, model_type: Any, **options: Any) -> ov.Model:
-        return quantize(*given, **options)
-
-    with patch.object(nncf, "quantize", without_type):
-        yield
+    ignored = [
+        *float_nodes(variant.recipe, name, nodes_with_weights(model), (), operations(model)),
+        *attention_nodes(model),
+        *residual_sources(model),
+    ]
+    parameters = nncf.AdvancedQuantizationParameters(
+        overflow_fix=getattr(nncf.OverflowFix, OVERFLOW[variant.target.overflow_fix])
+    )
+    with quiet():
+        return nncf.quantize(
+            model,
+            nncf.Dataset(list(given)),
+            preset=nncf.QuantizationPreset.MIXED,
+            subset_size=len(given),
+            ignored_scope=nncf.IgnoredScope(names=list(dict.fromkeys(ignored))),
+            advanced_parameters=parameters,
+        )
 
 
 def quantized(name: str, model: ov.Model, given: Sequence[Sample], variant: Variant) -> ov.Model:
     """Return ``model``, the float component, as ``variant`` has it; it is consumed."""
     if variant.split and not split_shortcuts(model):
         raise SdvinoError(f"The {name} has no shortcut over a concatenation.")
-    recipe, target = variant.recipe, variant.target
-    if not variant.sums:
-        return compress_component(name, model, recipe, given, target)
-    with convolutional():
-        return compress_component(name, model, recipe, given, target)
+    if variant.sums:
+        return with_sums(name, model, given, variant)
+    return compress_component(name, model, variant.recipe, given, variant.target)
 
 
 def inputs(

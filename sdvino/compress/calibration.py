@@ -95,6 +95,8 @@ class CalibrationPlan:
     sampler: SamplerName = "euler"
     #: UNet inputs kept of all.
     unet_samples: int = 256
+    #: Evaluations of the UNet that count for the statistics of its activations; None: all.
+    measured: int | None = None
     #: Classifier-free guidance of the trajectories; 1 or less runs no unconditional branch.
     guidance_scale: float = 7.5
     #: Whether the guidance is an input of the UNet (LCM), which then runs once a step.
@@ -112,6 +114,20 @@ class CalibrationPlan:
     def evaluations(self) -> int:
         """Return how often the UNet runs."""
         return self.branches * sum(map(self.steps, range(len(self.prompts))))
+
+    @property
+    def recorded(self) -> frozenset[int]:
+        """Return which evaluations count for the statistics of activations, as they are made."""
+        return self._choose(self.evaluations if self.measured is None else self.measured)
+
+    @property
+    def kept(self) -> frozenset[int]:
+        """Return whose inputs are kept, counted through one trajectory after the other."""
+        return self._choose(self.unet_samples)
+
+    def _choose(self, count: int) -> frozenset[int]:
+        order = np.random.default_rng(self.seed).permutation(self.evaluations)
+        return frozenset(int(i) for i in order[:count])
 
     def steps(self, trajectory: int) -> int:
         """Return how many steps a trajectory takes."""
@@ -155,6 +171,7 @@ def make_plan(
         embedded_guidance=embedded_guidance,
         shape=shape,
         seed=recipe.seed,
+        measured=recipe.samples,
         **chosen,
     )
 
@@ -235,9 +252,7 @@ def collect(
     the components need not be in memory together. The trajectories are followed side by side, so
     that a UNet of which only a part is in memory goes through its parts once for all of them.
     """
-    order = np.random.default_rng(plan.seed).permutation(plan.evaluations)
-    chosen = frozenset(int(i) for i in order[: plan.unet_samples])
-    recorder = _Recorder(pipeline, chosen, plan.evaluations, progress)
+    recorder = _Recorder(pipeline, plan.kept, plan.evaluations, progress)
     # A prompt without a negative one is guided away from zeros by some models, and with an empty
     # one away from an empty text: both, by turns.
     told = [

@@ -14,6 +14,7 @@ from sdvino.compress.component_recipe import ComponentRecipe
 from sdvino.compress.fragile import float_nodes
 from sdvino.compress.layers import embeddings, nodes_with_weights, operations
 from sdvino.compress.quantization import quantize
+from sdvino.compress.statistics import Statistics
 from sdvino.compress.stepwise import Sample
 from sdvino.compress.targets import Target
 from sdvino.compress.weight_coding import Coding
@@ -26,7 +27,7 @@ SCHEME = Coding(bits=8, granularity="tensor", symmetric=True)
 def quantize_global(
     component: str,
     model: ov.Model,
-    samples: Sequence[Sample] = (),
+    samples: Statistics | Sequence[Sample] = (),
     *,
     recipe: ComponentRecipe,
     target: Target,

@@ -1,14 +1,14 @@
 """Weights and activations in 8 bits (W8A8): NNCF's post-training quantization.
 
-NNCF quantizes a model with a copy of its weights in float32, packed once more by the CPU plugin,
-and with what every quantized layer takes and gives at once: ten gigabytes for a UNet of 860 million
-weights. But it looks at one layer at a time, so a large model is quantized in parts.
+What activations are like is known before (see `sdvino.compress.statistics`), so that nothing is
+evaluated here. NNCF takes the weights that it works on in float32; but it looks at one layer at a
+time, so a large model is quantized in parts.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any
 
 import openvino as ov
 
+from sdvino.compress.bias_correction import correct_biases, float_layers
 from sdvino.compress.component_recipe import ComponentRecipe
 from sdvino.compress.fragile import float_nodes
 from sdvino.compress.layers import (
@@ -27,21 +28,30 @@ from sdvino.compress.layers import (
     operations,
     residual_sources,
 )
-from sdvino.compress.parts import choose_ends
-from sdvino.compress.quiet import quiet
-from sdvino.compress.stepwise import PART_BYTES, Progress, Sample, compress_in_parts
+from sdvino.compress.parts import Value, choose_ends
+from sdvino.compress.post_training import apply_nncf
+from sdvino.compress.statistics import Recorder, Statistics, fix_shapes
+from sdvino.compress.stepwise import (
+    PART_BYTES,
+    PartedModel,
+    Progress,
+    Sample,
+    compress_in_parts,
+)
 from sdvino.compress.targets import Target
 from sdvino.compress.weights import compress_linears
 from sdvino.graph.upsampling import split_upsampling
 
 #: `Target.overflow_fix` -> NNCF's OverflowFix.
-_OVERFLOW = {"off": "DISABLE", "first-layer": "FIRST_LAYER", "all": "ENABLE"}
+OVERFLOW = {"off": "DISABLE", "first-layer": "FIRST_LAYER", "all": "ENABLE"}
+#: Share of the progress that evaluating samples is.
+_MEASURING = 0.7
 
 
 def quantize(
     component: str,
     model: ov.Model | Path,
-    samples: Sequence[Sample],
+    calibration: Statistics | Sequence[Sample],
     *,
     recipe: ComponentRecipe,
     target: Target,
@@ -52,24 +62,30 @@ def quantize(
 ) -> ov.Model:
     """Return ``model`` quantized as ``recipe`` (int8, int8-hybrid, global) says, for ``target``.
 
-    ``samples`` are calibration inputs by tensor name; all are used, in order, so the result is
-    the same each time. Weights get one scale for each output channel (or tensor), activations one
+    ``calibration`` are the statistics of its activations, or inputs by tensor name, which are
+    evaluated for them. Weights get one scale for each output channel (or tensor), activations one
     for each tensor (symmetric weights; activations asymmetric, but for GPUs). Sums of a block and
     its residual stay in float: error 1.3 % against 2.1 % on the demo's VAE decoder, 3.5 % against
     12.4 % on its UNet (scripts/measure_choices.py).
     With ``split_upsamples``, convolutions of doubled pictures are rewritten before (see
-    `sdvino.graph.upsampling`): fewer products, in layers of other names.
-    ``progress`` is called with the share of the calibration passes done, 0 to 1. ``model`` is
-    consumed; given as its .xml, weights are in memory only while they are worked on. A model for
-    which NNCF would take more than ``part_bytes`` is quantized in parts; what flows between them
-    is in the folder ``scratch`` (None: the system's) meanwhile.
-    Raises RequestError when the recipe names layers that the model has not.
+    `sdvino.graph.upsampling`): fewer products, in layers of other names; statistics are of those.
+    ``progress`` is called with the share done, 0 to 1. ``model`` is consumed; given as its .xml,
+    weights are in memory only while they are worked on. A model for which NNCF would take more than
+    ``part_bytes`` is quantized in parts; they are in the folder ``scratch`` (None: the system's)
+    meanwhile.
+    Raises RequestError when the recipe names layers that the model has not, SdvinoError when the
+    statistics are not of this model.
     Source: NNCF, "Post-training Quantization"; for int8-hybrid optimum-intel's hybrid quantization.
     """
     report: Progress = (lambda share: None) if progress is None else progress
     given: Callable[[], ov.Model] = (
         partial(ov.Core().read_model, model) if isinstance(model, Path) else model.clone
     )
+
+    if isinstance(model, ov.Model):
+        # Values are known by names, and clones have others where nobody gave one.
+        for operation in model.get_ops():
+            operation.set_friendly_name(operation.get_friendly_name())
 
     def read() -> ov.Model:
         found = given()
@@ -78,16 +94,50 @@ def quantize(
         return found
 
     whole = read()
-    method = _Method(recipe, target, tuple(_ignored(recipe, component, whole, target)))
-    ends = choose_ends(whole, samples[0], part_bytes)
-    if not ends:
-        result = method.apply(whole, samples, report)
-    else:
-        del whole
-        with tempfile.TemporaryDirectory(prefix="parts-", dir=scratch) as folder:
-            result = compress_in_parts(read, ends, samples, method.apply, Path(folder), report)
+    ignored = tuple(_ignored(recipe, component, whole, target))
+    with tempfile.TemporaryDirectory(prefix="parts-", dir=scratch) as folder:
+        measured = 0.0
+        if not isinstance(calibration, Statistics):
+            measured = _MEASURING
+            path = Path(folder) / "statistics.bin"
+            calibration = measure(
+                read(), calibration, path, lambda share: report(_MEASURING * share), part_bytes
+            )
+        method = _Method(recipe, target, ignored, calibration)
+        ends = choose_ends(whole, {}, part_bytes)
+        if not ends:
+            result = method.apply(whole, {})
+        else:
+            del whole
+            result = compress_in_parts(
+                read,
+                ends,
+                method.apply,
+                Path(folder),
+                lambda share: report(measured + (1 - measured) * share),
+            )
     report(1.0)
     return result
+
+
+def measure(
+    model: ov.Model,
+    samples: Sequence[Sample],
+    path: Path,
+    progress: Progress = lambda share: None,
+    part_bytes: int = PART_BYTES,
+) -> Statistics:
+    """Evaluate ``model`` on ``samples``; return what its activations are like, kept in ``path``.
+
+    All samples have the same shapes. ``model`` is consumed. Of one that would take more than
+    ``part_bytes`` only a part is in memory at a time.
+    """
+    fix_shapes(model, samples[0])
+    recorder = Recorder(path)
+    parted = PartedModel(model, choose_ends(model, samples[0], part_bytes), recorder=recorder)
+    with tempfile.TemporaryDirectory(prefix="flow-", dir=path.parent) as folder:
+        parted.evaluate(samples, Path(folder), progress=progress)
+    return recorder.close()
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,9 +148,10 @@ class _Method:
     target: Target
     #: Names of the operations that stay in float, or as compressed as they are.
     ignored: tuple[str, ...]
+    statistics: Statistics
 
-    def apply(self, model: ov.Model, samples: Sequence[Sample], progress: Progress) -> ov.Model:
-        """Return ``model`` quantized on ``samples``, its inputs. It is consumed."""
+    def apply(self, model: ov.Model, crossing: Mapping[str, Value]) -> ov.Model:
+        """Return ``model`` quantized; its inputs stand for values of the whole. It is consumed."""
         recipe, here = self.recipe, set(operations(model))
         ignored = [name for name in self.ignored if name in here]
         if recipe.mode == "int8-hybrid":
@@ -111,27 +162,11 @@ class _Method:
         if not _has_products(model, ignored):
             return model
         smooth = recipe.smooth_quant_alpha is not None and _has_linears(model, ignored)
-        passes = (2 if smooth else 1) * len(samples)
-        seen = 0
-
-        def feed(index: int) -> dict[str, Any]:
-            nonlocal seen
-            seen += 1
-            progress(min(0.99, seen / passes))
-            return dict(samples[index])
-
-        with quiet():
-            import nncf
-
-            return nncf.quantize(
-                model,
-                nncf.Dataset(range(len(samples)), feed),
-                subset_size=len(samples),
-                # For this type NNCF leaves sums alone and has SmoothQuant.
-                model_type=nncf.ModelType.TRANSFORMER,
-                ignored_scope=nncf.IgnoredScope(names=list(dict.fromkeys(ignored))),
-                **_options(recipe, self.target, recipe.smooth_quant_alpha if smooth else None),
-            )
+        options = _options(recipe, self.target, recipe.smooth_quant_alpha if smooth else None)
+        layers = float_layers(model, crossing)
+        model = apply_nncf(model, self.statistics, crossing, ignored, options)
+        correct_biases(model, layers, self.statistics)
+        return model
 
 
 def _ignored(recipe: ComponentRecipe, component: str, model: ov.Model, target: Target) -> list[str]:
@@ -173,7 +208,10 @@ def _options(recipe: ComponentRecipe, target: Target, alpha: float | None) -> di
         "preset": presets.PERFORMANCE if target.symmetric_activations else presets.MIXED,
         "target_device": devices.GPU if target.name == "gpu" else devices.ANY,
         "advanced_parameters": AdvancedQuantizationParameters(
-            overflow_fix=getattr(nncf.OverflowFix, _OVERFLOW[target.overflow_fix]),
+            # Reducers work on arrays then, which they are given, not in the graph.
+            inplace_statistics=False,
+            disable_bias_correction=True,
+            overflow_fix=getattr(nncf.OverflowFix, OVERFLOW[target.overflow_fix]),
             smooth_quant_alphas=AdvancedSmoothQuantParameters(
                 matmul=-1 if alpha is None else alpha, convolution=-1
             ),

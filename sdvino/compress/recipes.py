@@ -49,7 +49,9 @@ class CalibrationRecipe:
     trajectories: int | None = None
     #: Strata of timesteps: a trajectory takes one step in each.
     strata: int | None = None
-    #: Inputs of the UNet that are kept, spread over texts, timesteps and both branches of guidance.
+    #: Evaluations of the UNet that are looked at, spread over texts, timesteps and both branches of
+    #: guidance. None: all, where activations are measured while pictures are drawn (int8 and
+    #: int8-hybrid); else by the UNet's size.
     samples: int | None = None
     seed: int = 0
 

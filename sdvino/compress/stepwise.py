@@ -1,14 +1,13 @@
 """A model compressed, or evaluated, part by part: one part is in memory at a time.
 
-Each part is calibrated on what the float parts before it give for the calibration inputs; that
-waits on the disk. So the result is what compressing the whole at once would give, where a layer's
-compression depends on its own inputs and outputs alone.
+What flows from part to part of an evaluation waits on the disk. Compression needs no evaluation, so
+its parts only follow each other.
 """
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,43 +17,42 @@ from numpy.typing import NDArray
 
 from sdvino.compress.ir import read_ir
 from sdvino.compress.parts import Cuts, Joiner, Part, Value
+from sdvino.compress.statistics import Point, Recorder, add_statistics
+from sdvino.runtime.memory import return_memory
 
 Sample = Mapping[str, NDArray[Any]]
 Progress = Callable[[float], None]
-#: Compresses a model on calibration inputs, and tells the share done.
-Compress = Callable[[ov.Model, Sequence[Sample], Progress], ov.Model]
+#: Compresses a part of a model, whose inputs stand for these values of the whole.
+Compress = Callable[[ov.Model, Mapping[str, Value]], ov.Model]
 
 #: What a part may take when it is quantized, beside the libraries: a laptop's share. More parts
 #: take less and cost more time.
 PART_BYTES = 2_500_000_000
+_EXACT: Mapping[str, Any] = {"INFERENCE_PRECISION_HINT": "f32"}
 
 
 def compress_in_parts(
     read: Callable[[], ov.Model],
     ends: Sequence[str],
-    samples: Sequence[Sample],
     compress: Compress,
     folder: Path,
     progress: Progress,
 ) -> ov.Model:
     """Return the model that ``read`` gives, anew each time, with its parts compressed.
 
-    ``ends`` are those of `sdvino.compress.parts.choose_ends`; ``folder`` is empty, and holds what
-    flows between the parts, and the finished ones, meanwhile.
+    ``ends`` are those of `sdvino.compress.parts.choose_ends`; ``folder`` is empty, and holds the
+    finished parts meanwhile.
     """
-    flow = _Flow(folder)
-    readers = Cuts(read(), ends).last_reader()
     ports: list[tuple[Mapping[str, Value], tuple[Value, ...]]] = []
     for index in range(len(ends) + 1):
         part = Cuts(read(), ends).extract(index)
-        inputs = _Inputs(part, samples, flow)
-        _run(part, inputs, [value for value in part.given if value in readers], flow)
-        model = compress(part.model, inputs, _share_of(progress, index, len(ends) + 1))
+        model = compress(part.model, part.crossing)
         ov.save_model(model, _xml(folder, index), compress_to_fp16=True)
         ports.append((part.crossing, part.given))
-        del part, inputs, model
+        del part, model
         gc.collect()
-        flow.drop(value for value, last in readers.items() if last == index)
+        return_memory()
+        progress((index + 1) / (len(ends) + 1))
     joiner = Joiner(read())
     for index, (crossing, given) in enumerate(ports):
         joiner.add(Part(read_ir(_xml(folder, index)), crossing, given))
@@ -64,23 +62,80 @@ def compress_in_parts(
 class PartedModel:
     """A float model of which one part at a time is compiled; evaluated on many inputs at once."""
 
-    def __init__(self, model: ov.Model, ends: Sequence[str]) -> None:
-        """``ends`` are those of `sdvino.compress.parts.choose_ends`. ``model`` is consumed."""
+    def __init__(
+        self,
+        model: ov.Model,
+        ends: Sequence[str] = (),
+        *,
+        properties: Mapping[str, Any] = _EXACT,
+        recorder: Recorder | None = None,
+    ) -> None:
+        """``ends`` are those of `sdvino.compress.parts.choose_ends`; none: it stays whole.
+
+        ``properties`` are OpenVINO's. With a ``recorder``, whose shapes are static, evaluations
+        tell what they are like. ``model`` is consumed.
+        """
         cuts = Cuts(model, ends)
         self._readers = cuts.last_reader()
         self._parts = [cuts.extract(index) for index in range(len(ends) + 1)]
+        self._properties = dict(properties)
+        self._recorder = recorder
+        self._points: list[list[Point]] = []
+        self._whole: ov.InferRequest | None = None
+        if recorder is not None:
+            for part in self._parts:
+                self._points.append(add_statistics(part.model, part.crossing, recorder.points))
+                recorder.points += self._points[-1]
 
-    def evaluate(self, samples: Sequence[Sample], folder: Path) -> list[NDArray[Any]]:
+    def evaluate(
+        self,
+        samples: Sequence[Sample],
+        folder: Path,
+        recorded: Collection[int] | None = None,
+        progress: Progress = lambda share: None,
+    ) -> list[NDArray[Any]]:
         """Return the model's last output for each of ``samples``.
 
-        ``folder`` is empty, and holds what flows between the parts meanwhile.
+        ``folder`` holds what flows between the parts meanwhile. ``recorded`` are the numbers of the
+        samples that the recorder keeps the statistics of; None: all.
         """
+        kept = range(len(samples)) if recorded is None else sorted(recorded)
+        rows: dict[int, Any] = {}
+        if self._recorder is not None and kept and self._recorder.points:
+            rows = dict(zip(kept, self._recorder.rows(len(kept)), strict=True))
         flow = _Flow(folder)
+        results: list[NDArray[Any]] = []
         for index, part in enumerate(self._parts):
-            _run(part, _Inputs(part, samples, flow), part.given, flow)
-            flow.drop(value for value, last in self._readers.items() if last == index)
-        output = self._parts[-1].given[-1]
-        return [flow.get(output, sample) for sample in range(len(samples))]
+            request = self._request(part)
+            inputs = _Inputs(part, samples, flow)
+            for sample in range(len(samples)):
+                request.infer(dict(inputs[sample]), share_inputs=True)
+                for output, value in enumerate(part.given):
+                    if value in self._readers:
+                        flow.put(value, sample, request.get_output_tensor(output).data)
+                if index + 1 == len(self._parts):
+                    output = len(part.given) - 1
+                    results.append(np.array(request.get_output_tensor(output).data))
+                if sample in rows and self._points[index]:
+                    measured = request.get_output_tensor(len(part.given)).data
+                    start = 3 * self._points[index][0].start
+                    rows[sample][start : start + len(measured)] = measured
+                progress((index + (sample + 1) / len(samples)) / len(self._parts))
+            flow.drop(value for value, reader in self._readers.items() if reader == index)
+            del request  # before the next part is compiled
+            return_memory()
+        return results
+
+    def _request(self, part: Part) -> ov.InferRequest:
+        """Return what evaluates ``part``; of a whole model it is kept."""
+        if self._whole is not None:
+            return self._whole
+        request = (
+            ov.Core().compile_model(part.model, "CPU", self._properties).create_infer_request()
+        )
+        if len(self._parts) == 1:
+            self._whole = request
+        return request
 
 
 class _Flow:
@@ -127,22 +182,5 @@ class _Inputs(Sequence[Sample]):
         return sample | crossing
 
 
-def _run(part: Part, inputs: Sequence[Sample], wanted: Sequence[Value], flow: _Flow) -> None:
-    """Evaluate a part in float on every input and keep ``wanted`` of what it gives."""
-    if not wanted:
-        return
-    properties = {"INFERENCE_PRECISION_HINT": "f32"}
-    request = ov.Core().compile_model(part.model, "CPU", properties).create_infer_request()
-    outputs = [(value, part.given.index(value)) for value in wanted]
-    for index in range(len(inputs)):
-        request.infer(dict(inputs[index]), share_inputs=True)
-        for value, output in outputs:
-            flow.put(value, index, request.get_output_tensor(output).data)
-
-
 def _xml(folder: Path, index: int) -> Path:
     return folder / f"part-{index}.xml"
-
-
-def _share_of(progress: Progress, index: int, count: int) -> Progress:
-    return lambda share: progress((index + share) / count)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 from sdvino.compress.calibration import CalibrationInputs, CalibrationPlan
 from sdvino.compress.float_pipeline import FloatPipeline
 from sdvino.compress.folder import calibrate
+from sdvino.compress.statistics import Statistics
 from sdvino.diffusion.guidance import embed_guidance_scale
 from sdvino.image.tiling import TILE
 from sdvino.model_folder import ModelFolder
@@ -133,6 +135,30 @@ def test_the_decoder_is_given_what_the_runtime_gives_it(tmp_path: Path) -> None:
             if np.allclose(fed * np.float32(0.18215), latents[:, :, y : y + TILE], atol=1e-5)
         )
         starts.add(start)
-        expected = np.clip(decoder({"latent_sample": fed})[0], -1, 1)
+        expected = decoder({"latent_sample": fed})[0]
         np.testing.assert_allclose(picture, expected, atol=1e-4)
     assert starts == {0, 8, 16}
+
+
+def test_what_draws_the_pictures_tells_its_statistics(tmp_path: Path) -> None:
+    """All evaluations count, or as many as the plan says; the autoencoder's are its pictures'."""
+    folder = finish_folder(make_tiny_folder(tmp_path / "model"))
+    components = ("unet", "vae_decoder")
+    for measured in (None, 5):
+        made = replace(plan(), measured=measured)
+        files = {name: tmp_path / f"{name}-{measured}.bin" for name in components}
+        inputs = calibrate(folder, made, measured=files)
+        found = {name: Statistics(file) for name, file in files.items()}
+        assert found["unet"].evaluations == (made.evaluations if measured is None else measured)
+        assert found["vae_decoder"].evaluations == len(PROMPTS)
+        for name, samples, value in (
+            ("unet", inputs.unet, "sample"),
+            ("vae_decoder", inputs.vae_decoder, "latent_sample"),
+        ):
+            channels = found[name].find((value, 0))
+            assert channels is not None
+            highest = sorted(float(sample[value].max()) for sample in samples)
+            if name == "unet" and measured is not None:
+                assert set(channels.high.max(axis=1)) < {np.float32(each) for each in highest}
+            else:
+                assert sorted(channels.high.max(axis=1)) == pytest.approx(highest)

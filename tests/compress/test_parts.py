@@ -23,6 +23,8 @@ VNNI = get_target("avx512-vnni")
 SKIP = "__module.skip/aten::add/Add"
 # What NNCF takes for a convolution of `nets`: weights, input and output, each twice.
 CONVOLUTION = 8 * (9 * nets.CHANNELS**2 + 2 * nets.CHANNELS * nets.SIDE**2)
+#: Of those, when it is not evaluated: nothing but weights.
+WEIGHTS = 8 * 9 * nets.CHANNELS**2
 
 
 def blocks() -> ov.Model:
@@ -167,7 +169,7 @@ def test_quantizing_in_parts_is_quantizing_the_whole(recipe: str, tmp_path: Path
             part_bytes=limit,
             scratch=tmp_path,
         )
-        for limit in (100 * CONVOLUTION, 3 * CONVOLUTION)
+        for limit in (100 * WEIGHTS, 3 * WEIGHTS)
     )
     assert scales(parts).keys() == scales(whole).keys()
     assert len(scales(parts)) == {"int8": 13, "int8-hybrid": 9}[recipe]
@@ -187,6 +189,6 @@ def test_weights_come_from_the_file_that_is_mapped(tmp_path: Path) -> None:
     xml = tmp_path / "openvino_model.xml"
     ov.save_model(blocks(), xml, compress_to_fp16=True)
     recipe = ComponentRecipe(mode="int8", float_layers=("conv_in/", "conv_out/"))
-    model = quantize("unet", xml, SAMPLES, recipe=recipe, target=VNNI, part_bytes=3 * CONVOLUTION)
+    model = quantize("unet", xml, SAMPLES, recipe=recipe, target=VNNI, part_bytes=3 * WEIGHTS)
     expected = nets.run(blocks(), SAMPLES[0])
     assert nets.error(model, expected, SAMPLES[0], exact=True) < 0.1
