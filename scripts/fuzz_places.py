@@ -40,7 +40,7 @@ _TEXTS = (
         "unet=",
         "=CPU",
         "a/b",
-        "../outside",
+        "../elsewhere",  # where a person says so, things may be written
         "(" * 2000,
     ),
 )

@@ -40,6 +40,14 @@ Report = Callable[[str], None]
 Choose = Callable[[Sequence[str]], Sequence[str]]
 
 
+class NotConverted(ModelFolderError):
+    """A repository on the hub holds a model that is yet to be converted."""
+
+
+class NotDownloaded(SdvinoError):
+    """A model on the hub was not downloaded before, and the hub is out of reach."""
+
+
 def report_to_stderr(message: str) -> None:
     """Write one line to stderr."""
     sys.stderr.write(f"sdvino: {lines(message)}\n")
@@ -69,26 +77,41 @@ def resolve_model(
     """
     if model is None:
         return bundled_model()
-    path = user_path(model)
-    try:
-        exists = model != "" and path.exists()
-    except OSError:  # a name too long for a file
-        exists = False
-    if exists or isinstance(model, Path):
+    path = local_model(model)
+    if path is not None:
         return path
-    if not is_hub_id(model):
-        raise ModelFolderError(
-            f"There is no folder {model[:200]!r}, and it is no hub id (owner/name) either;"
-            " leave -m out for the bundled demo model."
-        )
+    name = str(model)
+    if not is_hub_id(name):
+        raise not_found(name)
     return fetch(
-        model,
-        lambda names: _choose_runnable(model, names),
+        name,
+        lambda names: runnable_files(name, names),
         revision=revision,
         cache_dir=cache_dir,
         offline=offline,
         max_download=max_download,
         progress=progress,
+    )
+
+
+def local_model(model: str | Path) -> Path | None:
+    """Return the path that ``model`` names on this machine; None where a hub id is left.
+
+    A `Path` is one in any case. Raises RequestError for a name that no file can have.
+    """
+    path = user_path(model)
+    try:
+        exists = model != "" and path.exists()
+    except OSError:  # a name too long for a file
+        exists = False
+    return path if exists or isinstance(model, Path) else None
+
+
+def not_found(model: str) -> ModelFolderError:
+    """Return what to raise for a model that is neither here nor named as on the hub."""
+    return ModelFolderError(
+        f"There is no folder or file {model[:200]!r}, and it is no hub id (owner/name) either;"
+        " leave -m out for the bundled demo model."
     )
 
 
@@ -141,6 +164,21 @@ def list_files(model: str, *, revision: str | None = None, offline: bool = False
     try:
         return read_listing(model, revision)
     except network_errors():
+        return None
+
+
+def snapshot_here(
+    model: str, *, revision: str | None = None, cache_dir: str | Path | None = None
+) -> Path | None:
+    """Return the folder of what was downloaded of ``model`` before, called as its commit is."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return Path(
+            snapshot_download(model, revision=revision, cache_dir=cache_dir, local_files_only=True)
+        )
+    except LocalEntryNotFoundError:
         return None
 
 
@@ -199,27 +237,28 @@ def _from_cache(
     cause: Exception | None = None,
 ) -> Path:
     """Return what was downloaded before; raises SdvinoError with ``complaint`` if nothing was."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    try:
-        folder = Path(
-            snapshot_download(model, revision=revision, cache_dir=cache_dir, local_files_only=True)
-        )
-    except LocalEntryNotFoundError as error:
-        raise _not_here(complaint, revision) from (error if cause is None else cause)
-    # Only what is whole is linked to from here.
-    choose([p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()])
+    folder = snapshot_here(model, revision=revision, cache_dir=cache_dir)
+    if folder is None:
+        raise _not_here(complaint, revision) from cause
+    choose(names_in(folder))
     return folder
 
 
-def _not_here(complaint: str, revision: str | None) -> SdvinoError:
+def names_in(folder: Path) -> list[str]:
+    """Return the files of a snapshot in the hub's cache; only what is whole is linked to there."""
+    return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+
+
+def _not_here(complaint: str, revision: str | None) -> NotDownloaded:
     what = "" if revision is None else f" at revision {revision}"
-    return SdvinoError(f"{complaint}{what}; connect once, or give the folder of a model with -m.")
+    return NotDownloaded(f"{complaint}{what}; connect once, or give the folder of a model with -m.")
 
 
-def _choose_runnable(model: str, names: Sequence[str]) -> list[str]:
-    """Return the files that running needs; raises ModelFolderError without an OpenVINO UNet."""
+def runnable_files(model: str, names: Sequence[str]) -> list[str]:
+    """Return those of the files ``names`` of a repository that running needs.
+
+    Raises NotConverted where it holds other weights than OpenVINO's, ModelFolderError where none.
+    """
     wanted = [name for name in names if _WANTED.fullmatch(name) is not None]
     if "unet/openvino_model.xml" not in wanted:
         raise _no_openvino(model, names)
@@ -228,7 +267,7 @@ def _choose_runnable(model: str, names: Sequence[str]) -> list[str]:
 
 def _no_openvino(model: str, names: Sequence[str]) -> ModelFolderError:
     if any(name.endswith((".safetensors", ".ckpt", ".pt", ".pth", ".bin")) for name in names):
-        return ModelFolderError(
+        return NotConverted(
             f"{model} holds torch weights, not an OpenVINO model; run"
             f" `sdvino convert {model} FOLDER` first, or look on the hub for the same model in"
             " OpenVINO format."

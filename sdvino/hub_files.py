@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 from sdvino.errors import ModelFolderError, OutputError, RequestError, SdvinoError
+from sdvino.inputs.sizes import shown_size
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -192,8 +193,8 @@ def check_size(listing: Listing, names: Iterable[str], max_download: int | None 
     size = sum(listing.most_bytes(name) for name in names)
     if size > limit:
         raise RequestError(
-            f"{listing.model} would download {_megabytes(size)}, and the limit is"
-            f" {_megabytes(limit)}; raise it with --max-download {-(-size // 10**9)}GB, or choose a"
+            f"{listing.model} would download {shown_size(size)}, and the limit is"
+            f" {shown_size(limit)}; raise it with --max-download {-(-size // 10**9)}GB, or choose a"
             " smaller model."
         )
     return size
@@ -252,7 +253,7 @@ def download(
     if missing:
         size = check_size(listing, missing, limit)
         _check_disk(listing.model, size, repository)
-        progress(f"Downloading {listing.model}: {len(missing)} files, {_megabytes(size)}.")
+        progress(f"Downloading {listing.model}: {len(missing)} files, {shown_size(size)}.")
         _bring(listing, missing, cache, repository)
     return repository / "snapshots" / listing.commit
 
@@ -264,8 +265,8 @@ def _check_disk(model: str, size: int, repository: Path) -> None:
     room = shutil.disk_usage(standing).free + _bytes_below(repository, "*.incomplete")
     if room < size:
         raise OutputError(
-            f"{model} needs {_megabytes(size)} on the disk of the hub's cache and"
-            f" {_megabytes(room)} are free; free some space, or set HF_HOME to a folder on another"
+            f"{model} needs {shown_size(size)} on the disk of the hub's cache and"
+            f" {shown_size(room)} are free; free some space, or set HF_HOME to a folder on another"
             " disk."
         )
 
@@ -374,7 +375,3 @@ def note_commit(folder: Path, revision: str | None) -> None:
             temporary.unlink(missing_ok=True)
     except OSError as error:
         _log.warning("%s could not be written (%s).", ref, error.strerror)
-
-
-def _megabytes(size: int) -> str:
-    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"

@@ -27,7 +27,6 @@ from sdvino.generation import (
     as_negative_texts,
     as_texts,
 )
-from sdvino.hub import resolve_model
 from sdvino.image.parameters import PictureSettings
 from sdvino.image.preview import Previewer
 from sdvino.model_folder import ModelFolder
@@ -101,6 +100,8 @@ class StableDiffusionPipeline:
         cls,
         model: str | Path | None = None,
         *,
+        recipe: str | Path | None = None,
+        gate: bool = False,
         device: str | Mapping[str, str] | None = None,
         plugins: Mapping[str, str | Path] | None = None,
         settings: RunSettings | None = None,
@@ -112,8 +113,12 @@ class StableDiffusionPipeline:
         vae_tiling: bool | None = None,
         profile: bool = True,
     ) -> StableDiffusionPipeline:
-        """Open a model folder, a hub id of a ready-made OpenVINO model, or the bundled demo model.
+        """Open a model: the bundled demo model, a model folder, a checkpoint, or a hub id.
 
+        A .safetensors checkpoint, a diffusers folder and a hub id of one are converted when they
+        are first used and found again from then on (`sdvino.first_use`); ``recipe`` says
+        to what (None: int8 where NNCF is installed, else fp16), with ``gate`` the result is
+        compared with the uncompressed model. A folder or hub id of an OpenVINO model takes neither.
         ``device`` is one OpenVINO device name, or names by component, with ``default`` for the
         rest; ``plugins`` makes devices of vendors' OpenVINO libraries first, name to path;
         ``settings`` says everything else too. ``cache_dir`` is the hub's download cache,
@@ -123,9 +128,14 @@ class StableDiffusionPipeline:
         before the first call. Raises RequestError (ModelFolderError, DeviceError) for a wrong
         request.
         """
+        # Above this module, as converting is: the one import that points up.
+        from sdvino.first_use.resolve import resolve
+
         register_plugins({} if plugins is None else plugins)
-        path = resolve_model(
+        path = resolve(
             model,
+            recipe=recipe,
+            gate=gate,
             revision=revision,
             cache_dir=cache_dir,
             offline=offline,

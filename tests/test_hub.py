@@ -193,11 +193,11 @@ def test_what_the_hub_refuses(tmp_path: Path) -> None:
         answers = resolve_in_process(hub.address, tmp_path / "cache", *models).stdout.splitlines()
         address = hub.address
     assert len(answers) == 3
-    assert answers[0].startswith("ModelFolderError owner/name holds torch weights")
+    assert answers[0].startswith("NotConverted owner/name holds torch weights")
     assert answers[1].startswith("ModelFolderError There is no folder 'owner/other'")
     assert answers[2].startswith("ModelFolderError owner/name has no revision 'none'")
     unreachable = resolve_in_process(address, tmp_path / "cache").stdout
-    assert unreachable.startswith("SdvinoError The hub cannot be reached")
+    assert unreachable.startswith("NotDownloaded The hub cannot be reached")
 
 
 def snapshot(cache: Path, commit: str) -> Path:
@@ -265,7 +265,7 @@ def test_a_commit_that_cannot_be_had_leaves_the_one_before(tmp_path: Path) -> No
         assert "using the copy" in again.stderr
         assert resolve_in_process(hub.address, cache, offline="1").stdout == first
         by_commit = resolve_in_process(hub.address, cache, f"owner/name@{LATER}")
-        assert by_commit.stdout.startswith("SdvinoError The hub cannot be reached")
+        assert by_commit.stdout.startswith("NotDownloaded The hub cannot be reached")
         hub.broken.clear()
         by_commit = resolve_in_process(hub.address, cache, f"owner/name@{LATER}")
         assert by_commit.stdout.strip() == str(snapshot(cache, LATER))
@@ -362,12 +362,12 @@ def test_listings_that_are_none(tmp_path: Path) -> None:
     assert len(answers) == len(strange) + 1
     for answer, listing in zip(answers, strange, strict=False):
         # Of bytes that are no text, versions of huggingface_hub think differently.
-        sentence = answer.startswith(("ModelFolderError ", "SdvinoError The hub cannot"))
+        sentence = answer.startswith(("ModelFolderError ", "NotDownloaded The hub cannot"))
         assert sentence, (answer, str(listing)[:80])
         assert len(answer) < 300
     assert "has 10001 files" in answers[10]
     assert answers[-1].startswith("/")
-    assert page.stdout.startswith("SdvinoError The hub cannot be reached")
+    assert page.stdout.startswith("NotDownloaded The hub cannot be reached")
     assert "is about another commit" in other
 
 

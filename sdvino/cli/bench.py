@@ -9,7 +9,14 @@ from typing import Any
 
 import click
 
-from sdvino.cli.options import DEVICE_OPTIONS, device_options, model_options, run_settings
+from sdvino.cli.options import (
+    DEVICE_OPTIONS,
+    MODEL_OPTIONS,
+    device_options,
+    model_folder,
+    model_options,
+    run_settings,
+)
 from sdvino.cli.terminal import echo
 from sdvino.errors import Cancelled, RequestError
 from sdvino.settings import SAMPLERS, SamplerSettings
@@ -47,12 +54,14 @@ def bench_command(
     sdvino bench -m FOLDER --steps 4 --size 512 --guidance-scale 1
     """
     settings = run_settings(**{name: options.pop(name) for name in DEVICE_OPTIONS})
+    model = {name: options.pop(name) for name in MODEL_OPTIONS}
     width, height = parse_size(size)
 
     from tqdm import tqdm
 
     from sdvino.benchmark import measure_model
 
+    folder = model_folder(**model, quiet=quiet)
     # disable=None: no bar where stderr is not a terminal.
     with tqdm(unit="step", disable=True if quiet else None) as bar:
 
@@ -62,6 +71,7 @@ def bench_command(
 
         try:
             report = measure_model(
+                folder,
                 settings=settings,
                 width=width,
                 height=height,

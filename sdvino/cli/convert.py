@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,9 +11,11 @@ import click
 
 from sdvino.cli.options import download_option
 from sdvino.cli.terminal import USER_PATH, echo
+from sdvino.inputs.sizes import shown_seconds, shown_size
 
 if TYPE_CHECKING:
     from sdvino.convert.api import Outlook
+    from sdvino.convert.export import Exporter
 
 
 @click.command("convert")
@@ -117,6 +118,13 @@ if TYPE_CHECKING:
     metavar="FOLDER|FILE",
     help="A tiny autoencoder (TAESD) beside it, for previews and speed.",
 )
+@click.option(
+    "--exporter",
+    type=click.Choice(["sdvino", "optimum-intel"]),
+    default="sdvino",
+    show_default=True,
+    help="Who writes the graphs; optimum-intel knows more networks and needs the train extra.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace FOLDER if sdvino convert made it.")
 @click.option(
     "--fresh", is_flag=True, help="Begin anew, whatever an interrupted conversion has finished."
@@ -146,6 +154,7 @@ def convert_command(
     loras: Sequence[str],
     vae: Path | None,
     tiny_vae: Path | None,
+    exporter: Exporter,
     overwrite: bool,
     fresh: bool,
     dry_run: bool,
@@ -154,9 +163,9 @@ def convert_command(
 
     SOURCE is a diffusers folder, a .safetensors checkpoint, an OpenVINO folder, or a model on the
     hub (owner/name, or owner/name/FILE.safetensors) of Stable Diffusion 1.x, 2.x or XL, or one made
-    from them (turbo, LCM, Lightning, SSD-1B, small and inpainting models). Needs the convert extra:
-    pip install "sdvino[convert]". A safety checker is not converted. Interrupted, it continues from
-    the finished steps when it is run again.
+    from them (turbo, LCM, Lightning, SSD-1B, small and inpainting models). Any recipe but fp16
+    needs the convert extra: pip install "sdvino[convert]". A safety checker is not converted.
+    Interrupted, it continues from the finished steps when it is run again.
     """
     from tqdm import tqdm
 
@@ -164,6 +173,7 @@ def convert_command(
     from sdvino.convert.api import look_ahead, make_request, run
     from sdvino.convert.gating import GateSettings
     from sdvino.convert.suggestions import parse_suggestions
+    from sdvino.first_use.report import progress_bar
     from sdvino.inputs.prompts import read_prompts
 
     request = make_request(
@@ -183,12 +193,13 @@ def convert_command(
         vae=vae,
         tiny_vae=tiny_vae,
         gate=None if no_gate else GateSettings(min_psnr=min_psnr, minutes=gate_minutes),
+        exporter=exporter,
         download=not dry_run,
     )
     if dry_run:
         echo(preview(look_ahead(request, folder, overwrite=overwrite, fresh=fresh), folder))
         return
-    with _bar() as show:
+    with progress_bar() as show:
         result = run(
             request,
             folder,
@@ -200,27 +211,6 @@ def convert_command(
     for line in read_tables(result.path, result.components):
         echo(line, err=True)
     echo(summary(result.path))
-
-
-@contextlib.contextmanager
-def _bar() -> Iterator[Callable[[str, float], None]]:
-    """Show a bar with the step, the share done and the time left, on a terminal."""
-    from tqdm import tqdm
-
-    bar = tqdm(
-        total=1.0,
-        bar_format="{desc:24}{percentage:3.0f}% |{bar}| {elapsed}<{remaining}",
-        file=sys.stderr,
-        disable=None,
-        leave=False,
-    )
-
-    def show(what: str, share: float) -> None:
-        bar.set_description_str(what, refresh=False)
-        bar.update(max(0.0, share - bar.n))
-
-    with bar:
-        yield show
 
 
 def preview(outlook: Outlook, folder: Path) -> str:
@@ -240,29 +230,20 @@ def preview(outlook: Outlook, folder: Path) -> str:
             lines.append(f"{row}{'finished already':>30}")
         else:
             size = f"{step.disk / 1e9:.2f} GB"
-            lines.append(
-                f"{row}{f'{step.memory / 1e9:.1f} GB':>10}{size:>10}{_minutes(step.seconds):>10}"
-            )
+            memory, time = f"{step.memory / 1e9:.1f} GB", shown_seconds(step.seconds)
+            lines.append(f"{row}{memory:>10}{size:>10}{time:>10}")
     standing = next(parent for parent in folder.absolute().parents if parent.is_dir())
     total = memory_status().total
     machine = "" if total is None else f" of {total / 1e9:.1f} GB"
     if outlook.download:
-        lines.append(f"download: {_size(outlook.download)} from the hub, first")
+        lines.append(f"download: {shown_size(outlook.download)} from the hub, first")
     lines += [
         f"memory: {needs.memory / 1e9:.1f} GB at most{machine}, one step at a time",
         f"disk:   {needs.disk / 1e9:.1f} GB meanwhile, {shutil.disk_usage(standing).free / 1e9:.1f}"
         " GB free",
-        f"time:   about {_minutes(needs.seconds)} on a small laptop",
+        f"time:   about {shown_seconds(needs.seconds)} on a small laptop",
     ]
     return "\n".join(lines)
-
-
-def _size(size: int) -> str:
-    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
-
-
-def _minutes(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
 
 
 def summary(folder: Path) -> str:

@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from sdvino.cli.options import DEVICE_OPTIONS, device_options, model_options, run_settings
+from sdvino.cli.options import (
+    DEVICE_OPTIONS,
+    MODEL_OPTIONS,
+    device_options,
+    model_folder,
+    model_options,
+    run_settings,
+)
 from sdvino.cli.speed_options import (
     SPEED_OPTIONS,
     memory_options,
@@ -137,10 +144,6 @@ def generate_command(
     prompt: str | None,
     prompt_option: str | None,
     prompts: Path | None,
-    model: str | None,
-    revision: str | None,
-    offline: bool,
-    max_download: int | None,
     output: Path,
     overwrite: bool,
     like_picture: Path | None,
@@ -158,11 +161,13 @@ def generate_command(
 
     \b
     sdvino generate "a red circle on a blue background" -o circle.png
+    sdvino generate "a lighthouse at dusk" -m checkpoint.safetensors
     sdvino generate "a lighthouse at dusk" -m FOLDER -n 4 --steps 20 --seed 7
     """
     from sdvino.image.picture import check_output
 
     device = {name: options.pop(name) for name in DEVICE_OPTIONS}
+    model = {name: options.pop(name) for name in MODEL_OPTIONS}
     tiling = options.pop("vae_tiling")
     speed = {name: options.pop(name) for name in SPEED_OPTIONS}
     like = None if like_picture is None else _read_like(like_picture)
@@ -178,11 +183,8 @@ def generate_command(
     from sdvino.pipeline import StableDiffusionPipeline
 
     pipe = StableDiffusionPipeline.from_pretrained(
-        model,
+        model_folder(**model, quiet=quiet),
         settings=settings,
-        revision=revision,
-        offline=offline,
-        max_download=max_download,
         vae_tiling=tiling,
         profile=not no_profile,
     )

@@ -1,8 +1,9 @@
-"""`sdvino info`: what a model folder is, or with which settings a picture was made."""
+"""`sdvino info`: what a model is, or with which settings a picture was made."""
 
 from __future__ import annotations
 
 import json
+import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,14 +20,18 @@ if TYPE_CHECKING:
 
 
 @click.command("info")
-@click.argument("path", metavar="FOLDER|PICTURE|ID", required=False)
+@click.argument("path", metavar="FOLDER|FILE|PICTURE|ID", required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--verify", is_flag=True, help="Compare every file with its SHA-256.")
 def info_command(path: str | None, as_json: bool, verify: bool) -> None:
     """Show what a model folder says of itself, or the settings that a picture carries.
 
+    Of a .safetensors checkpoint or a diffusers folder: what it is, and what -m would convert it to.
     Without an argument: the bundled demo model.
     """
+    if path is not None and _is_checkpoint(user_path(path)):
+        _show_checkpoint(user_path(path), as_json)
+        return
     if path is not None and user_path(path).is_file():
         _show_picture(user_path(path), as_json)
         return
@@ -56,6 +61,36 @@ def info_command(path: str | None, as_json: bool, verify: bool) -> None:
             echo(f"quality: {quality_line(value)}")
         elif value is not None:
             echo(f"{name}: {one_line(value)}")
+
+
+def _is_checkpoint(path: Path) -> bool:
+    if path.is_file():
+        return path.suffix.lower() == ".safetensors"
+    from sdvino.first_use.resolve import needs_conversion
+
+    return needs_conversion(path)
+
+
+def _show_checkpoint(path: Path, as_json: bool) -> None:
+    from sdvino.convert.api import look_ahead, make_request
+    from sdvino.first_use.resolve import default_recipe
+
+    with tempfile.TemporaryDirectory(prefix="sdvino-") as scratch:
+        outlook = look_ahead(make_request(path, recipe=default_recipe()), Path(scratch) / "model")
+    source = outlook.source
+    facts = {
+        "name": source.name,
+        "family": source.family.name,
+        "prediction": source.prediction_type,
+        "converted to": outlook.recipe.name,
+        "seconds": round(outlook.needs.seconds),
+    }
+    if as_json:
+        echo(json.dumps(facts, indent=2))
+        return
+    for name, value in facts.items():
+        echo(f"{name}: {one_line(value)}")
+    echo(f'Try it: sdvino generate -m {path} "a prompt"')
 
 
 def _show_picture(path: Path, as_json: bool) -> None:

@@ -32,6 +32,7 @@ COMMANDS = {
     "distill": ("sdvino.cli.distill:distill_command", "Let a student learn from a model."),
     "tune": ("sdvino.cli.tune:tune_command", "Measure how a model runs fastest here."),
     "bench": ("sdvino.cli.bench:bench_command", "Measure a model on this machine."),
+    "models": ("sdvino.cli.models:models_command", "List the models here, or remove some."),
     "devices": ("sdvino.cli.devices:devices_command", "Show the devices that can run a model."),
     "info": ("sdvino.cli.info:info_command", "Show what a model folder or a picture says."),
 }

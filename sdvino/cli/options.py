@@ -9,10 +9,10 @@ from typing import Any, TypeVar, get_args
 
 import click
 
-from sdvino.cli.speed_options import parse_size
 from sdvino.cli.terminal import USER_PATH
 from sdvino.errors import RequestError
 from sdvino.hub_files import MAX_DOWNLOAD
+from sdvino.inputs.sizes import parse_size
 from sdvino.settings import (
     COMPONENTS,
     CoreType,
@@ -40,16 +40,32 @@ DEVICE_OPTIONS = (
 )
 
 
+#: The parameters that `model_options` adds to a command.
+MODEL_OPTIONS = ("model", "recipe", "gate", "revision", "offline", "max_download")
+
+
 def model_options(command: F) -> F:
-    """Add ``-m``, ``--revision``, ``--offline`` and ``--max-download``."""
+    """Add the options that `model_folder` reads."""
     for option in reversed(
         [
             click.option(
                 "-m",
                 "--model",
-                metavar="FOLDER|ID",
-                help="Model folder, or the hub id of a ready-made OpenVINO model."
-                " Default: the bundled demo model.",
+                metavar="FOLDER|FILE|ID",
+                help="Model folder, .safetensors checkpoint, diffusers folder, or hub id"
+                " (owner/name, owner/name/FILE). What is no OpenVINO model is converted when it is"
+                " first used, and kept; see `sdvino models`.  [default: the bundled demo model]",
+            ),
+            click.option(
+                "--recipe",
+                metavar="NAME|FILE.toml",
+                help="What a checkpoint is converted to: fp16, int8-weights, int8 ... as in"
+                " `sdvino convert`.  [default: int8 where NNCF is installed, else fp16]",
+            ),
+            click.option(
+                "--gate/--no-gate",
+                default=False,
+                help="Compare what was converted with the uncompressed model.  [default: no]",
             ),
             click.option("--revision", help="Branch, tag or commit of a hub model."),
             click.option("--offline", is_flag=True, help="Use only what was downloaded before."),
@@ -58,6 +74,33 @@ def model_options(command: F) -> F:
     ):
         command = option(command)
     return command
+
+
+def model_folder(
+    *,
+    model: str | None,
+    recipe: str | None,
+    gate: bool,
+    revision: str | None,
+    offline: bool,
+    max_download: int | None,
+    quiet: bool = False,
+) -> Path:
+    """Return the model folder that the values of `model_options` stand for, converted if need be.
+
+    Raises as `sdvino.first_use.resolve.resolve` does. quiet: without a bar.
+    """
+    from sdvino.first_use.resolve import resolve
+
+    return resolve(
+        model,
+        recipe=recipe,
+        gate=gate,
+        revision=revision,
+        offline=offline,
+        max_download=max_download,
+        quiet=quiet,
+    )
 
 
 def download_option(command: F) -> F:

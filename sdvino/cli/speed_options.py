@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from typing import Any, TypeVar
 
 import click
 
-from sdvino.errors import RequestError
+from sdvino.inputs.sizes import parse_size
 from sdvino.settings import FAST, GUIDANCE_MODES, RunSettings, SpeedSettings
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -25,10 +24,6 @@ MEASURED: Mapping[str, tuple[float, float]] = {
     "--cache-interval 2": (1.5, -0.8),
     "--tiny-vae": (0.9, -13.0),
 }
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
-_SIZE = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,9})?) ?([kmg]i?)?b?", re.IGNORECASE)
-#: Less is no limit that a process could keep: a number without its unit, most likely.
-_LEAST = 10**7
 
 
 def speed_options(command: F) -> F:
@@ -128,14 +123,3 @@ def with_memory(settings: RunSettings, max_memory: str | None, low_memory: bool)
     """Return ``settings`` with the memory options put in; raises RequestError."""
     limit = None if max_memory is None else parse_size(max_memory)
     return replace(settings, max_memory=limit, low_memory=low_memory)
-
-
-def parse_size(text: str, option: str = "--max-memory") -> int:
-    """Return the bytes of a size such as ``3GB``, ``800 MiB`` or ``3000000000``."""
-    found = _SIZE.fullmatch(text.strip())
-    size = 0 if found is None else int(float(found[1]) * _UNITS[(found[2] or "").lower()])
-    if size < _LEAST:
-        raise RequestError(
-            f"{option} is {text[:40]!r}; give bytes or a size with its unit, such as 3GB."
-        )
-    return size

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from sdvino.cli.options import model_options, plugin_option
+from sdvino.cli.options import model_folder, model_options, plugin_option
 from sdvino.cli.terminal import USER_PATH, echo
 from sdvino.errors import Cancelled, RequestError, SdvinoError
 
@@ -44,10 +44,6 @@ MAX_MINUTES = 24 * 60
 @plugin_option
 @click.option("-q", "--quiet", is_flag=True, help="No progress.")
 def tune_command(
-    model: str | None,
-    revision: str | None,
-    offline: bool,
-    max_download: int | None,
     minutes: float,
     width: int | None,
     height: int | None,
@@ -55,6 +51,7 @@ def tune_command(
     devices: tuple[str, ...],
     plot: Path | None,
     quiet: bool,
+    **model: Any,
 ) -> None:
     """Measure how a model runs fastest here, and keep it for `sdvino generate`.
 
@@ -65,16 +62,13 @@ def tune_command(
     """
     if not 0.0 < minutes <= MAX_MINUTES:
         raise RequestError(f"--minutes is {minutes:g}; give a number from above 0 to a day's 1440.")
-    from sdvino.hub import resolve_model
     from sdvino.image.picture import check_output
     from sdvino.model_folder import ModelFolder
     from sdvino.tuning import tune
 
     if plot is not None:
         check_output(plot)
-    folder = ModelFolder.open(
-        resolve_model(model, revision=revision, offline=offline, max_download=max_download)
-    )
+    folder = ModelFolder.open(model_folder(**model, quiet=quiet))
     found = tune(
         folder,
         seconds=minutes * 60.0,

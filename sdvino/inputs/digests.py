@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 import re
 import time
 from functools import lru_cache
@@ -35,8 +36,15 @@ def digest_of(path: Path, known: Path | None) -> str:
         told = path.stat()
     except OSError as error:
         raise ModelFolderError(f"{path} cannot be read ({error.strerror}).") from error
-    identity = (told.st_dev, told.st_ino, told.st_size, told.st_mtime_ns, told.st_ctime_ns)
-    return _digest(str(path), identity, known)
+    return _digest(str(path), _identity(told), known)
+
+
+def kept_digest(path: Path, known: Path) -> str | None:
+    """Return what `digest_of` would where an earlier run kept it, and None where it would read."""
+    try:
+        return _kept(known / _entry_name(_identity(path.stat())))
+    except OSError:
+        return None
 
 
 def wrong_file(name: str) -> ModelFolderError:
@@ -49,14 +57,21 @@ def wrong_file(name: str) -> ModelFolderError:
 
 @lru_cache(maxsize=64)
 def _digest(path: str, identity: tuple[int, ...], known: Path | None) -> str:
-    name = hashlib.sha256(repr(identity).encode()).hexdigest()[:32]
-    entry = None if known is None else known / name
+    entry = None if known is None else known / _entry_name(identity)
     if entry is not None and (kept := _kept(entry)) is not None:
         return kept
     digest = sha256_of(Path(path))
     if entry is not None and time.time() - max(identity[3:]) / 1e9 > _SETTLED_SECONDS:
         _keep(entry, digest)
     return digest
+
+
+def _identity(told: os.stat_result) -> tuple[int, ...]:
+    return (told.st_dev, told.st_ino, told.st_size, told.st_mtime_ns, told.st_ctime_ns)
+
+
+def _entry_name(identity: tuple[int, ...]) -> str:
+    return hashlib.sha256(repr(identity).encode()).hexdigest()[:32]
 
 
 def _kept(entry: Path) -> str | None:

@@ -64,7 +64,7 @@ def write(file: str, content: str) -> Callable[[Path], None]:
     return damage
 
 
-def torch_folder(folder: Path) -> None:
+def diffusers_folder(folder: Path) -> None:
     for xml in folder.rglob("openvino_model.*"):
         xml.unlink()
     (folder / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"\0" * 64)
@@ -117,7 +117,7 @@ REQUESTS = [
 ]
 FOLDERS = [
     Bad("not a model", (), ("model_index.json",), remove("model_index.json")),
-    Bad("a torch folder", (), ("sdvino convert",), torch_folder),
+    Bad("a diffusers folder without a VAE", (), ("vae",), diffusers_folder),
     Bad("missing bin", (), ("unet", "missing"), remove("unet/openvino_model.bin")),
     Bad("missing xml", (), ("unet",), remove("unet/openvino_model.xml")),
     Bad("truncated bin", (), ("unet", "truncated"), truncate("unet/openvino_model.bin")),
