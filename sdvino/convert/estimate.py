@@ -22,19 +22,19 @@ _log = logging.getLogger("sdvino")
 _EXPORT = (150_000_000, 1.05)
 # optimum-intel's exporter holds a module in float32, and the graph that is traced of it.
 _TRACE = (1_200_000_000, 4.0)
-_WEIGHTS = (500_000_000, 1.6)
+_WEIGHTS = (850_000_000, 0.4)
 # Of what is calibrated only a part is worked on at a time: less where it is only evaluated. For
 # each byte of weights and each pixel of the latents: what the whole would take.
 _WHOLE_WEIGHTS, _WHOLE_PIXEL = 4.0, 1_000_000
 _EVALUATED_SHARE = 0.3
 _CALIBRATE = (500_000_000, 1.0)
-# Beside a part; and in the end the parts are joined in memory.
-_QUANTIZE = 600_000_000
-_JOIN = (600_000_000, 2.3)
-# Bytes that flow between parts for each pixel of the latents of a calibration input: a UNet's
-# skips, an autoencoder's widest feature maps.
-_FLOW = {"unet": 7_000, "tiny_vae": 0}
-_FLOW_AUTOENCODER = 70_000
+# The weights of a part, and in the end those of the whole in 8 bits.
+_QUANTIZE = (820_000_000, 0.55)
+# Bytes that flow between the parts of the UNet that is evaluated, for each pixel of the latents of
+# a trajectory: its skips.
+_FLOW = 7_000
+# Bytes of an evaluation's statistics for each byte of the UNet's weights: three numbers a channel.
+_STATISTICS = 0.0016
 # A guess: float32 in torch is twice half precision, beside it activations and factors.
 _PASS = (1_200_000_000, 3.2)
 # Teacher, student, their average, gradients and AdamW's two moments; beside them activations.
@@ -142,8 +142,7 @@ def _needs_of(step: Step, plan: WorkPlan) -> StepNeeds:
     disk = int(_COMPRESSED_SIZE * size)
     if step.component not in plan.quantized:
         return StepNeeds(step, treatment, seconds, _peak(_WEIGHTS, size), disk)
-    memory = max(_peak(_JOIN, size), _PARENT + _QUANTIZE + _part(plan, size))
-    return StepNeeds(step, treatment, seconds, memory, disk, _flow(step.component, plan))
+    return StepNeeds(step, treatment, seconds, _peak(_QUANTIZE, size), disk)
 
 
 def _calibrating(step: Step, plan: WorkPlan, seconds: float) -> StepNeeds:
@@ -151,9 +150,9 @@ def _calibrating(step: Step, plan: WorkPlan, seconds: float) -> StepNeeds:
     calibration = plan.calibration
     part = int(_EVALUATED_SHARE * _part(plan, step.bytes))
     memory = _peak(_CALIBRATE, step.bytes) + part
-    inputs = calibration.evaluations * 400_000
-    flow = len(calibration.prompts) * _pixels(plan) * _FLOW["unet"]
-    return StepNeeds(step, "record inputs", seconds, memory, inputs, flow)
+    kept = int(calibration.evaluations * max(400_000, _STATISTICS * step.bytes))
+    flow = len(calibration.prompts) * _pixels(plan) * _FLOW
+    return StepNeeds(step, "measure activations", seconds, memory, kept, flow)
 
 
 def _peak(rates: tuple[int, float], size: int) -> int:
@@ -163,13 +162,6 @@ def _peak(rates: tuple[int, float], size: int) -> int:
 def _part(plan: WorkPlan, size: int) -> int:
     """Return the bytes that the largest part of a component takes, worked on in float32."""
     return min(PART_BYTES, int(_WHOLE_WEIGHTS * size + _WHOLE_PIXEL * _pixels(plan)))
-
-
-def _flow(component: str, plan: WorkPlan) -> int:
-    """Return the bytes of what flows between the parts of a component that is quantized."""
-    calibration = plan.calibration
-    samples = calibration.unet_samples if component == "unet" else len(calibration.prompts)
-    return samples * _pixels(plan) * _FLOW.get(component, _FLOW_AUTOENCODER)
 
 
 def _pixels(plan: WorkPlan) -> int:

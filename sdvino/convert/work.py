@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
+from sdvino.compress.component_recipe import CALIBRATED
 from sdvino.convert.progress import Progress
 from sdvino.convert.request import WorkPlan
 from sdvino.convert.steps import Step
@@ -16,10 +17,8 @@ _EXPORT = (1.0, 6.0)
 _COPY = (0.1, 1.0)
 _WEIGHTS = (2.0, 20.0)
 _EVALUATION = (0.01, 3.0)
-# An autoencoder works at the picture's size: few weights, and each used far more often.
-_VAE_EVALUATION = (0.01, 80.0)
-# NNCF goes over the calibration inputs twice, with statistics at every layer.
-_QUANTIZE_PASSES = 3.0
+# NNCF, from statistics: nothing is evaluated any more.
+_QUANTIZE = (3.0, 40.0)
 # Loading a component in torch, and the evaluations of a pass in it.
 _PASS = (10.0, 150.0)
 _GATHERED = 40
@@ -49,10 +48,8 @@ def expected_seconds(step: Step, plan: WorkPlan) -> float:
         return _cost(_WEIGHTS, step.bytes)
     if not plan.recipe.component(step.component).quantizes_activations:
         return _cost(_LOCAL, step.bytes)
-    calibration = plan.calibration
-    samples = calibration.unet_samples if step.component == "unet" else len(calibration.prompts)
-    evaluation = _VAE_EVALUATION if "vae" in step.component else _EVALUATION
-    return 3.0 + _QUANTIZE_PASSES * samples * _cost(evaluation, step.bytes)
+    samples = 0 if treatment in CALIBRATED else plan.calibration.unet_samples
+    return _cost(_QUANTIZE, step.bytes) + samples * _cost(_EVALUATION, step.bytes)
 
 
 class Work:
