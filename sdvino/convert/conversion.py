@@ -136,6 +136,7 @@ class Conversion:
             quality=self._quality,
             passes=history_of(self.work.path, self.plan.recipe),
             accelerated=accelerated_for(self.plan),
+            trained=_trains(self.plan),
         )
         ModelFolder.open(self.work.model)  # what we would refuse to run is not delivered
         self.work.deliver(self._whole, overwrite=overwrite)
@@ -164,12 +165,18 @@ def accelerated_for(plan: WorkPlan) -> list[Accelerated]:
     return [accelerate(name, isa_of(target)).stored for name in devices]
 
 
+def _trains(plan: WorkPlan) -> bool:
+    """Tell whether torch and its libraries take part."""
+    return plan.request.exporter != "sdvino" or bool(plan.recipe.passes)
+
+
 def origin_of(plan: WorkPlan) -> str:
     """Return a digest of what every step depends on: the source, and the libraries."""
     request = plan.request
     files = [[str(path), describe_files(path)] for path in request.files]
     told = (asdict(request.baking), request.prediction_type)
-    return key_of(STATE_FORMAT, tool_versions(), files, told)
+    versions = tool_versions(trained=request.exporter != "sdvino")
+    return key_of(STATE_FORMAT, versions, request.exporter, files, told)
 
 
 def steps_of(source: Source, plan: WorkPlan, origin: str) -> list[tuple[Step, str]]:

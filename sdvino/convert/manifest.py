@@ -19,7 +19,9 @@ from sdvino.manifest import (
     checksums_around,
 )
 
-_LIBRARIES = ("openvino", "nncf", "optimum-intel", "diffusers", "transformers", "torch")
+_LIBRARIES = ("openvino", "openvino-tokenizers", "nncf")
+# Those of passes and of optimum-intel's exporter.
+_TRAINING = ("optimum-intel", "diffusers", "transformers", "torch")
 
 
 def write_manifest(
@@ -34,13 +36,14 @@ def write_manifest(
     quality: Mapping[str, Any] | None = None,
     passes: Sequence[Mapping[str, Any]] = (),
     accelerated: Iterable[Accelerated] = (),
+    trained: bool = False,
 ) -> None:
     """Write sdvino.json into the finished ``folder``: precision, size and hashes of each component.
 
     ``source`` is a name, never a path. ``baked`` names the LoRAs and autoencoders that went in;
     ``quality`` is the gate's verdict; ``passes`` is what was done to the weights first, with
     figures, which passes.md tells as well; ``accelerated`` what pays on the devices that it was
-    made for.
+    made for; ``trained`` tells whether the libraries of training took part.
     """
     manifest = Manifest(
         source=source,
@@ -55,7 +58,7 @@ def write_manifest(
         suggested=Suggested(**suggested),
         baked={} if baked is None else baked,
         accelerated=tuple(accelerated),
-        versions=tool_versions(),
+        versions=tool_versions(trained=trained),
     )
     if passes:
         report = passes_report(source, passes)
@@ -63,9 +66,10 @@ def write_manifest(
     (folder / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
 
 
-def tool_versions() -> dict[str, str]:
-    """Return the versions of the libraries that made the folder, without local build tags."""
-    found = {name: text for name in _LIBRARIES if (text := _version(name)) is not None}
+def tool_versions(*, trained: bool) -> dict[str, str]:
+    """Return the versions of the libraries that make a folder, without local build tags."""
+    names = (*_LIBRARIES, *(_TRAINING if trained else ()))
+    found = {name: text for name in names if (text := _version(name)) is not None}
     return {"sdvino": __version__, **found}
 
 

@@ -23,6 +23,7 @@ from sdvino.compress.recipes import Recipe
 from sdvino.compress.samples import load_samples, save_samples
 from sdvino.compress.source_inputs import TorchPipeline, plan_for_passes, record
 from sdvino.compress.structure import load_component, load_module
+from sdvino.convert.manifest import tool_versions
 from sdvino.convert.open_source import Source
 from sdvino.convert.openvino_source import OpenVinoFolder
 from sdvino.convert.request import WorkPlan
@@ -105,7 +106,7 @@ def pass_steps(source: Source, plan: WorkPlan, origin: str) -> list[tuple[Step, 
     """Return the steps of the recipe's passes, each with the key of what it is made from."""
     rows = plan.recipe.passes
     steps: list[tuple[Step, str]] = []
-    basis = origin
+    basis = origin = key_of(origin, tool_versions(trained=True))
     if any(row.needs_inputs for row in rows):
         basis = key_of(origin, asdict(gathering(plan, source)), sorted({r.component for r in rows}))
         steps.append((Step("gather", "", source.bytes_of("unet")), basis))

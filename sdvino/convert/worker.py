@@ -169,13 +169,15 @@ def _calibrate(
     from sdvino.compress.component_recipe import CALIBRATED
     from sdvino.compress.folder import calibrate
     from sdvino.compress.samples import save_samples
+    from sdvino.runtime.mapped import pages_dropped
 
     measured = {
         name: output / f"{name}.bin"
         for name in plan.quantized
         if plan.recipe.treatment(name) in CALIBRATED
     }
-    inputs = calibrate(work / "float", plan.calibration, progress, output.parent, measured)
+    with pages_dropped([path for path in (work / "float").iterdir() if path.is_dir()]):
+        inputs = calibrate(work / "float", plan.calibration, progress, output.parent, measured)
     for name in plan.quantized:
         if name not in measured:
             save_samples(output / f"{name}.npz", inputs.of(name))

@@ -228,14 +228,21 @@ def silu(x: Value) -> Value:
     return ops.swish(x)
 
 
-def upsample(picture: Value) -> Value:
-    """Return a picture with every pixel four times, twice as high and wide."""
+def upsample(picture: Value, like: Value | None = None) -> Value:
+    """Return a picture with every pixel four times: twice as high and wide, or of ``like``'s size.
+
+    What was halved from an odd number is one less than twice its half.
+    """
+    if like is None:
+        # In the type of saved floats: a Convert behind it would hide the size from who reads it.
+        size, how = np.array([2.0, 2.0], np.float16), "scales"
+    else:
+        size, how = ops.gather(ops.shape_of(like), [2, 3], np.int64(0)), "sizes"
     return ops.interpolate(
         picture,
-        # In the type of saved floats: a Convert behind it would hide the size from who reads it.
-        np.array([2.0, 2.0], np.float16),
+        size,
         "nearest",
-        "scales",
+        how,
         [0],
         [0],
         "asymmetric",

@@ -141,7 +141,8 @@ class _Blocks:
             x = self.resnet(f"{name}.resnets.{j}", x, level.channels)
             x = self.attentions(name, j, x, level)
         if not last:
-            x = self.w.conv(f"{name}.upsamplers.0.conv", nn.upsample(x), level.channels)
+            x = nn.upsample(x, like=skips[-1])
+            x = self.w.conv(f"{name}.upsamplers.0.conv", x, level.channels)
         return x
 
     def norm(self, name: str, x: Value) -> Value:
@@ -207,7 +208,7 @@ class _Blocks:
         """GEGLU (arXiv:2002.05202): values times the GELU of gates, then back to the width."""
         inner = self.w.channels(name, 4 * nn.width_of(x))
         both = self.w.linear(f"{name}.net.0.proj", x, 2 * inner)
-        value, gate = ops.split(both, -1, 2).outputs()
+        value, gate = ops.variadic_split(both, -1, [inner, inner]).outputs()
         gated = ops.multiply(value, ops.gelu(gate, "erf"))
         return self.w.linear(f"{name}.net.2", gated, nn.width_of(x))
 

@@ -12,6 +12,13 @@ import make_synthetic
 import numpy as np
 import pytest
 import synthetic_architectures
+from original_naming import (
+    clip_to_ldm,
+    clip_to_open_clip,
+    original_state,
+    unet_to_ldm,
+    vae_to_ldm,
+)
 
 from sdvino import StableDiffusionPipeline
 from sdvino.convert.api import convert
@@ -19,13 +26,6 @@ from sdvino.convert.single_file import SingleFile
 from sdvino.text.clip_vocabulary import find_vocabulary
 from sdvino.weights.numbers import as_float32
 from tests.convert.checkpoint_architectures import CHECKPOINTS
-from tests.convert.original_naming import (
-    clip_to_ldm,
-    clip_to_open_clip,
-    original_state,
-    unet_to_ldm,
-    vae_to_ldm,
-)
 
 pytestmark = [
     pytest.mark.slow,

@@ -104,6 +104,17 @@ def test_unets(arch: str) -> None:
         assert relative_error(compiled(inputs)["out_sample"], expected) < CLOSE
 
 
+@pytest.mark.parametrize("size", [(17, 16), (9, 31)])
+def test_latents_of_odd_sizes(size: tuple[int, int]) -> None:
+    config = config_of("tiny-sd15", "unet")
+    module = torch_unet(config)
+    inputs = unet_inputs(config, 500)
+    noise = np.random.default_rng(0).standard_normal((2, 4, *size))
+    inputs["sample"] = noise.astype(np.float32)
+    found = run(unet({**module.config}, tensors_of(module)), inputs)["out_sample"]
+    assert relative_error(found, unet_by_torch(module, inputs)) < CLOSE
+
+
 def test_operations_are_called_as_diffusers_calls_their_modules() -> None:
     module = torch_unet(config_of("tiny-sdxl", "unet"))
     model = unet({**module.config}, tensors_of(module))

@@ -22,6 +22,7 @@ from sdvino.graph.upsampling import split_upsampling
 from sdvino.graph.walk import freeze_shapes
 from sdvino.nets.clip import clip
 from sdvino.nets.unet import unet
+from sdvino.nets.vae import vae_decoder
 from tests.nets.test_networks import (
     config_of,
     run,
@@ -46,7 +47,6 @@ def test_rewrites_of_a_unet(tmp_path: Path, arch: str) -> None:
     expected = unet_by_torch(module, inputs)
     model = saved(unet({**module.config}, tensors_of(module)), tmp_path)
     kinds = [type(layer).__name__ for layer in module.modules()]
-    assert split_upsampling(model) == kinds.count("Upsample2D")
     float_timestep(model)
     reshape_static(model, {name: list(value.shape) for name, value in inputs.items()})
     for op in model.get_ops():  # nothing is left to be found out when it runs
@@ -61,6 +61,21 @@ def test_rewrites_of_a_unet(tmp_path: Path, arch: str) -> None:
     give_text_keys(model)
     keys = [op for op in model.outputs if op.get_any_name().startswith("text_key.")]
     assert len(keys) == 2 * kinds.count("BasicTransformerBlock")
+
+
+def test_upsampling_in_the_decoder_is_split(tmp_path: Path) -> None:
+    from diffusers import AutoencoderKL
+
+    module = AutoencoderKL(
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        block_out_channels=(8, 16, 16),
+        norm_num_groups=4,
+    )
+    model = saved(
+        vae_decoder({**module.config}, tensors_of(module.eval().requires_grad_(False))), tmp_path
+    )
+    assert split_upsampling(model) == 2
 
 
 @pytest.mark.parametrize("hidden_states", [True, False])
