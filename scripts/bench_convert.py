@@ -1,9 +1,13 @@
 """Peak memory and time of `sdvino convert`, against optimum-intel's export and NNCF, in one run.
 
     python scripts/bench_convert.py SOURCE [--recipes fp16,int8-weights,int8] [--output docs]
-        [--few-samples]
+        [--few-samples] [--picture [--sdcpp PYTHON]]
 
-SOURCE is a diffusers folder, such as `python scripts/make_synthetic.py --arch sd15 FOLDER` makes.
+SOURCE is a diffusers folder or, with --no-peers, a checkpoint file, such as `python
+scripts/make_synthetic.py --arch sd15 FOLDER --file FILE` makes. --picture measures, besides, the
+way from SOURCE to a first picture (`sdvino generate -m`, 4 steps, 512 x 512, nothing in the cache),
+and with --sdcpp the same by stable-diffusion.cpp (q8_0) in the Python given, where
+stable-diffusion-cpp-python is installed.
 Memory is the resident set of the whole process tree, looked at ten times a second: for each
 process that lives, the kernel's own record of its highest (VmHWM), so that no peak falls between
 two looks; the sum can only be too high. It counts everything: the processes' own (anonymous)
@@ -71,6 +75,16 @@ for xml in sorted(Path(sys.argv[1]).glob("*/openvino_model.xml")):
     target.parent.mkdir(parents=True)
     ov.save_model(model, target)
 """
+#: From a checkpoint file to a picture by stable-diffusion.cpp.
+PEER_PICTURE = """
+import sys
+from stable_diffusion_cpp import StableDiffusion
+pipe = StableDiffusion(model_path=sys.argv[1], wtype="q8_0")
+size = {"width": 512, "height": 512}
+made = pipe.generate_image(prompt=sys.argv[3], sample_steps=4, cfg_scale=1.0, **size)
+made[0].save(sys.argv[2])
+"""
+PROMPT = "a lighthouse at dusk"
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,10 +138,15 @@ def expectations(source: Path, recipe: str, output: Path, steps: Iterable[str]) 
     return {names: max(known[name] for name in names.split(", ")) for names in steps}
 
 
-def measure(name: str, command: Sequence[str], output: Path) -> Run:
-    """Run ``command`` and return its time and the peaks of its process tree."""
+def measure(name: str, command: Sequence[str], output: Path, cache: Path | None = None) -> Run:
+    """Run ``command`` and return its time and the peaks of its process tree.
+
+    ``cache`` is for what sdvino keeps; None: where it always is.
+    """
     print(f"running: {name}", file=sys.stderr, flush=True)
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    if cache is not None:
+        environment["SDVINO_CACHE_DIR"] = str(cache)
     started = time.perf_counter()
     with tempfile.TemporaryFile("w+") as errors:
         running = subprocess.Popen(
@@ -148,7 +167,8 @@ def measure(name: str, command: Sequence[str], output: Path) -> Run:
             errors.seek(0)
             last = "\n".join(errors.read().splitlines()[-5:])
             raise SystemExit(f"{name} failed with status {running.returncode}:\n{last}")
-    size = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
+    made = output.rglob("*") if output.is_dir() else [output]
+    size = sum(file.stat().st_size for file in made if file.is_file())
     return Run(name, seconds, resident, anonymous, size, steps)
 
 
@@ -184,6 +204,25 @@ def run_all(
         run = measure(f"sdvino {name}{note}", command, output)
         shutil.rmtree(output)
         runs.append(replace(run, expected=expectations(source, told, output, run.steps)))
+    return runs
+
+
+def first_pictures(
+    source: Path, recipes: Sequence[str], scratch: Path, sdcpp: Path | None
+) -> list[Run]:
+    """Measure the way from ``source`` to a picture, by each recipe, and by stable-diffusion.cpp."""
+    runs = []
+    if sdcpp is not None:
+        picture = scratch / "peer.png"
+        command = [str(sdcpp), "-c", PEER_PICTURE, str(source), str(picture), PROMPT]
+        runs.append(measure("stable-diffusion.cpp q8_0, first picture", command, picture))
+    for recipe in recipes:
+        cache, picture = scratch / "cache", scratch / f"{recipe}.png"
+        command = [sys.executable, "-m", "sdvino", "generate", PROMPT, "-m", str(source)]
+        command += ["--recipe", recipe, "--steps", "4", "--guidance-scale", "1"]
+        command += ["-W", "512", "-H", "512", "-o", str(picture)]
+        runs.append(measure(f"sdvino {recipe}, first picture", command, picture, cache))
+        shutil.rmtree(cache)
     return runs
 
 
@@ -236,6 +275,8 @@ def _words(options: argparse.Namespace) -> str:
     words = [f"--recipes {options.recipes}"]
     words += ["--no-peers"] if options.no_peers else []
     words += ["--few-samples"] if options.few_samples else []
+    words += ["--picture"] if options.picture else []
+    words += ["--sdcpp PYTHON"] if options.sdcpp is not None else []
     minutes = options.gate_minutes
     words += [] if minutes is None else [f"--gate-minutes {minutes}"]
     return " ".join(words)
@@ -244,10 +285,12 @@ def _words(options: argparse.Namespace) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print the table and write the documents."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("source", type=Path, help="a diffusers folder")
+    parser.add_argument("source", type=Path, help="a diffusers folder, or a checkpoint file")
     parser.add_argument("--recipes", default="fp16,int8-weights,int8")
     parser.add_argument("--no-peers", action="store_true", help="measure sdvino alone")
     parser.add_argument("--few-samples", action="store_true", help="calibrate int8 on two inputs")
+    parser.add_argument("--picture", action="store_true", help="measure first pictures as well")
+    parser.add_argument("--sdcpp", type=Path, help="a Python with stable-diffusion-cpp-python")
     parser.add_argument("--gate-minutes", type=int, help="put the gate on, for so many minutes")
     parser.add_argument("--scratch", type=Path, help="where to convert to: needs some 10 GB")
     parser.add_argument("--output", type=Path, help="folder for conversion.md and .json")
@@ -266,6 +309,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             few=options.few_samples,
             gate_minutes=options.gate_minutes,
         )
+        if options.picture:
+            runs += first_pictures(options.source, recipes, Path(scratch), options.sdcpp)
     print(table(runs))
     if options.output is not None:
         command = f"python scripts/bench_convert.py {options.source.name} {_words(options)}"

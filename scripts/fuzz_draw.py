@@ -15,8 +15,10 @@ from fuzz_verdicts import UNTOUCHED, Expected
 
 GENERATE = ("generate", PROMPT, "-m", "model", *DRAW, "-o", "picture.png")
 DRY_RUN = ("convert", "source", "out", "--dry-run")
-#: Half a minute, nearly all of it imports in its workers.
+#: Seconds, nearly all of them imports in its worker.
 REAL = ("convert", "source", "out", "--recipe", "fp16", "--no-gate")
+#: The same, and a picture of it.
+FIRST_USE = ("generate", PROMPT, "-m", "source", "--recipe", "fp16", *DRAW, "-o", "picture.png")
 #: Larger files, of which a change of a byte says less.
 _LARGE = (".bin", ".xml", ".blob", ".safetensors")
 _SMALL_SHARE = 0.4

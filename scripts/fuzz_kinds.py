@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from fuzz_draw import DRY_RUN, GENERATE, REAL, Draw, Plan
+from fuzz_draw import DRY_RUN, FIRST_USE, GENERATE, REAL, Draw, Plan
 from fuzz_files import make_fifo
 from fuzz_mutate import TEXTS, mutate_xml
 from fuzz_templates import DRAW, bomb_offset, read_safetensors, write_safetensors
@@ -20,7 +20,7 @@ _ON_MODEL = (
     ("convert", "model", "out", "--dry-run"),
 )
 _RUN_PARTS = ("text_encoder", "unet", "vae_decoder")
-_REAL_SHARE = 0.01
+_REAL_SHARE = 0.05
 _HUGE = (2**14, 2**16, 2**20, 2**31, 2**40, 2**62, -1, 0)
 _LAYER = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
 _KOHYA = "lora_unet_" + _LAYER.replace(".", "_")
@@ -138,7 +138,9 @@ def source(draw: Draw) -> Plan:
         for extra in ("unet/diffusion_pytorch_model.bin", "evil.py", "unet/modeling.py"):
             draw.write(f"source/{extra}", PICKLE)
     draw.damage(folder)
-    return Plan(REAL if draw.chance(_REAL_SHARE) else DRY_RUN)
+    if draw.chance(_REAL_SHARE):
+        return Plan(draw.rng.choice((REAL, FIRST_USE)))
+    return Plan(DRY_RUN)
 
 
 def checkpoint(draw: Draw) -> Plan:

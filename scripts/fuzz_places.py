@@ -24,11 +24,12 @@ _BASE: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "info": (("model",), ()),
     "convert": (("source", "out"), ("--dry-run",)),
     "devices": ((), ()),
+    "models": ((), ()),
     "tune": ((), ("-m", "model", "--minutes", "0.005", "-q")),
     "bench": ((), ("-m", "model", "-n", "1", "--steps", "1", "--size", "64", "-q")),
 }
-#: How often each command, of ten.
-_COMMANDS = (*["generate"] * 4, *["convert"] * 3, "info", "devices", "tune", "bench")
+#: How often each command, of eleven.
+_COMMANDS = (*["generate"] * 4, *["convert"] * 3, "info", "devices", "models", "tune", "bench")
 _TEXTS = (
     *("", " ", "\x1b]0;owned\x07\x1b[2J", "a\nb", "\udcff", "x" * 300, "x" * 100_000, "--", "-1"),
     *(

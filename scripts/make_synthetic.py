@@ -1,10 +1,11 @@
 """Make a diffusers folder with random weights in a real architecture, offline.
 
-    python scripts/make_synthetic.py --arch sd15|sdxl|tiny-sd15|tiny-sdxl|... OUT
+    python scripts/make_synthetic.py --arch sd15|sdxl|tiny-sd15|tiny-sdxl|... OUT [--file FILE]
 
 Speed, memory and conversion do not depend on what the weights are; pictures do, and are noise.
 Weights are half-precision safetensors, written a shard at a time. The tiny ones are each family's
-layout with narrow layers, for tests; scripts/synthetic_architectures.py lists them all.
+layout with narrow layers, for tests; scripts/synthetic_architectures.py lists them all. --file
+writes the same once more as a checkpoint in the original layout, as people download it.
 Needs torch, diffusers and transformers (pip install "sdvino[train]").
 """
 
@@ -45,6 +46,18 @@ def make(arch: str, out: Path, seed: int = 0) -> None:
     index["scheduler"] = ["diffusers", plan["scheduler"]["_class_name"]]
     index.update(plan.get("index", {}))
     write_json(out / "model_index.json", index)
+
+
+def write_single_file(folder: Path, arch: str, file: Path) -> None:
+    """Write ``folder``, made for ``arch``, as the checkpoint ``file`` in the original naming."""
+    from original_naming import original_state
+    from safetensors.torch import load_file, save_file
+
+    def load(part: Path) -> dict[str, Any]:
+        return {k: v for f in sorted(part.glob("*.safetensors")) for k, v in load_file(f).items()}
+
+    state = original_state(folder, ARCHITECTURES[arch], load)
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, file)
 
 
 def write_component(
@@ -177,12 +190,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--arch", choices=sorted(ARCHITECTURES), required=True)
     parser.add_argument("--seed", type=int, default=0, help="of the weights")
+    parser.add_argument("--file", type=Path, help="a checkpoint file to write as well")
     parser.add_argument("out", type=Path, help="the folder to make")
     options = parser.parse_args(arguments)
     if options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
         parser.error(f"{options.out} exists and is not an empty folder; choose another name")
     make(options.arch, options.out, options.seed)
     print(options.out)
+    if options.file is not None:
+        write_single_file(options.out, options.arch, options.file)
+        print(options.file)
     return 0
 
 

@@ -17,11 +17,11 @@ import make_synthetic
 import numpy as np
 import pytest
 import synthetic_architectures
+from original_naming import original_state
 from PIL import Image
 
 from tests.conftest import ROOT, SHAPES_SOURCE
 from tests.convert.checkpoint_architectures import CHECKPOINTS
-from tests.convert.original_naming import original_state
 from tests.hub_server import serving
 from tests.test_hub import run_in_process
 
