@@ -290,7 +290,7 @@ def test_a_small_run_goes_on_and_writes_the_page(
         folder = record / "models" / name
         shutil.copytree(shapes, folder)
         manifest = json.loads((folder / "sdvino.json").read_text(encoding="utf-8"))
-        text = json.dumps({**manifest, "recipe": name})
+        text = json.dumps({**manifest, "source": "shapes-source", "recipe": name})
         (folder / "sdvino.json").write_text(text, encoding="utf-8")
     arguments = ["--record", str(record), "--out", str(out), "--rounds", "1"]
     arguments += ["--variant", "int8", "--variant", FEW_STEPS]
