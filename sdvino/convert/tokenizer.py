@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 from pathlib import Path
@@ -32,7 +33,8 @@ def convert_tokenizer(source: Path, output: Path) -> None:
     """Copy the tokenizer in ``source`` to ``output`` and add what other runtimes read.
 
     transformers 5 reads tokenizer.json alone, and OpenVINO GenAI openvino_tokenizer.xml: both are
-    made when they are not there. Raises SdvinoError when the files are no CLIP tokenizer.
+    made when they are not there, the latter where openvino_tokenizers is installed.
+    Raises SdvinoError when the files are no CLIP tokenizer.
     """
     output.mkdir(parents=True, exist_ok=True)
     for name in _FILES:
@@ -53,6 +55,8 @@ def _add_derived(output: Path) -> None:
     written = output / "tokenizer.json"
     if not written.is_file():
         written.write_text(tokenizer_json(files), encoding="utf-8")
+    if importlib.util.find_spec("openvino_tokenizers") is None:
+        return  # a folder for sdvino, transformers and diffusers; OpenVINO GenAI wants more
     for name, model in zip(_MODELS, _openvino_models(files), strict=True):
         model.set_friendly_name(name)
         for key, token in (("bos", files.start), ("eos", files.end), ("pad", files.pad)):
