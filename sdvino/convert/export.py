@@ -7,6 +7,7 @@ at a time. Nothing is baked into the IR that a pipeline scales or clamps.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -62,12 +63,14 @@ def export_component(
     if isinstance(source, OpenVinoFolder):
         copy_component(source, component, output)
         return
+    # Beside the folder: where a system does not remove what is mapped, it stays in the work folder.
+    spool = output.with_name(f"{output.name}-{_SPOOL}")
     if exporter == "optimum-intel":
         from sdvino.convert.optimum_export import trace_component
 
         model = trace_component(source, component)
     else:
-        model = _build(source, component, output / _SPOOL)
+        model = _build(source, component, spool)
     scale = _activations_scale(source, component)
     if scale is not None:
         model.set_rt_info(scale, ["runtime_options", "ACTIVATIONS_SCALE_FACTOR"])
@@ -76,7 +79,9 @@ def export_component(
     except RuntimeError as error:
         what = f"{type(error).__name__}: {error}".splitlines()[0]
         raise SdvinoError(f"The {component} of {source.name} cannot be saved: {what}") from error
-    (output / _SPOOL).unlink(missing_ok=True)
+    del model
+    with contextlib.suppress(OSError):
+        spool.unlink(missing_ok=True)
 
 
 def build(
@@ -113,20 +118,22 @@ _NETWORKS: Mapping[str, Callable[..., ov.Model]] = {
 def _build(source: DiffusersFolder, component: str, spool: Path) -> ov.Model:
     folder = source.components[component]
     what = f"The {component} of {source.name}"
+    tensors = _ready(source, component, spool)
+    check_finite(tensors, what)
     try:
-        tensors = _ready(source, component, spool)
-        check_finite(tensors, what)
         return build(source, component, tensors, Structure.read(source.folder(folder)))
     except UnknownNetwork as unknown:
         raise RequestError(
             f"{what} is {unknown}, which sdvino does not write itself: install"
             ' pip install "sdvino[train]" and add --exporter optimum-intel.'
         ) from unknown
+    except RequestError:
+        raise
     except (KeyError, TypeError, ValueError, IndexError, RuntimeError) as error:
         # What a config can say wrongly in more ways than can be told apart.
         raise RequestError(
             f"{what} cannot be built: its config.json does not describe a network"
-            f" ({type(error).__name__}: {str(error).splitlines()[0][:120]}); get the model again."
+            f" ({type(error).__name__}: {' '.join(str(error).split())[:120]}); get the model again."
         ) from error
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sdvino.compress.component_weights import weight_files
 from sdvino.errors import RequestError
 from sdvino.inputs.files import check_all_inside, read_json
 from sdvino.weights.autoencoder import differing, kl_tensors, read_kl, read_tiny, tiny_tensors
@@ -159,7 +160,8 @@ def _check_folder(
                 f"{folder / 'config.json'} gives {key} as {str(config[key])[:40]}, which cannot be;"
                 " get the autoencoder again."
             )
-    found = component_tensors("vae", sorted(folder.glob("*.safetensors")))
+    files = weight_files(folder) if any(folder.glob("*.safetensors")) else []
+    found = component_tensors("vae", files)
     try:
         expected = tensors_of(config)
     except ValueError as error:

@@ -225,7 +225,7 @@ def _configs(file: TensorFile, components: Mapping[str, Tensors]) -> dict[str, d
     labels = components["unet"].get("add_embedding.linear_1.weight")
     if "text_encoder_2" in text:
         pooled = text["text_encoder_2"].get("projection_dim")
-        if labels is None or pooled is None:
+        if labels is None or len(labels.shape) != 2 or pooled is None:
             raise LayoutError("it has no label_emb, or no text_projection, as SDXL has")
         unet["addition_embed_type"] = "text_time"
         unet["projection_class_embeddings_input_dim"] = labels.shape[1]

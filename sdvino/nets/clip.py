@@ -42,7 +42,9 @@ def clip(
     Raises RequestError when config and tensors do not fit, UnknownNetwork for other networks.
     """
     config = {**_DEFAULTS, **config}
-    w = Layers(tensors, structure)
+    # Merged checkpoints may carry a projection that the model has no use for.
+    own = {k: t for k, t in tensors.items() if projection or not k.startswith("text_projection")}
+    w = Layers(own, structure)
     width, name = config["hidden_size"], "text_model"
     ids = nn.parameter("input_ids", [-1, -1], ov.Type.i64)
     states = [_embed(w, f"{name}.embeddings", ids, width)]
@@ -52,7 +54,7 @@ def clip(
     pooled = _at_end(last, ids, config["eos_token_id"])
     outputs: dict[str, Value]
     if projection:
-        embeds = w.linear("text_projection", pooled, config["projection_dim"])
+        embeds = w.linear("text_projection", pooled, config["projection_dim"], bias=False)
         outputs = {"text_embeds": embeds, "last_hidden_state": last}
     else:
         outputs = {"last_hidden_state": last, "pooler_output": pooled}

@@ -93,15 +93,15 @@ class Layers:
         shape = self._tensor(name).shape
         return self._constant(name, (shape[0] if shape else 0, width))
 
-    def linear(self, name: str, x: Value, outputs: int) -> Value:
-        """Return x W^T + b over the last axis; without a bias where the checkpoint has none."""
+    def linear(self, name: str, x: Value, outputs: int, *, bias: bool = True) -> Value:
+        """Return x W^T + b over the last axis; with ``bias`` False b may be missing."""
         if rank := self._low_rank(name, min(outputs, _width(x, -1))):
-            x = self.linear(f"{name}.down", x, rank)
+            x = self.linear(f"{name}.down", x, rank, bias=False)
             name = f"{name}.up"
         weight = self._constant(f"{name}.weight", (outputs, _width(x, -1)))
         product = ops.matmul(x, weight, False, True, name=name)
         shape = [1] * (_rank(product) - 1) + [outputs]
-        return self._with_bias(name, product, outputs, shape)
+        return self._with_bias(name, product, outputs, shape, bias)
 
     def conv(
         self,
@@ -112,20 +112,22 @@ class Layers:
         kernel: int = 3,
         stride: int = 1,
         pads: tuple[int, int] | None = None,
+        bias: bool = True,
     ) -> Value:
         """Return the convolution of pictures; ``pads`` are pixels before and behind each side.
 
-        None pads so that a picture keeps its size.
+        None pads so that a picture keeps its size. With ``bias`` False a bias may be missing.
         """
         if rank := self._low_rank(name, min(outputs, _width(x, 1) * kernel**2)):
-            x = self.conv(f"{name}.down", x, rank, kernel=kernel, stride=stride, pads=pads)
-            return self.conv(f"{name}.up", x, outputs, kernel=1)
+            down = f"{name}.down"
+            x = self.conv(down, x, rank, kernel=kernel, stride=stride, pads=pads, bias=False)
+            return self.conv(f"{name}.up", x, outputs, kernel=1, bias=bias)
         before, behind = (kernel // 2, kernel // 2) if pads is None else pads
         weight = self._constant(f"{name}.weight", (outputs, _width(x, 1), kernel, kernel))
         product = ops.convolution(
             x, weight, [stride] * 2, [before] * 2, [behind] * 2, [1, 1], name=name
         )
-        return self._with_bias(name, product, outputs, [1, outputs, 1, 1])
+        return self._with_bias(name, product, outputs, [1, outputs, 1, 1], bias)
 
     def group_norm(self, name: str, x: Value, groups: int, eps: float) -> Value:
         """Return the group norm of [N, C, ...]."""
@@ -157,8 +159,10 @@ class Layers:
         ranks = self._structure.ranks
         return self._left(ranks, name, most) if name in ranks else 0
 
-    def _with_bias(self, name: str, product: Value, outputs: int, shape: list[int]) -> Value:
-        if not self.has(f"{name}.bias"):
+    def _with_bias(
+        self, name: str, product: Value, outputs: int, shape: list[int], required: bool
+    ) -> Value:
+        if not required and not self.has(f"{name}.bias"):
             return product
         bias = self._constant(f"{name}.bias", (outputs,), shape)
         return ops.add(product, bias, name=f"{name}/bias")

@@ -46,7 +46,7 @@ def tiny_vae(config: Mapping[str, Any], tensors: Tensors) -> ov.Model:
             x = nn.upsample(x)
             layer += 1
         outputs = config.get("out_channels", 3) if last else widths[i]
-        x = w.conv(f"decoder.layers.{layer}", x, outputs)
+        x = w.conv(f"decoder.layers.{layer}", x, outputs, bias=last)
         layer += 1
     picture = ops.subtract(ops.multiply(x, nn.number(2)), nn.number(1))
     return nn.model("tiny_vae", [latents], {"sample": picture}, w)
@@ -58,5 +58,5 @@ def _block(w: Layers, name: str, x: Value, channels: int) -> Value:
     h = ops.relu(w.conv(f"{name}.conv.2", h, channels))
     h = w.conv(f"{name}.conv.4", h, channels)
     if nn.channels_of(x) != channels:
-        x = w.conv(f"{name}.skip", x, channels, kernel=1)
+        x = w.conv(f"{name}.skip", x, channels, kernel=1, bias=False)
     return ops.relu(ops.add(h, x))

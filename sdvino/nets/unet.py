@@ -48,6 +48,8 @@ _DOWN = {"DownBlock2D": False, "CrossAttnDownBlock2D": True}
 _UP = {"UpBlock2D": False, "CrossAttnUpBlock2D": True}
 #: SDXL's time_ids: original size, crop, target size.
 _TIME_IDS = 6
+# Beyond these a config is no Stable Diffusion model's, and would only eat memory.
+_MOST_LEVELS, _MOST_LAYERS, _WIDEST = 8, 64, 8192
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,8 +201,8 @@ class _Blocks:
         w = self.w
         heads = w.heads(name, level.heads)
         inner = heads * nn.whole_divisor(level.channels, level.heads, name)
-        q = w.linear(f"{name}.to_q", x, inner)
-        k, v = (w.linear(f"{name}.to_{part}", context, inner) for part in "kv")
+        q = w.linear(f"{name}.to_q", x, inner, bias=False)
+        k, v = (w.linear(f"{name}.to_{part}", context, inner, bias=False) for part in "kv")
         found = nn.attention(q, k, v, heads, name=name)
         return w.linear(f"{name}.to_out.0", found, level.channels)
 
@@ -228,7 +230,7 @@ def _embedding(
     if config.get("time_cond_proj_dim") is not None:
         guidance = nn.parameter("timestep_cond", [-1, config["time_cond_proj_dim"]])
         inputs.append(guidance)
-        x = ops.add(x, w.linear("time_embedding.cond_proj", guidance, channels))
+        x = ops.add(x, w.linear("time_embedding.cond_proj", guidance, channels, bias=False))
     emb = _mlp(w, "time_embedding", x, width)
     if config.get("addition_embed_type") == "text_time":
         each = config["addition_time_embed_dim"]
@@ -260,6 +262,8 @@ def _levels(config: Mapping[str, Any]) -> tuple[list[_Level], list[_Level]]:
     """Return the levels of the way down and of the way up."""
     channels = config["block_out_channels"]
     n = len(channels)
+    if n > _MOST_LEVELS or not all(1 <= width <= _WIDEST for width in channels):
+        raise RequestError("The UNet's config gives block_out_channels that no such model has.")
     heads, resnets, only = (
         _each(config.get(key, default), n)
         for key, default in (
@@ -268,6 +272,8 @@ def _levels(config: Mapping[str, Any]) -> tuple[list[_Level], list[_Level]]:
             ("only_cross_attention", False),
         )
     )
+    if not all(1 <= count <= _MOST_LAYERS for count in resnets):
+        raise RequestError("The UNet's config gives layers_per_block that no such model has.")
     depths = _each(config.get("transformer_layers_per_block", 1), n)
     back = config.get("reverse_transformer_layers_per_block")
     back = list(reversed(depths)) if back is None else back

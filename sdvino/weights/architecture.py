@@ -26,7 +26,7 @@ def unet_config(tensors: Tensors, *, head_channels: int | None) -> dict[str, Any
     down = [[depths.get(f"down_blocks.{i}.{k}", 0) for k in range(layers)] for i in range(levels)]
     up = [[depths.get(f"up_blocks.{i}.{k}", 0) for k in range(layers + 1)] for i in range(levels)]
     middle = depths.get("mid_block.0", 0)
-    keys = [t for name, t in tensors.items() if name.endswith("attn2.to_k.weight")]
+    keys = [name for name in tensors if name.endswith("attn2.to_k.weight")]
     if not keys:
         raise LayoutError("nothing in it attends to text")
     inner = [t for name, t in tensors.items() if name.endswith(".proj_in.weight")]
@@ -35,7 +35,7 @@ def unet_config(tensors: Tensors, *, head_channels: int | None) -> dict[str, Any
         "out_channels": _shape(tensors, "conv_out.weight")[0],
         "block_out_channels": widths,
         "layers_per_block": layers,
-        "cross_attention_dim": keys[0].shape[1],
+        "cross_attention_dim": _shape(tensors, keys[0])[1],
         "use_linear_projection": any(len(tensor.shape) == 2 for tensor in inner),
         "down_block_types": [_type("Down", any(level)) for level in down],
         "up_block_types": [_type("Up", any(level)) for level in up],

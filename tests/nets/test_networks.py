@@ -203,6 +203,7 @@ def test_a_structure_that_does_not_fit(change: Structure, said: str) -> None:
     ("name", "change", "said"),
     [
         ("conv_in.weight", None, "There is no conv_in.weight"),
+        ("conv_in.bias", None, "There is no conv_in.bias"),
         ("conv_in.weight", tensor("I64", np.zeros((1,), np.int64)), "stored as I64"),
         ("conv_in.weight", tensor("F32", np.zeros((1,), np.float32)), "has the shape"),
         ("mid_block.more.weight", tensor("F32", np.zeros((1,), np.float32)), "not in the network"),
