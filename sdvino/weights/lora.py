@@ -15,7 +15,7 @@ from sdvino.inputs.plain import NotPlain, parse_json
 from sdvino.weights.layouts.lora import COMPONENTS, LoraKey, is_sgm, parse_key
 from sdvino.weights.layouts.rename import listed
 from sdvino.weights.lora_part import BESIDE, LoraPart, NoPart, is_whole, rank_of, shape_of
-from sdvino.weights.numbers import as_float32, check_finite, check_floats
+from sdvino.weights.numbers import as_float32, check_finite, check_floats, reshaped
 from sdvino.weights.safetensors import TensorFile
 
 #: The largest weight to merge a LoRA with.
@@ -118,6 +118,9 @@ def _part(
 ) -> LoraPart:
     names = {role: name for role, (name, _) in group.items()}
     factors = {role: file.tensors[name] for role, name in names.items() if role != "alpha"}
+    if "lora_magnitude_vector" in names.get("magnitude", ""):
+        # PEFT's are one for each output, [1, O, 1, 1] of a convolution; LyCORIS' may be of inputs.
+        factors["magnitude"] = reshaped(factors["magnitude"], (factors["magnitude"].size,))
     named = {names[role]: tensor for role, tensor in factors.items()}
     check_floats(named, file.path)
     try:

@@ -65,7 +65,10 @@ class LoraPart:
         if not flat and (shape[:2] != weight[:2] or not alike):
             return False
         magnitude = self.factors.get("magnitude")
-        return magnitude is None or magnitude.size in weight[:2]
+        if magnitude is None:
+            return True
+        wide = len(magnitude.shape) > 1 and magnitude.shape[0] == 1  # one for each input
+        return magnitude.size == weight[1 if wide and weight[0] != 1 else 0]
 
     def change(self, weight: Array) -> Array:
         """Return what is added to ``weight`` at weight 1, in its shape."""
@@ -185,7 +188,7 @@ def _with_magnitude(direction: Array, magnitude: Array) -> Array:
     LyCORIS once learnt one length for each input, everyone else learns one for each output.
     """
     count = direction.shape[0]
-    rows = magnitude.size == count and (magnitude.ndim < 2 or magnitude.shape[0] == count)
+    rows = magnitude.ndim < 2 or magnitude.shape[0] == count
     axis = 0 if rows else 1
     others = tuple(i for i in range(direction.ndim) if i != axis)
     norm: Any = np.sqrt(np.square(direction).sum(axis=others, keepdims=True))

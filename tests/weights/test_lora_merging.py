@@ -275,3 +275,24 @@ def test_an_lcm_lora_gets_a_hint(
     told = hints([open_lora(path)])
     assert len(told) == is_lcm
     assert all("--suggest steps=4,guidance=1,scheduler=lcm" in line for line in told)
+
+
+def test_lengths_of_a_square_convolution_as_peft_saves_them(tmp_path: Path) -> None:
+    """PEFT saves [1, O, 1, 1], one for each output; of a square kernel the shape does not tell."""
+    from sdvino.weights.lora import open_lora
+    from sdvino.weights.lora_merge import merge
+    from sdvino.weights.numbers import of_array
+    from sdvino.weights.safetensors import write_tensors
+
+    layer, rng = "mid_block.resnets.0.conv1", np.random.default_rng(0)
+    weight = rng.standard_normal((6, 6, 3, 3)).astype(np.float32)
+    down = rng.standard_normal((2, 6, 3, 3)).astype(np.float32)
+    up = rng.standard_normal((6, 2, 1, 1)).astype(np.float32)
+    lengths = np.arange(1, 7, dtype=np.float32).reshape(1, 6, 1, 1)
+    parts = {"lora_A.weight": down, "lora_B.weight": up, "lora_magnitude_vector": lengths}
+    file = tmp_path / "dora.safetensors"
+    write_tensors(file, {f"unet.{layer}.{k}": of_array(v, "F32") for k, v in parts.items()})
+    tensors = {f"{layer}.weight": of_array(weight, "F32")}
+    merged = merge(tensors, [open_lora(file, 1.0)], "unet")[f"{layer}.weight"].read()
+    found = np.sqrt(np.square(merged).sum(axis=(1, 2, 3)))
+    np.testing.assert_allclose(found, lengths.ravel(), rtol=1e-5)
