@@ -4,10 +4,10 @@
         [--few-samples] [--picture [--sdcpp PYTHON]]
 
 SOURCE is a diffusers folder or, with --no-peers, a checkpoint file, such as `python
-scripts/make_synthetic.py --arch sd15 FOLDER --file FILE` makes. --picture measures, besides, the
+scripts/make_synthetic.py --arch sd15 FOLDER --file FILE` makes. --picture measures the
 way from SOURCE to a first picture (`sdvino generate -m`, 4 steps, 512 x 512, nothing in the cache),
 and with --sdcpp the same by stable-diffusion.cpp (q8_0) in the Python given, where
-stable-diffusion-cpp-python is installed.
+stable-diffusion-cpp-python is installed; conversions alone are then left out.
 Memory is the resident set of the whole process tree, looked at ten times a second: for each
 process that lives, the kernel's own record of its highest (VmHWM), so that no peak falls between
 two looks; the sum can only be too high. It counts everything: the processes' own (anonymous)
@@ -289,7 +289,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--recipes", default="fp16,int8-weights,int8")
     parser.add_argument("--no-peers", action="store_true", help="measure sdvino alone")
     parser.add_argument("--few-samples", action="store_true", help="calibrate int8 on two inputs")
-    parser.add_argument("--picture", action="store_true", help="measure first pictures as well")
+    parser.add_argument("--picture", action="store_true", help="measure first pictures instead")
     parser.add_argument("--sdcpp", type=Path, help="a Python with stable-diffusion-cpp-python")
     parser.add_argument("--gate-minutes", type=int, help="put the gate on, for so many minutes")
     parser.add_argument("--scratch", type=Path, help="where to convert to: needs some 10 GB")
@@ -301,16 +301,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="bench-", dir=options.scratch) as scratch:
         recipes = options.recipes.split(",")
-        runs = run_all(
-            options.source,
-            recipes,
-            Path(scratch),
-            peers=not options.no_peers,
-            few=options.few_samples,
-            gate_minutes=options.gate_minutes,
-        )
         if options.picture:
-            runs += first_pictures(options.source, recipes, Path(scratch), options.sdcpp)
+            runs = first_pictures(options.source, recipes, Path(scratch), options.sdcpp)
+        else:
+            runs = run_all(
+                options.source,
+                recipes,
+                Path(scratch),
+                peers=not options.no_peers,
+                few=options.few_samples,
+                gate_minutes=options.gate_minutes,
+            )
     print(table(runs))
     if options.output is not None:
         command = f"python scripts/bench_convert.py {options.source.name} {_words(options)}"

@@ -19,16 +19,16 @@ from typing import Any
 
 import torch
 
-from sdvino.compress.distillation.features import Features
-from sdvino.compress.distillation.loop import Trainer
-from sdvino.compress.distillation.models import choose_device, place
-from sdvino.compress.distillation.noise_levels import NoiseLevels
-from sdvino.compress.distillation.objectives import FoldGuidance, FollowWays, Objective, Recover
-from sdvino.compress.distillation.pool import Pool, Texts, Ways
-from sdvino.compress.distillation.settings import DistillSettings
 from sdvino.compress.quiet import quiet
-from sdvino.compress.structure import load_component
 from sdvino.runtime.peak import peak_memory
+from sdvino.train.distillation.features import Features
+from sdvino.train.distillation.loop import Trainer
+from sdvino.train.distillation.models import choose_device, place
+from sdvino.train.distillation.noise_levels import NoiseLevels
+from sdvino.train.distillation.objectives import FoldGuidance, FollowWays, Objective, Recover
+from sdvino.train.distillation.pool import Pool, Texts, Ways
+from sdvino.train.distillation.settings import DistillSettings
+from sdvino.train.modules import load_component
 
 TOKENS = 77
 

@@ -20,18 +20,22 @@ from pathlib import Path
 
 from _environment import ROOT, SetupError, ensure_environment
 
-#: Files of tests/convert that train, or that share models in miniature: nearly half of its time.
+#: Files of tests/convert that train or share models in miniature: nearly half of its time.
 WHOLE = tuple(
-    f"tests/convert/test_{name}.py"
-    for name in ("interop", "quantized_families", "distilling", "passes")
+    f"tests/convert/test_{name}.py" for name in ("interop", "quantized_families", "passes")
 )
+ALONE = ("compress", "train", "scripts")
 #: Name -> what Python is given; what takes longest first. torch's training and OpenVINO do not
 #: share a process well, so that each group has one of its own.
 GROUPS: dict[str, tuple[str, ...]] = {
     "convert": ("tests/convert", *(f"--ignore={path}" for path in WHOLE)),
     "whole": WHOLE,
-    "others": ("tests", *(f"--ignore=tests/{n}" for n in ("convert", "compress", "scripts"))),
+    "others": (
+        "tests",
+        *(f"--ignore=tests/{n}" for n in ("convert", "compress", "train", "scripts")),
+    ),
     "compress": ("tests/compress",),
+    "train": ("tests/train",),
     "scripts": ("tests/scripts",),
 }
 MOST_JOBS = 2

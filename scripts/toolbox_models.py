@@ -12,7 +12,6 @@ from typing import Any
 from measure_compression import SOURCE, hashed
 from toolbox_variants import PAIRS, VARIANTS, Variant
 
-from sdvino.compress.component_weights import shapes_in, weight_files
 from sdvino.compress.coverage import fix_shapes, planned_layers
 from sdvino.compress.ir import read_ir
 from sdvino.compress.recipe_file import to_toml
@@ -22,6 +21,8 @@ from sdvino.convert.api import convert
 from sdvino.errors import SdvinoError
 from sdvino.inputs.files import sha256_of
 from sdvino.model_folder import ModelFolder
+from sdvino.weights.layouts.diffusers import weight_files
+from sdvino.weights.safetensors import open_tensors
 
 Say = Callable[[str], None]
 
@@ -119,7 +120,8 @@ class Workshop:
         folder = ModelFolder.open(self._models / variant.model)
         history = () if folder.manifest is None else folder.manifest.passes
         passes = [entry for entry in history if entry["component"] == "unet"]
-        shapes = shapes_in(weight_files(self.source(variant) / "unet"))
+        tensors = open_tensors(weight_files(self.source(variant) / "unet"))
+        shapes = {name: tensor.shape for name, tensor in tensors.items()}
         parameters = sum(map(math.prod, shapes.values()))
         after = passes[-1]["after"] if passes else {}
         model = read_ir(folder.components["unet"].xml)

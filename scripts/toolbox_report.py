@@ -21,7 +21,7 @@ from toolbox_record import Findings
 from toolbox_timing import EVALUATIONS_AT_ONCE, PICTURES_AT_ONCE
 from toolbox_variants import INT8, REFERENCE, STUDENTS, Variant
 
-from sdvino.compress.prune import ZEROS_ARE_FREE_OF_NOTHING
+from sdvino.train.prune import ZEROS_ARE_FREE_OF_NOTHING
 
 TIME_PLOT, CURVE_PLOT, SHEET = (
     "compression-time.png",

@@ -121,6 +121,26 @@ def inpainting(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "name",
+    ["tokenizer/tokenizer.json", "unet/config.json", "calibration_prompts.txt"],
+)
+def test_a_terabyte_of_nothing_is_not_read(place: Path, source: Path, name: str) -> None:
+    with (source / name).open("ab") as file:
+        file.truncate(2**40)
+    with pytest.raises(RequestError, match=Path(name).name):
+        LocalSource(source).key()
+
+
+def test_weights_end_where_their_header_says(place: Path, source: Path) -> None:
+    weights = source / "unet" / "diffusion_pytorch_model.safetensors"
+    with weights.open("ab") as file:
+        file.truncate(2**40)
+    for model in (source, weights):
+        with pytest.raises(RequestError, match="damaged"):
+            LocalSource(model).key()
+
+
+@pytest.mark.parametrize(
     ("damage", "words"),
     [
         (no_weights, "pickle"),

@@ -15,7 +15,7 @@ from sdvino.cli.terminal import USER_PATH, echo
 from sdvino.errors import RequestError
 
 if TYPE_CHECKING:
-    from sdvino.convert.distilling import DistilledFolder
+    from sdvino.train.distilling import DistilledFolder
 
 #: Seconds between the lines that tell of progress where there is no terminal.
 _BETWEEN_LINES = 30.0
@@ -118,9 +118,9 @@ def distill_command(
 
     Ctrl-C keeps a checkpoint, and the same command goes on from it.
     """
-    from sdvino.compress.distillation.settings import DistillSettings
-    from sdvino.convert.distilling import distill
     from sdvino.inputs.prompts import read_prompts
+    from sdvino.train.distillation.settings import DistillSettings
+    from sdvino.train.distilling import distill
 
     if iterations is not None and minutes is not None:
         raise RequestError("Give --iterations or --minutes, one of them.")

@@ -42,9 +42,9 @@ SOURCE_COMPONENTS: tuple[str, ...] = ("unet", "text_encoder", "text_encoder_2", 
 #: Kind -> the module and the class of its row.
 _KINDS: Mapping[str, str] = MappingProxyType(
     {
-        "prune": "sdvino.compress.prune:Prune",
-        "low_rank": "sdvino.compress.low_rank:LowRank",
-        "distill": "sdvino.compress.distillation.row:Distill",
+        "prune": "sdvino.train.prune:Prune",
+        "low_rank": "sdvino.train.low_rank:LowRank",
+        "distill": "sdvino.train.distillation.row:Distill",
         "quantize": "sdvino.compress.quantize_row:Quantize",
         "accelerate": "sdvino.compress.accelerate_row:Accelerate",
     }
@@ -88,7 +88,7 @@ class Origin:
 class Surroundings:
     """What a pass is given beside its component."""
 
-    #: Calls of the component, by argument name (see `sdvino.compress.source_inputs`).
+    #: Calls of the component, by argument name (see `sdvino.train.source_inputs`).
     inputs: Sequence[Mapping[str, NDArray[Any]]] = ()
     #: None where there is no source: of a module alone.
     origin: Origin | None = None

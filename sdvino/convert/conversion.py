@@ -9,6 +9,7 @@ from typing import Any
 
 from sdvino.compress.recipes import Recipe
 from sdvino.compress.targets import get_target
+from sdvino.convert.export import spooled
 from sdvino.convert.manifest import tool_versions, write_manifest
 from sdvino.convert.open_source import Source
 from sdvino.convert.processes import run_steps
@@ -190,7 +191,9 @@ def steps_of(source: Source, plan: WorkPlan, origin: str) -> list[tuple[Step, st
     steps = [(Step("frame"), origin if own else key_of(origin, framed))]
     steps += pass_steps(source, plan, origin)
     exported = {name: export_key(source, plan, name, origin) for name in plan.components}
-    steps += [(Step("export", name, size[name]), exported[name]) for name in plan.components]
+    for name in plan.components:
+        beside = spooled(source, name) if plan.request.exporter == "sdvino" else 0
+        steps.append((Step("export", name, size[name], beside), exported[name]))
     changed = sorted(set(exported.values()) - {origin})
     calibration = key_of(origin, asdict(plan.calibration), plan.quantized, *changed)
     if plan.quantized:

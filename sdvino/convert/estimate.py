@@ -125,7 +125,7 @@ def _needs_of(step: Step, plan: WorkPlan) -> StepNeeds:
         return StepNeeds(step, "tokenizer and configs", seconds, _peak(_EXPORT, 0), 10_000_000)
     if step.kind == "export":
         rates = _EXPORT if plan.request.exporter == "sdvino" else _TRACE
-        return StepNeeds(step, "half precision", seconds, _peak(rates, size), size)
+        return StepNeeds(step, "half precision", seconds, _peak(rates, size), size, step.scratch)
     if step.kind == "calibrate":
         return _calibrating(step, plan, seconds)
     if step.kind == "gather":

@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args
 
 import openvino as ov
 
+from sdvino.convert.open_source import Source
 from sdvino.convert.openvino_source import OpenVinoFolder, copy_component
 from sdvino.convert.source import DiffusersFolder
 from sdvino.errors import RequestError, SdvinoError
@@ -66,7 +67,7 @@ def export_component(
     # Beside the folder: where a system does not remove what is mapped, it stays in the work folder.
     spool = output.with_name(f"{output.name}-{_SPOOL}")
     if exporter == "optimum-intel":
-        from sdvino.convert.optimum_export import trace_component
+        from sdvino.train.optimum_export import trace_component
 
         model = trace_component(source, component)
     else:
@@ -150,6 +151,22 @@ def _ready(source: DiffusersFolder, component: str, spool: Path) -> dict[str, Te
         write_tensors(spool, {name: _half(tensor) for name, tensor in changed.items()})
         merged |= open_tensors([spool])
     return merged
+
+
+def spooled(source: Source, component: str) -> int:
+    """Return the bytes beside the folder while ``component`` is exported, at most.
+
+    They are what LoRAs change, and floats that OpenVINO's files do not have. Headers alone are
+    read; raises RequestError for weights that cannot be.
+    """
+    if isinstance(source, OpenVinoFolder):
+        return 0
+    folder = source.components[component]
+    copied = bool(source.loras)
+    if folder not in source.elsewhere:
+        tensors = source.tensors(folder).values()
+        copied |= any(t.dtype not in _STORED and _is_float(t) for t in tensors)
+    return source.bytes_of(folder) if copied else 0
 
 
 def _half(tensor: Tensor) -> Tensor:

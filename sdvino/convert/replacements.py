@@ -9,12 +9,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sdvino.compress.component_weights import weight_files
 from sdvino.errors import RequestError
 from sdvino.inputs.files import check_all_inside, read_json
 from sdvino.weights.autoencoder import differing, kl_tensors, read_kl, read_tiny, tiny_tensors
 from sdvino.weights.layouts import autoencoder as layout
-from sdvino.weights.layouts.diffusers import component_tensors
+from sdvino.weights.layouts.diffusers import component_tensors, weight_files
 from sdvino.weights.layouts.rename import LayoutError, listed
 from sdvino.weights.numbers import check_finite
 from sdvino.weights.safetensors import Shape, Tensor, TensorFile

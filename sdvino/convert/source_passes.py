@@ -7,37 +7,33 @@ made, or of the source. Export then takes the last one in the source's place.
 
 from __future__ import annotations
 
-import gc
 import json
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from sdvino.compress.apply import HISTORY_FILE, apply_pass
 from sdvino.compress.calibration import CalibrationPlan
-from sdvino.compress.passes import Origin, SourcePass, Surroundings
-from sdvino.compress.prompts import prompts_of
-from sdvino.compress.quiet import quiet
+from sdvino.compress.passes import SourcePass
 from sdvino.compress.recipes import Recipe
-from sdvino.compress.samples import load_samples, save_samples
-from sdvino.compress.source_inputs import TorchPipeline, plan_for_passes, record
-from sdvino.compress.structure import load_component, load_module
 from sdvino.convert.manifest import tool_versions
 from sdvino.convert.open_source import Source
 from sdvino.convert.openvino_source import OpenVinoFolder
 from sdvino.convert.request import WorkPlan
-from sdvino.convert.source import DiffusersFolder
-from sdvino.convert.state import describe_files, key_of
+from sdvino.convert.state import key_of
 from sdvino.convert.steps import Step
 from sdvino.convert.suggestions import suggestions
-from sdvino.errors import RequestError, SdvinoError
-from sdvino.nets.structure import Structure
-from sdvino.weights.lora_merge import merge
+from sdvino.errors import RequestError
 
 PASSES = "passes"
 INPUTS = "inputs"
 LEARNING = "learning"
+HISTORY_FILE = "history.json"
+
+# Which weights matter shows on far fewer inputs than where activations end: a UNet of Stable
+# Diffusion's size takes seconds for each in torch.
+_LARGE_UNET_BYTES = 200_000_000
+_LARGE = {"trajectories": 4, "strata": 4, "samples": 12}
+_SMALL = {"trajectories": 16, "strata": 8, "samples": 64}
 
 
 def check_passes(source: Source, recipe: Recipe) -> None:
@@ -73,6 +69,18 @@ def check_passes(source: Source, recipe: Recipe) -> None:
 def name_of(recipe: Recipe, place: int) -> str:
     """Return what the pass at ``place``, from 0, is called in steps and folders."""
     return f"{place + 1}-{recipe.passes[place].kind}"
+
+
+def plan_for_passes(plan: CalibrationPlan, unet_bytes: int) -> CalibrationPlan:
+    """Return ``plan`` with as many inputs as passes need, and no more than it has."""
+    most = _LARGE if unet_bytes >= _LARGE_UNET_BYTES else _SMALL
+    count = min(most["trajectories"], len(plan.prompts))
+    return replace(
+        plan,
+        prompts=tuple(plan.prompts[i * len(plan.prompts) // count] for i in range(count)),
+        strata=min(most["strata"], plan.strata),
+        unet_samples=min(most["samples"], plan.unet_samples),
+    )
 
 
 def gathering(plan: WorkPlan, source: Source) -> CalibrationPlan:
@@ -111,7 +119,7 @@ def pass_steps(source: Source, plan: WorkPlan, origin: str) -> list[tuple[Step, 
         basis = key_of(origin, asdict(gathering(plan, source)), sorted({r.component for r in rows}))
         steps.append((Step("gather", "", source.bytes_of("unet")), basis))
     for place, row in enumerate(rows):
-        key = key_of(basis, *_done_to(row.component, rows[: place + 1]))
+        key = key_of(basis, *done_to(row.component, rows[: place + 1]))
         size = source.bytes_of(row.component)
         steps.append((Step("pass", name_of(plan.recipe, place), size), key))
     return steps
@@ -126,7 +134,8 @@ def export_key(source: Source, plan: WorkPlan, component: str, origin: str) -> s
     return keys[name_of(plan.recipe, place)]
 
 
-def _done_to(folder: str, rows: tuple[SourcePass, ...]) -> list[list[Any]]:
+def done_to(folder: str, rows: tuple[SourcePass, ...]) -> list[list[Any]]:
+    """Return kind and settings of the ``rows`` over a sub-folder, for keys."""
     return [[row.kind, asdict(row)] for row in rows if row.component == folder]
 
 
@@ -162,94 +171,3 @@ def history_of(work: Path, recipe: Recipe) -> list[dict[str, Any]]:
         path = work / PASSES / name_of(recipe, place) / HISTORY_FILE
         found.append(json.loads(path.read_text(encoding="utf-8")))
     return found
-
-
-# --- in the worker
-
-
-def gather(plan: WorkPlan, source: Source, output: Path, progress: Callable[[float], None]) -> None:
-    """Write what the components with passes are called with as ``output``/COMPONENT.npz."""
-    wanted = sorted({row.component for row in plan.recipe.passes})
-    folder = _diffusers(source)
-    with quiet():
-        needed = wanted if wanted == ["text_encoder"] else ["text_encoder", "unet", "vae"]
-        modules = {name: _load(folder, name) for name in needed}
-        pipeline = TorchPipeline(
-            modules,
-            folder.folder("tokenizer"),
-            folder.configs["scheduler"],
-            guided=gathering(plan, source).branches == 2,
-            decodes="vae" in wanted,
-        )
-    calls = record(pipeline, gathering(plan, source), wanted, progress)
-    for name, samples in calls.items():
-        save_samples(output / f"{name}.npz", samples)
-
-
-def run_pass(
-    plan: WorkPlan,
-    source: Source,
-    work: Path,
-    name: str,
-    output: Path,
-    progress: Callable[[float], None],
-) -> None:
-    """Do the pass called ``name`` and write the component and its history into ``output``."""
-    place = int(name.partition("-")[0]) - 1
-    row = plan.recipe.passes[place]
-    source = _diffusers(source)
-    earlier = passed_folder(work, plan.recipe, row.component, before=place)
-    structure = Structure.read(source.folder(row.component) if earlier is None else earlier)
-    inputs: list[dict[str, Any]] = []
-    if (work / INPUTS / f"{row.component}.npz").is_file():
-        inputs = load_samples(work / INPUTS / f"{row.component}.npz")
-    with quiet():
-        if earlier is None:
-            module = _load(source, row.component)
-        else:
-            module = load_component(earlier, row.component)
-    around = Surroundings(inputs=inputs, origin=_origin(plan, source, work, place))
-    apply_pass(
-        row,
-        module,
-        Structure() if structure is None else structure,
-        source.configs[row.component],
-        around,
-        output,
-        progress,
-    )
-    gc.collect()
-
-
-def _origin(plan: WorkPlan, source: DiffusersFolder, work: Path, place: int) -> Origin:
-    """Return the source as it was, for the pass at ``place``."""
-
-    def load(name: str) -> Any:
-        with quiet():
-            return _load(source, name)
-
-    rows = plan.recipe.passes
-    files = [[str(path), describe_files(path)] for path in plan.request.files]
-    given = plan.request.prompts
-    return Origin(
-        load=load,
-        tokenizer=source.folder("tokenizer"),
-        scheduler=source.configs["scheduler"],
-        guidance_scale=suggestions(source, {})["guidance_scale"],
-        prompts=prompts_of(source.path) if given is None else given,
-        work=work / LEARNING,
-        key=key_of(files, asdict(plan.request.baking)),
-        passed_key=key_of(*_done_to(rows[place].component, rows[:place])),
-    )
-
-
-def _load(source: DiffusersFolder, name: str) -> Any:
-    """Return a component of the source as a torch module, with its LoRAs."""
-    tensors = merge(source.tensors(name), source.loras, name)
-    return load_module(name, source.configs[name], tensors, Structure.read(source.folder(name)))
-
-
-def _diffusers(source: Source) -> DiffusersFolder:
-    if isinstance(source, OpenVinoFolder):
-        raise SdvinoError("Passes work on checkpoints alone.")  # `check_passes` has said so
-    return source

@@ -23,6 +23,8 @@ class Step:
     component: str = ""
     #: Bytes of the component's weights in the source.
     bytes: int = 0
+    #: Bytes beside what stays, while it runs.
+    scratch: int = 0
 
     @property
     def name(self) -> str:

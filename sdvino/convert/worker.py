@@ -37,8 +37,6 @@ from sdvino.errors import RequestError, SdvinoError
 from sdvino.runtime.locks import FileLock
 
 _LOCK_FILE = "worker-lock"
-# What the libraries of models import where it is installed, for what no step does.
-_UNUSED = ("peft", "scipy", "sklearn", "torchvision")
 
 #: Writes the output of a step into the folder given; calls back with the share done.
 StepFunction = Callable[[WorkPlan, Path, str, Path, Callable[[float], None]], None]
@@ -132,7 +130,7 @@ def _frame(
 def _gather(
     plan: WorkPlan, work: Path, component: str, output: Path, progress: Callable[[float], None]
 ) -> None:
-    from sdvino.convert.source_passes import gather
+    from sdvino.train.steps import gather
 
     gather(plan, plan.open_source(work), output, progress)
 
@@ -140,7 +138,7 @@ def _gather(
 def _pass(
     plan: WorkPlan, work: Path, component: str, output: Path, progress: Callable[[float], None]
 ) -> None:
-    from sdvino.convert.source_passes import run_pass
+    from sdvino.train.steps import run_pass
 
     run_pass(plan, plan.open_source(work), work, component, output, progress)
 
@@ -288,7 +286,9 @@ def _import_libraries(plan: WorkPlan, names: Sequence[str]) -> None:
         with contextlib.suppress(Exception):  # the step that needs it says so
             traced = plan.request.exporter != "sdvino"
             if any(step.kind == "pass" or (step.kind == "export" and traced) for step in steps):
-                _import_models()
+                from sdvino.train.steps import import_models
+
+                import_models()
             if any(
                 step.kind == "compress" and plan.recipe.treatment(step.component) != "fp16"
                 for step in steps
@@ -297,21 +297,6 @@ def _import_libraries(plan: WorkPlan, names: Sequence[str]) -> None:
     finally:
         gc.freeze()
         gc.enable()
-
-
-def _import_models() -> None:
-    """Import the libraries of models as if what they bring along for others were not installed.
-
-    They find out once what there is. NNCF, later, finds its scipy.
-    """
-    absent = [name for name in _UNUSED if name not in sys.modules]
-    sys.modules.update(dict.fromkeys(absent))  # type: ignore[arg-type]
-    try:
-        from diffusers import AutoencoderKL, UNet2DConditionModel  # noqa: F401
-        from transformers import CLIPTextModel  # noqa: F401
-    finally:
-        for name in absent:
-            del sys.modules[name]
 
 
 def _take_stdout() -> TextIO:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sdvino.errors import RequestError
 from sdvino.first_use.store import Made
 from sdvino.hub import (
     NotDownloaded,
@@ -25,6 +26,8 @@ from sdvino.hub_files import note_commit
 from sdvino.inputs.digests import digest_of, kept_digest
 from sdvino.inputs.files import sha256_of
 from sdvino.runtime.cache import cache_key, default_cache_dir
+from sdvino.text.vocabulary import MAX_FILE_BYTES
+from sdvino.weights.safetensors import open_tensors
 
 if TYPE_CHECKING:
     from sdvino.convert.gating import GateSettings
@@ -63,7 +66,7 @@ class LocalSource:
     def key(self) -> str:
         """Return what the content is known by. Large files are read where nobody did before."""
         if self.path.is_file():
-            return cache_key("file", _digest(self.path))
+            return cache_key("file", *map(_digest, self._files()))
         rows = [(f.relative_to(self.path).as_posix(), _digest(f)) for f in self._files()]
         return cache_key("folder", rows)
 
@@ -88,6 +91,12 @@ class LocalSource:
         return self.outline(recipe, gate)
 
     def _files(self) -> Iterator[Path]:
+        """Yield what converting reads; raises RequestError for what is too large to be that."""
+        for file in self._candidates():
+            _check_size(file)
+            yield file
+
+    def _candidates(self) -> Iterator[Path]:
         if self.path.is_file():
             yield self.path
             return
@@ -223,6 +232,17 @@ def _digests() -> Path:
 
 def _digest(path: Path) -> str:
     return sha256_of(path) if _is_small(path) else digest_of(path, _digests())
+
+
+def _check_size(path: Path) -> None:
+    """Raise RequestError before a file is read whole that its kind says cannot be so large."""
+    if path.suffix == ".safetensors":
+        open_tensors([path])  # its header says where it ends
+    elif path.stat().st_size > MAX_FILE_BYTES:
+        raise RequestError(
+            f"{path.name} of {path.parent.name} is larger than {MAX_FILE_BYTES >> 20} MB, so it is"
+            " not what its name says; get the model again."
+        )
 
 
 def _is_small(path: Path) -> bool:

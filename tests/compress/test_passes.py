@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from sdvino.compress.fragile import is_fragile
-from sdvino.compress.low_rank import LowRank
-from sdvino.compress.prune import Prune
 from sdvino.compress.recipe_file import from_toml, to_toml
 from sdvino.compress.recipes import get_recipe
 from sdvino.errors import RequestError
+from sdvino.train.low_rank import LowRank
+from sdvino.train.prune import Prune
 
 LEAN = """
 name = 'lean'

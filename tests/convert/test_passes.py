@@ -13,8 +13,6 @@ import openvino as ov
 import pytest
 
 from sdvino.cli.convert import summary
-from sdvino.compress.calls import call
-from sdvino.compress.structure import load_component
 from sdvino.convert.api import _decide, convert, look_ahead, make_request
 from sdvino.convert.conversion import origin_of, steps_of
 from sdvino.convert.request import WorkPlan
@@ -23,6 +21,8 @@ from sdvino.convert.worker import run_step
 from sdvino.errors import Cancelled, RequestError
 from sdvino.manifest import Manifest
 from sdvino.model_folder import ModelFolder
+from sdvino.train.calls import call
+from sdvino.train.modules import load_component
 from tests.tiny_folder import make_tiny_folder
 
 RECIPE = """

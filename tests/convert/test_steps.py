@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,14 +14,18 @@ from sdvino.compress.calibration import CalibrationPlan
 from sdvino.compress.recipes import get_recipe
 from sdvino.compress.samples import load_samples, save_samples
 from sdvino.convert.estimate import check_needs, work_out
+from sdvino.convert.export import spooled
 from sdvino.convert.request import Request, WorkPlan
+from sdvino.convert.source import DiffusersFolder
 from sdvino.convert.steps import Step, group
 from sdvino.convert.work import Work, expected_seconds
 from sdvino.errors import OutputError, RequestError, SdvinoError
 from sdvino.runtime.memory import MemoryStatus
+from sdvino.weights.safetensors import Tensor, open_tensors, write_tensors
 
 SIZES = {"text_encoder": 246, "unet": 1719, "vae_decoder": 167, "vae_encoder": 167}
 MEGABYTE = 10**6
+SHAPES_SOURCE = Path(__file__).resolve().parents[2] / "models" / "shapes-source"
 #: Peaks of processes at Stable Diffusion 1.5's real size, resident, in bytes: Linux, OpenVINO
 #: 2026.4, NNCF 3.4, by scripts/bench_convert.py. A UNet in parts takes most where they are joined.
 MEASURED = {
@@ -180,6 +186,26 @@ def test_a_disk_or_a_memory_too_small_is_told_first(
     huge = [Step("export", "unet", 10**15)]
     with pytest.raises(OutputError, match="disk"):
         check_needs(work_out(huge, plan_of("int8")), tmp_path, plenty)
+
+
+def test_what_is_written_beside_the_folder_is_counted(tmp_path: Path) -> None:
+    shutil.copytree(SHAPES_SOURCE, tmp_path / "model")
+    assert spooled(DiffusersFolder.open(tmp_path / "model"), "vae_decoder") == 0
+    weights = tmp_path / "model" / "vae" / "diffusion_pytorch_model.safetensors"
+    tensors = open_tensors([weights])
+    brain = {
+        name: Tensor("BF16", tensor.shape, partial(np.zeros, tensor.shape, np.uint16))
+        for name, tensor in tensors.items()
+    }
+    write_tensors(tmp_path / "brain.safetensors", brain)
+    (tmp_path / "brain.safetensors").replace(weights)
+    source = DiffusersFolder.open(tmp_path / "model")
+    beside = spooled(source, "vae_decoder")
+    assert beside == source.bytes_of("vae") > 0
+    assert spooled(source, "unet") == 0
+    step = Step("export", "vae_decoder", 10, 10**15)
+    with pytest.raises(OutputError, match="disk"):
+        check_needs(work_out([step], plan_of("fp16")), tmp_path, MemoryStatus(10**11, 10**11))
 
 
 def test_what_json_does_not_hold_is_noticed() -> None:

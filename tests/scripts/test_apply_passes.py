@@ -9,9 +9,9 @@ import apply_passes
 import make_synthetic
 import pytest
 
-from sdvino.compress.structure import load_component
 from sdvino.convert.source import DiffusersFolder
 from sdvino.nets.structure import Structure
+from sdvino.train.modules import load_component
 
 RECIPE = """
 [calibration]

@@ -13,8 +13,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sdvino.compress.structure import load_module
 from sdvino.errors import RequestError
+from sdvino.train.modules import load_module
 from sdvino.weights.lora import open_lora
 from sdvino.weights.lora_merge import check_loras, hints, merge
 from sdvino.weights.numbers import as_float32, of_array

@@ -30,3 +30,14 @@ def component_tensors(component: str, files: Iterable[Path]) -> dict[str, Tensor
             " download the model again."
         ) from error
     return tensors
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the safetensors of one variant in ``folder``: the plain one, or else fp16's."""
+    files = sorted(folder.glob("*.safetensors"))
+    usable = [file for file in files if "non_ema" not in file.name]
+    plain = [file for file in usable if ".fp16" not in file.name]
+    chosen = plain if plain else usable
+    if not chosen:
+        raise RequestError(f"{folder} holds no .safetensors weights; give the folder complete.")
+    return chosen

@@ -1,0 +1,1 @@
+"""What takes torch: pruning, low rank, distillation, and the exporter of optimum-intel."""
