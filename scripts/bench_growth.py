@@ -29,8 +29,8 @@ from bench_tables import Growth, fit_growth
 from bench_worker import Job
 
 from sdvino.errors import SdvinoError
-from sdvino.hub import resolve_model
-from sdvino.model_folder import ModelFolder
+from sdvino.folder.hub import resolve_model
+from sdvino.folder.index import ModelFolder
 
 AXES = ("pictures", "size", "steps")
 #: What one unit of an axis is called.

@@ -26,7 +26,7 @@ import openvino as ov
 from openvino import opset13 as ops
 
 from sdvino.compress.coverage import fix_shapes, planned_layers
-from sdvino.model_folder import ModelFolder
+from sdvino.folder.index import ModelFolder
 
 #: How long each product is repeated; peaks are the best of the repetitions.
 SECONDS = 2.0

@@ -64,7 +64,7 @@ from bench_report import (
 from bench_tables import EVALUATION, Values, summarize
 
 from sdvino import settings
-from sdvino.model_folder import ModelFolder
+from sdvino.folder.index import ModelFolder
 from sdvino.pipeline import StableDiffusionPipeline
 from sdvino.runtime.topology import bf16_is_fast, read_cpu
 

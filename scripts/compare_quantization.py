@@ -27,8 +27,8 @@ from sdvino.compress.prompts import GENERAL_PROMPTS
 from sdvino.compress.sensitivity import run_model
 from sdvino.compress.targets import get_target
 from sdvino.errors import SdvinoError
+from sdvino.folder.index import ModelFolder
 from sdvino.inputs.prompts import read_prompts
-from sdvino.model_folder import ModelFolder
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -21,7 +21,7 @@ import openvino as ov
 
 from sdvino.compress.coverage import Coverage, fix_shapes, measure
 from sdvino.errors import RequestError, SdvinoError
-from sdvino.model_folder import ModelFolder
+from sdvino.folder.index import ModelFolder
 
 COMPONENTS = ("unet", "vae_decoder", "vae_encoder", "tiny_vae")
 _COLUMNS = (

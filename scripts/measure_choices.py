@@ -39,8 +39,8 @@ from sdvino.compress.quiet import quiet
 from sdvino.compress.recipes import CalibrationRecipe, get_recipe
 from sdvino.compress.targets import Target, get_target
 from sdvino.errors import SdvinoError
+from sdvino.folder.index import ModelFolder
 from sdvino.inputs.prompts import read_prompts
-from sdvino.model_folder import ModelFolder
 
 Sample = dict[str, NDArray[Any]]
 Array = NDArray[np.float32]

@@ -41,8 +41,8 @@ from PIL import Image
 from sdvino import DeviceSettings, RunSettings
 from sdvino.compress.similarity import psnr, ssim
 from sdvino.convert.api import convert
+from sdvino.folder.index import ModelFolder
 from sdvino.inputs.files import sha256_of
-from sdvino.model_folder import ModelFolder
 from sdvino.settings import Precision
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -25,8 +25,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from sdvino.cli.speed_options import with_memory
-from sdvino.generation import GenerationRequest
 from sdvino.outputs import PictureEvent, Timings
+from sdvino.request import GenerationRequest
 from sdvino.runtime.peak import linux_peak
 from sdvino.settings import DeviceSettings, RunSettings
 

@@ -22,12 +22,12 @@ import openvino as ov
 
 from sdvino.compress.coverage import fix_shapes
 from sdvino.errors import RequestError, SdvinoError
-from sdvino.model_folder import ModelFolder
+from sdvino.folder.index import ModelFolder
 from sdvino.runtime.core import device_facts, shared_core
+from sdvino.runtime.network import UnetPlan, prepare_unet, unet_shapes
 from sdvino.runtime.properties import compile_properties, precision_in
 from sdvino.runtime.rewrites import rewrite_for
 from sdvino.settings import DeviceSettings, LinearKernel, Precision
-from sdvino.unet import UnetPlan, prepare_unet, unet_shapes
 
 #: Counters of these states say nothing.
 _IDLE = ("Status.NOT_RUN", "Status.OPTIMIZED_OUT")

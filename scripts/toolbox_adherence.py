@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from toolbox_variants import REFERENCE, STEPS, Variant
 
 from sdvino.compress.similarity import psnr
-from sdvino.model_folder import ModelFolder
+from sdvino.folder.index import ModelFolder
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,8 +19,8 @@ from sdvino.compress.recipes import RECIPES, get_recipe
 from sdvino.compress.weight_graph import weight_bytes
 from sdvino.convert.api import convert
 from sdvino.errors import SdvinoError
+from sdvino.folder.index import ModelFolder
 from sdvino.inputs.files import sha256_of
-from sdvino.model_folder import ModelFolder
 from sdvino.weights.layouts.diffusers import weight_files
 from sdvino.weights.safetensors import open_tensors
 

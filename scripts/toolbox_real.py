@@ -23,13 +23,13 @@ from toolbox_models import unet_bytes
 from toolbox_timing import machine, random_inputs, run_settings
 from toolbox_variants import LEAN, row
 
-from sdvino.components import Components
 from sdvino.compress.coverage import fix_shapes, planned_layers
 from sdvino.compress.ir import read_ir
 from sdvino.convert.api import convert
 from sdvino.errors import SdvinoError
-from sdvino.model_folder import ModelFolder
-from sdvino.unet import unet_shapes
+from sdvino.folder.index import ModelFolder
+from sdvino.runtime.components import Components
+from sdvino.runtime.network import unet_shapes
 
 Say = Callable[[str], None]
 

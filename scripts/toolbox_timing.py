@@ -31,8 +31,8 @@ from toolbox_adherence import settings_of
 from toolbox_variants import Variant
 
 from sdvino import DeviceSettings, RunSettings, StableDiffusionPipeline
-from sdvino.components import Components
-from sdvino.unet import unet_shapes
+from sdvino.runtime.components import Components
+from sdvino.runtime.network import unet_shapes
 
 #: Evaluations of the UNet that one variant does in a row, each round; their median counts.
 EVALUATIONS_AT_ONCE = 5

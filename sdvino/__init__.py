@@ -9,17 +9,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sdvino.benchmark import BenchReport, measure_model
     from sdvino.errors import Cancelled, DeviceError, ModelFolderError, RequestError, SdvinoError
     from sdvino.outputs import PipelineOutput
     from sdvino.pipeline import StableDiffusionPipeline
     from sdvino.settings import DeviceSettings, RunSettings, SamplerSettings, SpeedSettings
+    from sdvino.tuning.bench import BenchReport, measure_model
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "BenchReport": "sdvino.benchmark",
-    "measure_model": "sdvino.benchmark",
+    "BenchReport": "sdvino.tuning.bench",
+    "measure_model": "sdvino.tuning.bench",
     "Cancelled": "sdvino.errors",
     "DeviceError": "sdvino.errors",
     "ModelFolderError": "sdvino.errors",

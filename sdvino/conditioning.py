@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from sdvino.arguments import state_of
-from sdvino.components import Components
 from sdvino.diffusion.guidance import embed_guidance_scale
 from sdvino.errors import RequestError
-from sdvino.generation import PictureJob, ResolvedRequest
 from sdvino.graph.text_states import state_name
 from sdvino.outputs import Array, Embeddings, Timings, clock
+from sdvino.request import PictureJob, ResolvedRequest
+from sdvino.runtime.components import Components
 from sdvino.text.encoder import TextEncoder
 from sdvino.text.tokenizer import ClipTokenizer
 

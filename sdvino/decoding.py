@@ -10,11 +10,11 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from sdvino.components import Components
-from sdvino.generation import PictureJob
 from sdvino.image.autoencoder import VaeDecoder
 from sdvino.image.tiling import OVERLAP, tile_shape, to_levels
 from sdvino.outputs import Array, OutputType, PictureEvent, Timings, clock
+from sdvino.request import PictureJob
+from sdvino.runtime.components import Components
 from sdvino.runtime.memory_plan import MemoryPlan
 from sdvino.runtime.waiting import result_of
 from sdvino.settings import PerformanceHint

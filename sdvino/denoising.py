@@ -9,19 +9,19 @@ from types import TracebackType
 
 import numpy as np
 
-from sdvino.components import Components
 from sdvino.diffusion.denoiser import Denoiser, Predict
 from sdvino.diffusion.guidance import Guidance, PredictBoth, interval_of_steps
 from sdvino.diffusion.schedule import Schedule
 from sdvino.errors import RequestError
-from sdvino.generation import ResolvedRequest
 from sdvino.outputs import Array, Timings, clock
+from sdvino.request import ResolvedRequest
+from sdvino.runtime.components import Components
 from sdvino.runtime.guidance import guidance_mode_for
 from sdvino.runtime.memory_plan import MemoryPlan
+from sdvino.runtime.network import Branch, Unet, UnetPlan, both_in_one
 from sdvino.runtime.remote import keep_on_device
 from sdvino.runtime.waiting import result_of
 from sdvino.settings import GuidanceMode, RunSettings, SpeedSettings
-from sdvino.unet import Branch, Unet, UnetPlan, both_in_one
 
 
 def guidance_mode(speed: SpeedSettings, settings: RunSettings) -> GuidanceMode:

@@ -11,8 +11,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from sdvino.generation import PictureJob
 from sdvino.image.parameters import PictureSettings
+from sdvino.request import PictureJob
 
 OutputType = Literal["pil", "np", "latent"]
 Array = NDArray[np.float32]

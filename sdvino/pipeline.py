@@ -11,7 +11,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdvino.arguments import embeddings_of, given_latents, run_settings, speed_settings
-from sdvino.components import Components
 from sdvino.conditioning import Conditioner
 from sdvino.decoding import DecodeQueue, PictureDecoder, decodes_aside
 from sdvino.denoising import PictureDenoiser
@@ -20,16 +19,9 @@ from sdvino.diffusion.samplers import get_sampler
 from sdvino.diffusion.schedule import Schedule, final_latents, initial_latents, make_schedule
 from sdvino.diffusion.scheduler_config import SchedulerConfig, sampler_from_config
 from sdvino.errors import ModelFolderError, RequestError
-from sdvino.generation import (
-    GenerationRequest,
-    PictureJob,
-    ResolvedRequest,
-    as_negative_texts,
-    as_texts,
-)
+from sdvino.folder.index import ModelFolder
 from sdvino.image.parameters import PictureSettings
 from sdvino.image.preview import Previewer
-from sdvino.model_folder import ModelFolder
 from sdvino.outputs import (
     Array,
     Embeddings,
@@ -41,10 +33,19 @@ from sdvino.outputs import (
     clock,
     gather,
 )
+from sdvino.request import (
+    GenerationRequest,
+    PictureJob,
+    ResolvedRequest,
+    as_negative_texts,
+    as_texts,
+)
+from sdvino.runtime.components import Components
 from sdvino.runtime.guard import Guard
 from sdvino.runtime.memory import check_memory, memory_status
 from sdvino.runtime.memory_plan import MemoryPlan, measure_parts, plan_memory
 from sdvino.runtime.plugins import register_plugins
+from sdvino.runtime.tuned_run import tuned_run
 from sdvino.settings import (
     GuidanceMode,
     NoiseName,
@@ -57,7 +58,6 @@ from sdvino.settings import (
     check_choice,
 )
 from sdvino.text.tokenizer import ClipTokenizer
-from sdvino.tuned_run import tuned_run
 
 if TYPE_CHECKING:
     from PIL import Image

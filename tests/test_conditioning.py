@@ -11,9 +11,9 @@ import pytest
 from numpy.typing import NDArray
 
 from sdvino import RequestError, StableDiffusionPipeline
-from sdvino.generation import GenerationRequest
-from sdvino.model_folder import ModelFolder
+from sdvino.folder.index import ModelFolder
 from sdvino.outputs import Embeddings
+from sdvino.request import GenerationRequest
 from tests.text.folders import vocabulary, write_legacy
 from tests.tiny_folder import POOLED, TOKENS, WIDTHS, edit_json, make_tiny_xl_folder
 

@@ -10,8 +10,8 @@ import pytest
 
 from sdvino.decoding import DecodeQueue, decodes_aside
 from sdvino.errors import SdvinoError
-from sdvino.generation import PictureJob
 from sdvino.outputs import Array, Timings
+from sdvino.request import PictureJob
 from sdvino.runtime.memory_plan import MemoryPlan
 
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from sdvino import DeviceError, StableDiffusionPipeline
-from sdvino.components import Components
 from sdvino.conditioning import Conditioner
 from sdvino.runtime.component import Component
+from sdvino.runtime.components import Components
 from sdvino.settings import SpeedSettings
 
 PROMPT = "a small blue star on a white background"

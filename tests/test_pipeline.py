@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from sdvino import Cancelled, RequestError, StableDiffusionPipeline
-from sdvino.generation import GenerationRequest
 from sdvino.outputs import PictureEvent, StepEvent
+from sdvino.request import GenerationRequest
 
 PROMPT = "a big red circle on a blue background"
 

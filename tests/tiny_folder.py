@@ -11,7 +11,7 @@ import numpy as np
 import openvino as ov
 from openvino import opset13 as ops
 
-from sdvino.manifest import Manifest, ManifestComponent, Suggested
+from sdvino.folder.manifest import Manifest, ManifestComponent, Suggested
 
 WIDTH = 32
 TOKENS = 77

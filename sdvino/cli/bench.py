@@ -59,7 +59,7 @@ def bench_command(
 
     from tqdm import tqdm
 
-    from sdvino.benchmark import measure_model
+    from sdvino.tuning.bench import measure_model
 
     folder = model_folder(**model, quiet=quiet)
     # disable=None: no bar where stderr is not a terminal.

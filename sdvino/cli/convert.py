@@ -248,7 +248,7 @@ def preview(outlook: Outlook, folder: Path) -> str:
 
 def summary(folder: Path) -> str:
     """Return the lines that `sdvino convert` ends with: each component's precision and size."""
-    from sdvino.model_folder import ModelFolder
+    from sdvino.folder.index import ModelFolder
 
     model = ModelFolder.open(folder)
     lines = [f"{model.path}"]

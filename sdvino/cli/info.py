@@ -16,7 +16,7 @@ from sdvino.inputs.names import user_path
 from sdvino.inputs.shown import one_line
 
 if TYPE_CHECKING:
-    from sdvino.model_folder import ModelFolder
+    from sdvino.folder.index import ModelFolder
 
 
 @click.command("info")
@@ -35,8 +35,8 @@ def info_command(path: str | None, as_json: bool, verify: bool) -> None:
     if path is not None and user_path(path).is_file():
         _show_picture(user_path(path), as_json)
         return
-    from sdvino.hub import resolve_model
-    from sdvino.model_folder import ModelFolder
+    from sdvino.folder.hub import resolve_model
+    from sdvino.folder.index import ModelFolder
 
     if path is not None and Path(path).suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"):
         raise RequestError(f"There is no picture {path}.")

@@ -11,7 +11,7 @@ import click
 
 from sdvino.cli.terminal import USER_PATH
 from sdvino.errors import RequestError
-from sdvino.hub_files import MAX_DOWNLOAD
+from sdvino.folder.hub_files import MAX_DOWNLOAD
 from sdvino.inputs.sizes import parse_size
 from sdvino.settings import (
     COMPONENTS,

@@ -13,10 +13,10 @@ from sdvino.cli.terminal import USER_PATH, echo
 from sdvino.errors import Cancelled, RequestError, SdvinoError
 
 if TYPE_CHECKING:
-    from sdvino.model_folder import ModelFolder
-    from sdvino.runtime.search import Trial
-    from sdvino.runtime.tuning_axes import Choice
-    from sdvino.tuning import Tuning
+    from sdvino.folder.index import ModelFolder
+    from sdvino.tuning.axes import Choice
+    from sdvino.tuning.search import Trial
+    from sdvino.tuning.tune import Tuning
 
 MAX_MINUTES = 24 * 60
 
@@ -62,9 +62,9 @@ def tune_command(
     """
     if not 0.0 < minutes <= MAX_MINUTES:
         raise RequestError(f"--minutes is {minutes:g}; give a number from above 0 to a day's 1440.")
+    from sdvino.folder.index import ModelFolder
     from sdvino.image.picture import check_output
-    from sdvino.model_folder import ModelFolder
-    from sdvino.tuning import tune
+    from sdvino.tuning.tune import tune
 
     if plot is not None:
         check_output(plot)
@@ -92,7 +92,7 @@ def tune_command(
     _print(found)
     if plot is not None:
         from sdvino.image.picture import save_picture
-        from sdvino.tuning_chart import draw_trials
+        from sdvino.tuning.chart import draw_trials
 
         title = f"sdvino tune: {folder.name}, {time.strftime('%Y-%m-%d')}"
         echo(f"plot: {save_picture(draw_trials(found.trials, title), plot)}")
@@ -109,7 +109,7 @@ def _keep(folder: ModelFolder, found: Tuning, width: int | None, height: int | N
     from dataclasses import replace
 
     from sdvino.runtime.profile import ProfileStore, profile_key
-    from sdvino.tuning import still_valid
+    from sdvino.tuning.tune import still_valid
 
     store = ProfileStore()
     before = store.read(profile_key(folder), folder.name)

@@ -23,11 +23,11 @@ from sdvino.compress.thresholds import MAX_PSNR
 from sdvino.diffusion.grids import train_alphas_cumprod
 from sdvino.diffusion.scheduler_config import SchedulerConfig
 from sdvino.errors import SdvinoError
-from sdvino.generation import GenerationRequest, ResolvedRequest
+from sdvino.folder.index import ModelFolder
 from sdvino.image.tiling import to_levels
-from sdvino.model_folder import ModelFolder
 from sdvino.outputs import PictureEvent, StepEvent, Timings
 from sdvino.pipeline import StableDiffusionPipeline
+from sdvino.request import GenerationRequest, ResolvedRequest
 from sdvino.runtime.memory_plan import measure_parts, plan_memory
 from sdvino.settings import DeviceSettings, RunSettings, SamplerSettings
 

@@ -21,13 +21,13 @@ from sdvino.compress.layers import (
     nodes_with_weights,
     residual_sources,
 )
+from sdvino.folder.index import ModelFolder
 from sdvino.graph.shapes import reshape_static
-from sdvino.model_folder import ModelFolder
 from sdvino.runtime.core import device_facts, shared_core
+from sdvino.runtime.network import unet_shapes
 from sdvino.runtime.properties import compile_properties, precision_in
 from sdvino.runtime.rewrites import rewrite_for
 from sdvino.settings import DeviceSettings
-from sdvino.unet import unet_shapes
 
 #: The share of multiply-adds, outside attention and the named exceptions, that must run in 8 bits.
 REQUIRED: Mapping[str, float] = {"unet": 0.95, "vae_decoder": 0.90}

@@ -15,18 +15,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sdvino.components import Components
 from sdvino.compress.calibration import CalibrationInputs, CalibrationPlan
 from sdvino.compress.parts import choose_ends
 from sdvino.compress.statistics import Recorder, fix_shapes
 from sdvino.compress.stepwise import PART_BYTES, PartedModel
 from sdvino.conditioning import Conditioner
 from sdvino.diffusion.scheduler_config import SchedulerConfig
-from sdvino.generation import GenerationRequest
+from sdvino.folder.index import ModelFolder
 from sdvino.graph.timestep import float_timestep
 from sdvino.graph.upsampling import split_upsampling
 from sdvino.image.tiling import tile_shape
-from sdvino.model_folder import ModelFolder
+from sdvino.request import GenerationRequest
+from sdvino.runtime.components import Components
 from sdvino.runtime.core import device_facts, shared_core
 from sdvino.runtime.properties import compile_properties
 from sdvino.settings import DeviceSettings, RunSettings

@@ -36,8 +36,8 @@ from sdvino.compress.sensitivity import Sensitivity, measure_sensitivity
 from sdvino.compress.thresholds import Thresholds, default_thresholds
 from sdvino.compress.verdict import Remedy, Verdict, find_failures, median
 from sdvino.errors import RequestError, SdvinoError
+from sdvino.folder.index import ModelFolder, Suggested
 from sdvino.graph.upsampling import split_like
-from sdvino.model_folder import ModelFolder, Suggested
 
 #: Called with what is being done and the share of it done, 0 to 1.
 Progress = Callable[[str, float], None]

@@ -9,8 +9,8 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from sdvino.components import Components
 from sdvino.runtime.component import Component
+from sdvino.runtime.components import Components
 
 Arrays = Mapping[str, NDArray[Any]]
 

@@ -27,8 +27,8 @@ from sdvino.convert.staging import check_target
 from sdvino.convert.state import WorkFolder, recorded_steps
 from sdvino.convert.suggestions import check_suggestions, suggestions, trained_steps
 from sdvino.errors import Cancelled, RequestError, SdvinoError
+from sdvino.folder.index import ModelFolder
 from sdvino.inputs.names import user_path
-from sdvino.model_folder import ModelFolder
 from sdvino.settings import check_choice
 
 #: Tells a person, in a line, what the gate costs and what it changes.

@@ -20,8 +20,8 @@ from sdvino.convert.state import STATE_FORMAT, Files, WorkFolder, describe_files
 from sdvino.convert.steps import Step, group
 from sdvino.convert.work import Work
 from sdvino.errors import OutputError, RequestError
-from sdvino.manifest import Accelerated
-from sdvino.model_folder import ModelFolder
+from sdvino.folder.index import ModelFolder
+from sdvino.folder.manifest import Accelerated
 from sdvino.runtime.acceleration import accelerate, isa_of
 
 _log = logging.getLogger("sdvino")

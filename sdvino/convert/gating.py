@@ -13,7 +13,7 @@ from sdvino.compress.recipes import Recipe
 from sdvino.compress.report import write_report
 from sdvino.compress.verdict import Verdict
 from sdvino.errors import RequestError
-from sdvino.manifest import Suggested
+from sdvino.folder.manifest import Suggested
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

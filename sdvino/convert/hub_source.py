@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from sdvino.errors import ModelFolderError
-from sdvino.hub import Report, fetch, is_hub_id, list_files, report_to_stderr
-from sdvino.hub_files import check_size, is_cached, read_remote_header
+from sdvino.folder.hub import Report, fetch, is_hub_id, list_files, report_to_stderr
+from sdvino.folder.hub_files import check_size, is_cached, read_remote_header
 from sdvino.weights.safetensors import PICKLES
 
 _COMPONENTS = (

@@ -10,7 +10,7 @@ from typing import Any
 from sdvino import __version__
 from sdvino.compress.passes_report import PASSES_FILE, passes_report
 from sdvino.compress.recipes import Recipe
-from sdvino.manifest import (
+from sdvino.folder.manifest import (
     MANIFEST_FILE,
     Accelerated,
     Manifest,

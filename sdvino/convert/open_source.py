@@ -11,7 +11,7 @@ from sdvino.convert.openvino_source import OpenVinoFolder
 from sdvino.convert.single_file import SingleFile
 from sdvino.convert.source import DiffusersFolder
 from sdvino.errors import RequestError
-from sdvino.hub import Report, report_to_stderr
+from sdvino.folder.hub import Report, report_to_stderr
 from sdvino.inputs.names import user_path
 from sdvino.settings import check_choice
 from sdvino.text.clip_vocabulary import find_vocabulary

@@ -20,9 +20,9 @@ from sdvino.compress.ir import read_ir, save_ir
 from sdvino.convert.families import Family, find_family, read_facts, tokenizer_of
 from sdvino.diffusion.scheduler_config import SchedulerConfig
 from sdvino.errors import RequestError
+from sdvino.folder.index import ModelFolder
 from sdvino.inputs.files import check_all_inside, read_json
 from sdvino.inputs.ir import quantizes_activations, read_xml
-from sdvino.model_folder import ModelFolder
 
 # The types that NNCF stores weights in; a constant of one, converted to float, is such a weight.
 _STORED = ("u8", "i8", "u4", "i4", "nf4")

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from sdvino.errors import OutputError
-from sdvino.manifest import MANIFEST_FILE
+from sdvino.folder.manifest import MANIFEST_FILE
 
 
 def check_target(target: Path, *, overwrite: bool) -> None:

@@ -30,8 +30,8 @@ from typing import Any
 from sdvino.convert.request import to_plain
 from sdvino.convert.staging import check_target, make_parents, remove_empty
 from sdvino.errors import OutputError, RequestError, SdvinoError
+from sdvino.folder.manifest import MANIFEST_FILE
 from sdvino.inputs.files import is_private, read_json, sha256_of
-from sdvino.manifest import MANIFEST_FILE
 from sdvino.runtime.locks import FileLock
 
 STATE_FORMAT = 1

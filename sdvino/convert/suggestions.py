@@ -10,8 +10,8 @@ from sdvino.convert.open_source import Source
 from sdvino.convert.scheduler import is_distilled, is_historic
 from sdvino.diffusion.scheduler_config import sampler_from_config
 from sdvino.errors import RequestError
+from sdvino.folder.manifest import MANIFEST_FILE
 from sdvino.inputs.files import read_json
-from sdvino.manifest import MANIFEST_FILE
 from sdvino.settings import SAMPLERS, check_choice
 
 # Spellings of `--suggest`, and of a source's own sdvino.json -> our field.

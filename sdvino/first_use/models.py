@@ -11,9 +11,9 @@ from typing import Literal
 
 from sdvino.errors import ModelFolderError, RequestError
 from sdvino.first_use.store import ConvertedModels, Entry, names_of, size_of
-from sdvino.hub import bundled_model
-from sdvino.manifest import Manifest
-from sdvino.model_folder import INDEX_FILE
+from sdvino.folder.hub import bundled_model
+from sdvino.folder.index import INDEX_FILE
+from sdvino.folder.manifest import Manifest
 
 Kind = Literal["bundled", "converted", "interrupted", "downloaded"]
 

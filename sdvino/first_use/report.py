@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sdvino.first_use.store import LIMIT_VARIABLE, ConvertedModels, Entry, names_of
-from sdvino.hub import Report
+from sdvino.folder.hub import Report
 from sdvino.inputs.sizes import shown_seconds, shown_size
 
 if TYPE_CHECKING:

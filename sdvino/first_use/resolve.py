@@ -20,7 +20,7 @@ from sdvino.errors import ModelFolderError, OutputError, RequestError, SdvinoErr
 from sdvino.first_use.report import above_bar, announcement, progress_bar, trim
 from sdvino.first_use.sources import HubSource, LocalSource, find_on_hub
 from sdvino.first_use.store import FOLDER_VARIABLE, ConvertedModels, Entry
-from sdvino.hub import (
+from sdvino.folder.hub import (
     NotConverted,
     NotDownloaded,
     Report,
@@ -31,8 +31,8 @@ from sdvino.hub import (
     resolve_model,
     runnable_files,
 )
+from sdvino.folder.index import INDEX_FILE, ModelFolder
 from sdvino.inputs.sizes import shown_size
-from sdvino.model_folder import INDEX_FILE, ModelFolder
 from sdvino.runtime.cache import cache_key
 
 if TYPE_CHECKING:
@@ -98,10 +98,10 @@ def resolve(
 ) -> Path:
     """Return the model folder of ``model``, downloaded and converted when need be.
 
-    What `sdvino.hub.resolve_model` takes (None for the bundled model, a model folder, the hub id of
-    an OpenVINO model) is found as there. A .safetensors checkpoint, a diffusers folder, or a hub id
-    of one (owner/name, owner/name/FILE.safetensors) is converted into the user's cache, once: it is
-    known by its content, on the hub by its commit, and found again wherever it is moved to.
+    What `sdvino.folder.hub.resolve_model` takes (None for the bundled model, a model folder, the
+    hub id of an OpenVINO model) is found as there. A .safetensors checkpoint, a diffusers folder,
+    or a hub id of one (owner/name, owner/name/FILE.safetensors) is converted into the user's cache,
+    once: it is known by its content, on the hub by its commit, and found again wherever it is.
     recipe: as in `sdvino.convert.api.convert`; None takes int8 where NNCF is installed, else fp16.
     gate: compare the result with the uncompressed model. quiet: without a bar. report: told, in a
     line each, what is downloaded, converted and dropped.

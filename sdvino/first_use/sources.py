@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from sdvino.errors import RequestError
 from sdvino.first_use.store import Made
-from sdvino.hub import (
+from sdvino.folder.hub import (
     NotDownloaded,
     Report,
     fetch,
@@ -22,7 +22,7 @@ from sdvino.hub import (
     report_to_stderr,
     snapshot_here,
 )
-from sdvino.hub_files import note_commit
+from sdvino.folder.hub_files import note_commit
 from sdvino.inputs.digests import digest_of, kept_digest
 from sdvino.inputs.files import sha256_of
 from sdvino.runtime.cache import cache_key, default_cache_dir

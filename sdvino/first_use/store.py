@@ -24,10 +24,10 @@ from pathlib import Path
 from typing import Any
 
 from sdvino.errors import OutputError, SdvinoError
+from sdvino.folder.manifest import MANIFEST_FILE
 from sdvino.inputs.files import is_private, read_json, replace_file
 from sdvino.inputs.names import user_path
 from sdvino.inputs.sizes import parse_size
-from sdvino.manifest import MANIFEST_FILE
 from sdvino.runtime.cache import default_cache_dir
 from sdvino.runtime.locks import FileLock
 

@@ -15,7 +15,7 @@ from types import MappingProxyType
 from typing import Literal
 
 from sdvino.errors import RequestError
-from sdvino.manifest import Accelerated
+from sdvino.folder.manifest import Accelerated
 from sdvino.settings import DeviceSettings, LinearKernel, Precision, RunSettings
 
 CpuClass = Literal["avx2", "avx2-vnni", "avx512-vnni", "amx", "arm"]

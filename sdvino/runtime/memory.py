@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sdvino.errors import RequestError
-from sdvino.model_folder import ModelFolder
+from sdvino.folder.index import ModelFolder
 from sdvino.runtime.topology import read_text
 
 _log = logging.getLogger("sdvino")

@@ -20,10 +20,10 @@ from typing import Any, get_args
 import openvino as ov
 
 from sdvino.errors import SdvinoError
+from sdvino.folder.index import ModelFolder
+from sdvino.folder.manifest import MANIFEST_FILE
 from sdvino.inputs.files import MAX_JSON_BYTES, read_bytes, read_json, replace_file
 from sdvino.inputs.ir import read_xml
-from sdvino.manifest import MANIFEST_FILE
-from sdvino.model_folder import ModelFolder
 from sdvino.runtime.cache import cache_key, default_cache_dir
 from sdvino.runtime.core import shared_core
 from sdvino.runtime.topology import read_cpu

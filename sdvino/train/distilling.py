@@ -16,8 +16,8 @@ from sdvino.convert.staging import check_target, staged
 from sdvino.convert.state import check_ours, describe_files
 from sdvino.convert.suggestions import TRAINED_STEPS, suggestions
 from sdvino.errors import Cancelled, OutputError, RequestError
+from sdvino.folder.manifest import MANIFEST_FILE
 from sdvino.inputs.files import read_json
-from sdvino.manifest import MANIFEST_FILE
 from sdvino.nets.structure import Structure
 from sdvino.runtime.locks import FileLock
 from sdvino.train.distillation.curves import LOG_FILE, PLOT_FILE

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from sdvino.benchmark import PARTS, BenchReport, breakdown, with_cache
 from sdvino.cli.bench import parse_size
 from sdvino.cli.main import main
 from sdvino.errors import RequestError
@@ -17,6 +16,7 @@ from sdvino.outputs import Timings
 from sdvino.runtime.memory import memory_status
 from sdvino.runtime.peak import linux_peak, peak_memory
 from sdvino.settings import DeviceSettings, RunSettings
+from sdvino.tuning.bench import PARTS, BenchReport, breakdown, with_cache
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from huggingface_hub import constants
 
 from sdvino.cli.main import main
 from sdvino.first_use.store import ConvertedModels
-from tests.first_use_store import add_interrupted, add_model
+from tests.first_use.store import add_interrupted, add_model
 from tests.tiny_folder import make_tiny_folder
 
 

@@ -17,8 +17,8 @@ from sdvino.compress.float_pipeline import FloatPipeline
 from sdvino.compress.folder import calibrate
 from sdvino.compress.statistics import Statistics
 from sdvino.diffusion.guidance import embed_guidance_scale
+from sdvino.folder.index import ModelFolder
 from sdvino.image.tiling import TILE
-from sdvino.model_folder import ModelFolder
 from tests.text.folders import write_legacy
 from tests.tiny_folder import (
     POOLED,

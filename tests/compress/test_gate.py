@@ -24,8 +24,8 @@ from sdvino.compress.report import REPORT_FILE, write_report
 from sdvino.compress.thresholds import LIMITS, Thresholds, default_thresholds
 from sdvino.compress.verdict import Verdict, quality_line
 from sdvino.errors import RequestError
-from sdvino.manifest import Manifest, Suggested
-from sdvino.unet import PiecedUnet
+from sdvino.folder.manifest import Manifest, Suggested
+from sdvino.runtime.network import PiecedUnet
 from tests.conftest import SHAPES
 from tests.tiny_folder import (
     POOLED,

@@ -21,7 +21,7 @@ from sdvino.compress.recipes import get_recipe
 from sdvino.convert.api import convert
 from sdvino.convert.state import work_path
 from sdvino.errors import Cancelled, SdvinoError
-from sdvino.model_folder import ModelFolder
+from sdvino.folder.index import ModelFolder
 
 pytestmark = [
     pytest.mark.slow,

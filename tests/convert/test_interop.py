@@ -21,7 +21,7 @@ from sdvino import DeviceSettings, RunSettings, StableDiffusionPipeline
 from sdvino.compress.recipes import RECIPES
 from sdvino.convert.api import convert
 from sdvino.diffusion.noise import make_noise
-from sdvino.model_folder import ModelFolder
+from sdvino.folder.index import ModelFolder
 from tests.conftest import SHAPES_SOURCE
 from tests.convert.miniatures import Miniatures
 

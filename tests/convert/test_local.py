@@ -12,7 +12,7 @@ import openvino as ov
 import pytest
 
 from sdvino.cli.main import main
-from sdvino.model_folder import ModelFolder
+from sdvino.folder.index import ModelFolder
 from sdvino.runtime.acceleration import accelerate
 from tests.conftest import SHAPES
 from tests.tiny_folder import WIDTH, make_tiny_folder

@@ -19,8 +19,8 @@ from sdvino.convert.request import WorkPlan
 from sdvino.convert.state import work_path
 from sdvino.convert.worker import run_step
 from sdvino.errors import Cancelled, RequestError
-from sdvino.manifest import Manifest
-from sdvino.model_folder import ModelFolder
+from sdvino.folder.index import ModelFolder
+from sdvino.folder.manifest import Manifest
 from sdvino.train.calls import call
 from sdvino.train.modules import load_component
 from tests.tiny_folder import make_tiny_folder

@@ -12,7 +12,7 @@ import pytest
 from sdvino.compress.fragile import is_fragile
 from sdvino.compress.parts import choose_ends
 from sdvino.compress.stepwise import PartedModel
-from sdvino.model_folder import ModelFolder
+from sdvino.folder.index import ModelFolder
 from tests.convert.miniatures import Miniatures
 
 pytestmark = [

@@ -8,7 +8,7 @@ import pytest
 
 from sdvino.convert.staging import staged
 from sdvino.errors import OutputError
-from sdvino.manifest import MANIFEST_FILE
+from sdvino.folder.manifest import MANIFEST_FILE
 
 
 def make_model(folder: Path, word: str) -> None:

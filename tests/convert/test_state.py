@@ -18,7 +18,7 @@ from sdvino.convert.state import (
     work_path,
 )
 from sdvino.errors import OutputError, RequestError
-from sdvino.manifest import MANIFEST_FILE
+from sdvino.folder.manifest import MANIFEST_FILE
 
 
 def finish(work: WorkFolder, step: str, key: str, content: str = "weights") -> Path:

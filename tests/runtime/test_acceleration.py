@@ -8,12 +8,12 @@ import pytest
 from sdvino.compress.recipes import RECIPES
 from sdvino.compress.targets import TARGETS, get_target
 from sdvino.errors import ModelFolderError, RequestError
+from sdvino.folder.manifest import Accelerated, Manifest
 from sdvino.graph.geglu import split_projections
 from sdvino.graph.linears import linears_to_convolutions
 from sdvino.graph.norms import group_norms_to_channels
 from sdvino.graph.scales import fold_scales
 from sdvino.graph.text_keys import take_text_keys
-from sdvino.manifest import Accelerated, Manifest
 from sdvino.runtime.acceleration import (
     TABLE,
     Acceleration,

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sdvino.errors import RequestError
-from sdvino.model_folder import ModelFolder
+from sdvino.folder.index import ModelFolder
 from sdvino.runtime.memory_plan import PartSizes, measure_parts, plan_memory
 from tests.conftest import SHAPES
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from sdvino.model_folder import ModelFolder
+from sdvino.folder.index import ModelFolder
 from sdvino.runtime.profile import (
     Fallback,
     Profile,

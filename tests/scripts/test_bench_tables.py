@@ -43,7 +43,7 @@ from bench_tables import (
 from bench_worker import Measured, Watch
 
 from sdvino.compress.coverage import planned_layers
-from sdvino.model_folder import ModelFolder
+from sdvino.folder.index import ModelFolder
 
 BY_NAME = {metric.name: metric for metric in METRICS}
 CASE = choose_cases(["sd15-4"])[0]

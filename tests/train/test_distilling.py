@@ -24,7 +24,7 @@ from sdvino.convert.state import work_path
 from sdvino.convert.suggestions import trained_steps
 from sdvino.convert.worker import run_step
 from sdvino.errors import Cancelled, RequestError
-from sdvino.manifest import Manifest
+from sdvino.folder.manifest import Manifest
 from sdvino.nets.structure import Structure
 from sdvino.train.distillation.settings import DistillSettings
 from sdvino.train.distilling import distill, work_folder

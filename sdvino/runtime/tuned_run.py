@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from sdvino.model_folder import ModelFolder
+from sdvino.folder.index import ModelFolder
 from sdvino.runtime.acceleration import with_stored
 from sdvino.runtime.guard import Guard
 from sdvino.runtime.profile import ProfileMemory, ProfileStore, profile_key

@@ -6,9 +6,9 @@ import math
 from collections.abc import Mapping
 from typing import Any, TypeGuard
 
-from sdvino.component_files import ComponentFiles
 from sdvino.errors import ModelFolderError
-from sdvino.pipeline_kinds import FAMILIES, SPECIAL_UNETS, TIME_IDS, PipelineKind
+from sdvino.families import FAMILIES, SPECIAL_UNETS, TIME_IDS, PipelineKind
+from sdvino.folder.components import ComponentFiles
 
 _BASE_INPUTS = frozenset({"sample", "timestep", "encoder_hidden_states"})
 _ADDED_INPUTS = frozenset({"text_embeds", "time_ids"})

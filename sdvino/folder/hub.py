@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from sdvino.errors import ModelFolderError, RequestError, SdvinoError
-from sdvino.hub_files import (
+from sdvino.folder.hub_files import (
     Listing,
     download,
     download_limit,

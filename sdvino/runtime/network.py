@@ -9,8 +9,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import openvino as ov
+from numpy.typing import NDArray
 
 from sdvino.errors import ModelFolderError
+from sdvino.families import TIME_IDS
+from sdvino.folder.index import ModelFolder
 from sdvino.graph.geglu import split_projections
 from sdvino.graph.scales import fold_scales
 from sdvino.graph.segments import (
@@ -27,12 +30,10 @@ from sdvino.graph.text_keys import TEXT, give_text_keys, is_text_key, take_text_
 from sdvino.graph.timestep import float_timestep
 from sdvino.graph.tokens import thin_keys
 from sdvino.graph.walk import freeze_shapes
-from sdvino.model_folder import ModelFolder
-from sdvino.outputs import Array
-from sdvino.pipeline_kinds import TIME_IDS
 from sdvino.runtime.component import Component
 from sdvino.runtime.memory import return_memory
 
+Array = NDArray[np.float32]
 #: Prompts whose keys and values are kept: both of a picture, and both of the next.
 KEPT_PROMPTS = 4
 

@@ -11,19 +11,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import sdvino.components
+import sdvino.runtime.components
 from sdvino import RequestError, RunSettings, StableDiffusionPipeline
 from sdvino.cli.main import main
 from sdvino.errors import SdvinoError
-from sdvino.model_folder import ModelFolder
+from sdvino.folder.index import ModelFolder
 from sdvino.runtime import profile
 from sdvino.runtime.component import Component
 from sdvino.runtime.profile import Fallback, ProfileStore, profile_key
-from sdvino.runtime.search import Candidate, Trial
-from sdvino.runtime.tuning_axes import Choice
 from sdvino.settings import DeviceSettings, GuidanceMode
-from sdvino.tuning import Workbench, still_valid, tune
-from sdvino.tuning_chart import draw_trials
+from sdvino.tuning.axes import Choice
+from sdvino.tuning.chart import draw_trials
+from sdvino.tuning.search import Candidate, Trial
+from sdvino.tuning.tune import Workbench, still_valid, tune
 from tests.conftest import SHAPES
 from tests.tiny_folder import make_tiny_folder
 
@@ -209,7 +209,7 @@ class Overflows(Component):
 def test_a_pipeline_whose_arithmetic_overflows_makes_the_right_picture(
     right_in_f32: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(sdvino.components, "Component", Overflows)
+    monkeypatch.setattr(sdvino.runtime.components, "Component", Overflows)
     pipe = StableDiffusionPipeline.from_pretrained()
     assert np.array_equal(np.asarray(pipe(PROMPT, **OPTIONS).images[0]), right_in_f32)
     said = [record.getMessage() for record in caplog.records]

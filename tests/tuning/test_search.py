@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sdvino.errors import DeviceError
-from sdvino.runtime.search import Axis, Candidate, Found, Trial, search
+from sdvino.tuning.search import Axis, Candidate, Found, Trial, search
 
 Settings = tuple[str, ...]
 

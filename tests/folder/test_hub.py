@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 
 from sdvino.errors import ModelFolderError, RequestError, SdvinoError
-from sdvino.hub import bundled_model, resolve_model
-from sdvino.hub_files import MAX_FILES, _is_file_name
-from sdvino.model_folder import ModelFolder
+from sdvino.folder.hub import bundled_model, resolve_model
+from sdvino.folder.hub_files import MAX_FILES, _is_file_name
+from sdvino.folder.index import ModelFolder
 from tests.hub_server import COMMIT, LATER, Hub, serving
 from tests.tiny_folder import make_tiny_folder
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def fail_on_report(message: str) -> None:
@@ -94,7 +94,7 @@ def test_offline_with_a_download_that_holds_torch_weights(tmp_path: Path) -> Non
 RESOLVE = """
 import sys
 from sdvino.errors import SdvinoError
-from sdvino.hub import resolve_model
+from sdvino.folder.hub import resolve_model
 limit = int(sys.argv[1]) if sys.argv[1] else None
 for word in sys.argv[2:]:
     model, _, revision = word.partition("@")

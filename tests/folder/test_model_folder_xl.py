@@ -12,7 +12,7 @@ import pytest
 
 from sdvino import StableDiffusionPipeline
 from sdvino.errors import ModelFolderError
-from sdvino.model_folder import ModelFolder
+from sdvino.folder.index import ModelFolder
 from sdvino.runtime.memory import estimate_memory, held_bytes
 from tests.tiny_folder import (
     POOLED,

@@ -13,11 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sdvino.component_files import ComponentFiles, read_component
 from sdvino.errors import ModelFolderError
-from sdvino.inputs.digests import wrong_file
-from sdvino.inputs.files import check_inside, open_file, read_json, sha256_of
-from sdvino.manifest import (
+from sdvino.families import FAMILIES, PIPELINE_KINDS, SPECIAL_UNETS, PipelineKind
+from sdvino.folder.components import ComponentFiles, read_component
+from sdvino.folder.manifest import (
     MANIFEST_FILE,
     MAX_AROUND_BYTES,
     Manifest,
@@ -25,8 +24,9 @@ from sdvino.manifest import (
     Suggested,
     files_around,
 )
-from sdvino.model_sizes import Sizes
-from sdvino.pipeline_kinds import FAMILIES, PIPELINE_KINDS, SPECIAL_UNETS, PipelineKind
+from sdvino.folder.sizes import Sizes
+from sdvino.inputs.digests import wrong_file
+from sdvino.inputs.files import check_inside, open_file, read_json, sha256_of
 from sdvino.settings import COMPONENTS
 
 __all__ = [

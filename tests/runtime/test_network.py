@@ -10,8 +10,8 @@ import pytest
 
 from sdvino import RequestError, RunSettings, SpeedSettings, StableDiffusionPipeline
 from sdvino.denoising import guidance_mode, unet_plans
-from sdvino.generation import GenerationRequest
 from sdvino.outputs import PictureEvent
+from sdvino.request import GenerationRequest
 from sdvino.runtime.memory_plan import MemoryPlan
 from sdvino.settings import FAST, DeviceSettings, GuidanceMode
 

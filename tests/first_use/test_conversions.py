@@ -22,8 +22,8 @@ from PIL import Image
 
 from tests.conftest import ROOT, SHAPES_SOURCE
 from tests.convert.checkpoint_architectures import CHECKPOINTS
+from tests.folder.test_hub import run_in_process
 from tests.hub_server import serving
-from tests.test_hub import run_in_process
 
 pytestmark = pytest.mark.slow
 

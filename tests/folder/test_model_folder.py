@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sdvino.errors import ModelFolderError
+from sdvino.folder.index import ModelFolder
+from sdvino.folder.manifest import Manifest, ManifestComponent, Suggested
 from sdvino.inputs.ir import read_ir
-from sdvino.manifest import Manifest, ManifestComponent, Suggested
-from sdvino.model_folder import ModelFolder
 from tests.conftest import SHAPES
 from tests.tiny_folder import edit_json, make_tiny_folder, write_json
 
@@ -356,7 +356,7 @@ def test_a_manifest_that_lies(key: str, value: Any, word: str) -> None:
 
 def test_looking_at_a_folder_does_not_load_openvino(folder: Path) -> None:
     code = (
-        "import sys; from sdvino.model_folder import ModelFolder;"
+        "import sys; from sdvino.folder.index import ModelFolder;"
         f"ModelFolder.open({str(folder)!r}); sys.exit('openvino' in sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent.parent)
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])

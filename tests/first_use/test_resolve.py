@@ -23,7 +23,7 @@ from sdvino.first_use.sources import LocalSource
 from sdvino.first_use.store import ConvertedModels, Made, models_dir, models_limit, names_of
 from tests.conftest import ROOT, SHAPES, SHAPES_SOURCE
 from tests.convert.mini_checkpoint import prefixed, shapes_of, write
-from tests.first_use_store import add_interrupted, add_model, fail_on_waiting
+from tests.first_use.store import add_interrupted, add_model, fail_on_waiting
 from tests.tiny_folder import edit_json
 
 

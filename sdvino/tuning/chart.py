@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from PIL import Image, ImageDraw, ImageFont
 
-from sdvino.runtime.search import Trial
-from sdvino.runtime.tuning_axes import Choice
+from sdvino.tuning.axes import Choice
+from sdvino.tuning.search import Trial
 
 if TYPE_CHECKING:
     _Font = ImageFont.ImageFont | ImageFont.FreeTypeFont

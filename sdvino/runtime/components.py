@@ -8,17 +8,16 @@ from functools import partial
 from typing import TYPE_CHECKING, cast
 
 from sdvino.errors import ModelFolderError
+from sdvino.folder.index import ModelFolder
 from sdvino.graph.segments import BEGINNING, DEEP, END
 from sdvino.graph.shapes import reshape_static
 from sdvino.graph.text_states import give_states
 from sdvino.graph.vae import decoder_to_float, decoder_to_pixels, encoder_from_pixels
-from sdvino.model_folder import ModelFolder
 from sdvino.runtime.compiling import Edit
 from sdvino.runtime.component import Component
 from sdvino.runtime.guard import Guard
 from sdvino.runtime.memory import return_memory
-from sdvino.settings import DeviceSettings, RunSettings
-from sdvino.unet import (
+from sdvino.runtime.network import (
     PiecedUnet,
     TextKeys,
     Unet,
@@ -28,6 +27,7 @@ from sdvino.unet import (
     prepare_unet,
     unet_shapes,
 )
+from sdvino.settings import DeviceSettings, RunSettings
 
 if TYPE_CHECKING:
     import openvino as ov

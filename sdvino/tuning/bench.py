@@ -11,9 +11,9 @@ from pathlib import Path
 import openvino as ov
 
 from sdvino.errors import RequestError
-from sdvino.generation import GenerationRequest, ResolvedRequest
 from sdvino.outputs import StepEvent, Timings
 from sdvino.pipeline import StableDiffusionPipeline
+from sdvino.request import GenerationRequest, ResolvedRequest
 from sdvino.runtime.core import shared_core
 from sdvino.runtime.peak import peak_memory
 from sdvino.settings import DeviceSettings, RunSettings, SamplerSettings

@@ -9,9 +9,9 @@ from typing import get_args
 from sdvino.runtime.acceleration import linear_kernel
 from sdvino.runtime.defaults import cpu_defaults
 from sdvino.runtime.properties import DeviceFacts
-from sdvino.runtime.search import Axis, Candidate
 from sdvino.runtime.topology import CpuReport
 from sdvino.settings import CoreType, DeviceSettings, GuidanceMode, LinearKernel, Precision
+from sdvino.tuning.search import Axis, Candidate
 
 #: How guidance runs its two predictions: one after the other, as a batch of two, side by side.
 GUIDANCE_MODES: tuple[GuidanceMode, ...] = get_args(GuidanceMode)

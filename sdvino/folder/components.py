@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from sdvino.errors import ModelFolderError
+from sdvino.families import FAMILIES
 from sdvino.inputs.files import check_inside, read_json
 from sdvino.inputs.ir import IrSummary, read_ir
-from sdvino.pipeline_kinds import FAMILIES
 
 _CLASSES = {
     "unet": "UNet2DConditionModel",

@@ -4,9 +4,9 @@ from dataclasses import replace
 
 from sdvino.runtime.acceleration import linear_kernel
 from sdvino.runtime.properties import DeviceFacts
-from sdvino.runtime.search import Candidate
 from sdvino.runtime.topology import CpuReport, linux_cpu
-from sdvino.runtime.tuning_axes import (
+from sdvino.settings import DeviceSettings
+from sdvino.tuning.axes import (
     Choice,
     axes,
     cores,
@@ -15,7 +15,7 @@ from sdvino.runtime.tuning_axes import (
     pinnings,
     places,
 )
-from sdvino.settings import DeviceSettings
+from sdvino.tuning.search import Candidate
 from tests.runtime.test_defaults import DUAL_SOCKET, I7_1260P, V2_QUOTA
 from tests.runtime.test_properties import CPU, GPU, SERVER
 from tests.runtime.test_topology import N100

@@ -1,0 +1,1 @@
+"""What a model folder is: its parts, its manifest, and how it comes from the hub."""

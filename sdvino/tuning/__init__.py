@@ -1,0 +1,1 @@
+"""Measuring: `sdvino tune` and `sdvino bench`."""
