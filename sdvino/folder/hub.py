@@ -142,7 +142,7 @@ def fetch(
 
 def bundled_model() -> Path:
     """Return the folder of the demo model that comes with sdvino."""
-    package = Path(__file__).resolve().parent
+    package = Path(__file__).resolve().parent.parent
     for folder in (package / "models" / "shapes", package.parent / "models" / "shapes"):
         if folder.is_dir():
             return folder
