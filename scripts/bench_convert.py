@@ -241,8 +241,8 @@ def table(runs: Sequence[Run]) -> str:
         lines += ["", "| | steps of one process | its peak memory, GB | foreseen |"]
         lines.append("|---|---|---|---|")
     for run, step in steps:
-        pair = f"{run.steps[step] / 1e9:.2f} | {run.expected.get(step, 0) / 1e9:.2f}"
-        lines.append(f"| {run.name} | {step} | {pair} |")
+        foreseen = f"{run.expected[step] / 1e9:.2f}" if step in run.expected else ""
+        lines.append(f"| {run.name} | {step} | {run.steps[step] / 1e9:.2f} | {foreseen} |")
     return "\n".join(lines)
 
 
