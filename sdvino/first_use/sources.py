@@ -73,7 +73,7 @@ class LocalSource:
     @property
     def unread(self) -> int:
         """Return the bytes that `key` would read, but for small files."""
-        large = [file for file in self._files() if not _is_small(file)]
+        large = [file for file in self._files() if not _is_small(file) and _is_sound(file)]
         return sum(file.stat().st_size for file in large if kept_digest(file, _digests()) is None)
 
     def made(self, recipe: str, source: str) -> Made:
@@ -91,12 +91,6 @@ class LocalSource:
         return self.outline(recipe, gate)
 
     def _files(self) -> Iterator[Path]:
-        """Yield what converting reads; raises RequestError for what is too large to be that."""
-        for file in self._candidates():
-            _check_size(file)
-            yield file
-
-    def _candidates(self) -> Iterator[Path]:
         if self.path.is_file():
             yield self.path
             return
@@ -231,18 +225,20 @@ def _digests() -> Path:
 
 
 def _digest(path: Path) -> str:
+    if not _is_sound(path):
+        return f"unread, {path.stat().st_size}"  # converting says what is wrong with it
     return sha256_of(path) if _is_small(path) else digest_of(path, _digests())
 
 
-def _check_size(path: Path) -> None:
-    """Raise RequestError before a file is read whole that its kind says cannot be so large."""
-    if path.suffix == ".safetensors":
-        open_tensors([path])  # its header says where it ends
-    elif path.stat().st_size > MAX_FILE_BYTES:
-        raise RequestError(
-            f"{path.name} of {path.parent.name} is larger than {MAX_FILE_BYTES >> 20} MB, so it is"
-            " not what its name says; get the model again."
-        )
+def _is_sound(path: Path) -> bool:
+    """Tell whether ``path`` is no larger than its kind can be, so that it may be read whole."""
+    if path.suffix != ".safetensors":
+        return path.stat().st_size <= MAX_FILE_BYTES
+    try:
+        open_tensors([path])  # the header says where the file ends
+    except RequestError:
+        return False
+    return True
 
 
 def _is_small(path: Path) -> bool:
