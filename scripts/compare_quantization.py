@@ -17,9 +17,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from equal_bytes import compare_at_equal_bytes
 from measure_choices import error, inputs
 
-from sdvino.compress.equal_bytes import compare_at_equal_bytes
 from sdvino.compress.ir import read_ir
 from sdvino.compress.local_quantization import apply_plan, measure, plan_local
 from sdvino.compress.local_report import table_lines

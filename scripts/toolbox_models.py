@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from graph_coverage import fix_shapes, planned_layers
 from measure_compression import SOURCE, hashed
 from toolbox_variants import PAIRS, VARIANTS, Variant
 
-from sdvino.compress.coverage import fix_shapes, planned_layers
 from sdvino.compress.ir import read_ir
 from sdvino.compress.recipe_file import to_toml
 from sdvino.compress.recipes import RECIPES, get_recipe

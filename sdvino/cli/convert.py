@@ -267,11 +267,8 @@ def summary(folder: Path) -> str:
         from sdvino.compress.verdict import quality_line
 
         lines.append(f"  quality: {quality_line(model.manifest.quality)}")
-    if model.manifest is not None:
-        from sdvino.runtime.acceleration import accelerate
-
-        for entry in model.manifest.accelerated:
-            lines += [f"  for {line}" for line in accelerate(entry.kind).lines()[:1]]
+    if model.manifest is not None and model.manifest.target is not None:
+        lines.append(f"  made for: {model.manifest.target}")
     lines.append(f'Try it: sdvino generate -m {folder} "a prompt"')
     return "\n".join(lines)
 

@@ -10,8 +10,8 @@ A row is a frozen dataclass, its fields the keys of the row in TOML::
 
 Passes of the level `source` change a component's weights, or what it consists of, before it is
 exported; each is a step of the conversion. Passes of the level `storage` say how a component is
-stored afterwards: they become its table in the recipe. Those of the level `device` say what it is
-made to run on. Another kind is one class and one line in `_KINDS`.
+stored afterwards: they become its table in the recipe. Another kind is one class and one line in
+`_KINDS`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from sdvino.compress.component_recipe import ComponentRecipe
     from sdvino.nets.structure import Structure
 
-Level = Literal["source", "storage", "device"]
+Level = Literal["source", "storage"]
 
 #: Sub-folders of a source that passes can change.
 SOURCE_COMPONENTS: tuple[str, ...] = ("unet", "text_encoder", "text_encoder_2", "vae")
@@ -46,7 +46,6 @@ _KINDS: Mapping[str, str] = MappingProxyType(
         "low_rank": "sdvino.train.low_rank:LowRank",
         "distill": "sdvino.train.distillation.row:Distill",
         "quantize": "sdvino.compress.quantize_row:Quantize",
-        "accelerate": "sdvino.compress.accelerate_row:Accelerate",
     }
 )
 

@@ -10,7 +10,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from sdvino.compress.accelerate_row import Accelerate
 from sdvino.compress.component_recipe import ComponentRecipe
 from sdvino.compress.passes import Pass, SourcePass, StoragePass, check_order, row_class
 from sdvino.compress.recipes import CalibrationRecipe, Recipe
@@ -81,8 +80,6 @@ def to_toml(recipe: Recipe) -> str:
     lines += ["", f"[{_CALIBRATION}]", *_entries(recipe.calibration)]
     for row in recipe.passes:
         lines += ["", f"[[{_PASSES}]]", f"kind = {_text(row.kind)}", *_entries(row)]
-    for device in recipe.devices:
-        lines += ["", f"[[{_PASSES}]]", "kind = 'accelerate'", f"device = {_text(device)}"]
     return "\n".join(lines) + "\n"
 
 
@@ -117,7 +114,6 @@ def from_toml(text: str, *, name: str = "recipe", folder: Path | None = None) ->
         components=components,
         calibration=_take(CalibrationRecipe, calibration, _CALIBRATION),
         passes=tuple(row for row in rows if isinstance(row, SourcePass)),
-        devices=tuple(row.device for row in rows if isinstance(row, Accelerate)),
     )
 
 

@@ -8,7 +8,6 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from sdvino.compress.recipes import Recipe
-from sdvino.compress.targets import get_target
 from sdvino.convert.export import spooled
 from sdvino.convert.manifest import tool_versions, write_manifest
 from sdvino.convert.open_source import Source
@@ -21,8 +20,6 @@ from sdvino.convert.steps import Step, group
 from sdvino.convert.work import Work
 from sdvino.errors import OutputError, RequestError
 from sdvino.folder.index import ModelFolder
-from sdvino.folder.manifest import Accelerated
-from sdvino.runtime.acceleration import accelerate, isa_of
 
 _log = logging.getLogger("sdvino")
 
@@ -136,7 +133,7 @@ class Conversion:
             baked=self.plan.request.baking.to_manifest(),
             quality=self._quality,
             passes=history_of(self.work.path, self.plan.recipe),
-            accelerated=accelerated_for(self.plan),
+            target=self.plan.request.target if _eight_bits(self.plan) else None,
             trained=_trains(self.plan),
         )
         ModelFolder.open(self.work.model)  # what we would refuse to run is not delivered
@@ -159,11 +156,9 @@ class Conversion:
             )
 
 
-def accelerated_for(plan: WorkPlan) -> list[Accelerated]:
-    """Return what pays on the recipe's devices, or on the target; CPU is the target's."""
-    target = get_target(plan.request.target).name
-    devices = plan.recipe.devices if plan.recipe.devices else (target,)
-    return [accelerate(name, isa_of(target)).stored for name in devices]
+def _eight_bits(plan: WorkPlan) -> bool:
+    """Tell whether a component has activations in 8 bits."""
+    return any(plan.recipe.component(name).quantizes_activations for name in plan.components)
 
 
 def _trains(plan: WorkPlan) -> bool:

@@ -13,6 +13,7 @@ from sdvino.convert.request import WorkPlan
 from sdvino.convert.steps import Step
 from sdvino.convert.work import expected_seconds
 from sdvino.errors import OutputError, RequestError
+from sdvino.inputs.sizes import gigabytes
 from sdvino.runtime.memory import MemoryStatus, memory_status
 
 _log = logging.getLogger("sdvino")
@@ -101,20 +102,20 @@ def check_needs(needs: Needs, folder: Path, status: MemoryStatus | None = None) 
     free = shutil.disk_usage(folder).free
     if free < needs.disk:
         raise OutputError(
-            f"Converting needs {_gigabytes(needs.disk)} on the disk of the target and"
-            f" {_gigabytes(free)} are free; free some space or choose another folder."
+            f"Converting needs {gigabytes(needs.disk)} on the disk of the target and"
+            f" {gigabytes(free)} are free; free some space or choose another folder."
         )
     status = memory_status() if status is None else status
     if status.total is not None and needs.memory > status.total * _USABLE_SHARE:
         raise RequestError(
-            f"This conversion needs about {_gigabytes(needs.memory)} of memory and the machine has"
-            f" {_gigabytes(status.total)}; choose a milder --recipe, such as int8-weights or fp16."
+            f"This conversion needs about {gigabytes(needs.memory)} of memory and the machine has"
+            f" {gigabytes(status.total)}; choose a milder --recipe, such as int8-weights or fp16."
         )
     if status.available is not None and needs.memory > status.available:
         _log.warning(
             "This needs about %s of memory and %s are free: it may be slow; close other programs.",
-            _gigabytes(needs.memory),
-            _gigabytes(status.available),
+            gigabytes(needs.memory),
+            gigabytes(status.available),
         )
 
 
@@ -167,7 +168,3 @@ def _part(plan: WorkPlan, size: int) -> int:
 def _pixels(plan: WorkPlan) -> int:
     _, height, width = plan.calibration.shape
     return height * width
-
-
-def _gigabytes(size: int) -> str:
-    return f"{size / 1e9:,.1f} GB"

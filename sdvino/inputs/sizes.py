@@ -26,6 +26,11 @@ def parse_size(text: str, option: str = "--max-memory") -> int:
     return size
 
 
+def gigabytes(size: int) -> str:
+    """Return ``size`` bytes as people say it, in GB."""
+    return f"{size / 1e9:,.1f} GB"
+
+
 def shown_size(size: float) -> str:
     """Return ``size``, bytes, in GB or MB."""
     return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"

@@ -160,17 +160,6 @@ class Component:
             self._compiled = None
             self._requests = threading.local()
 
-    def prewarm(self) -> None:
-        """Load, and run once on zeros where every shape is fixed: the first run allocates."""
-        ports = self.compiled.inputs
-        if all(port.get_partial_shape().is_static for port in ports):
-            self.infer(
-                {
-                    key: np.zeros(tuple(port.get_shape()), dtype)
-                    for port, (key, dtype) in zip(ports, self._input_ports, strict=True)
-                }
-            )
-
     def infer(self, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
         """Run the graph on ``inputs``, arrays by any of a tensor's names; loads when need be.
 

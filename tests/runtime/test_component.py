@@ -97,7 +97,7 @@ def test_it_computes_the_same_on_a_gpu(folder: Path) -> None:
 def test_load_and_unload(folder: Path) -> None:
     unet = make(folder)
     assert not unet.loaded
-    unet.prewarm()
+    unet.load()
     assert unet.loaded
     first = unet.infer(INPUTS)["out_sample"].copy()
     unet.unload()

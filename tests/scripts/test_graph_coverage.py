@@ -6,8 +6,8 @@ from pathlib import Path
 import int8_coverage
 import openvino as ov
 import pytest
+from graph_coverage import Coverage, Layer, measure, planned_layers
 
-from sdvino.compress.coverage import Coverage, Layer, measure, planned_layers
 from sdvino.compress.folder import compress_component
 from sdvino.compress.recipes import get_recipe
 from sdvino.compress.targets import get_target
