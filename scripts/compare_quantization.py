@@ -20,7 +20,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from equal_bytes import compare_at_equal_bytes
 from measure_choices import error, inputs
 
-from sdvino.compress.ir import read_ir
 from sdvino.compress.local_quantization import apply_plan, measure, plan_local
 from sdvino.compress.local_report import table_lines
 from sdvino.compress.prompts import GENERAL_PROMPTS
@@ -28,7 +27,8 @@ from sdvino.compress.sensitivity import run_model
 from sdvino.compress.targets import get_target
 from sdvino.errors import SdvinoError
 from sdvino.folder.index import ModelFolder
-from sdvino.inputs.prompts import read_prompts
+from sdvino.graph.saving import read_ir
+from sdvino.inputs.files import read_prompts
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from sdvino.compress.quiet import quiet
-from sdvino.runtime.peak import peak_memory
+from sdvino.runtime.memory import peak_memory
 from sdvino.train.distillation.features import Features
 from sdvino.train.distillation.loop import Trainer
 from sdvino.train.distillation.models import choose_device, place

@@ -12,15 +12,15 @@ import openvino as ov
 from numpy.typing import NDArray
 
 from sdvino.compress.component_recipe import ComponentRecipe
-from sdvino.compress.global_quantization import quantize_global
-from sdvino.compress.ir import read_ir
 from sdvino.compress.local_plan import LocalPlan
 from sdvino.compress.local_quantization import Effects, measure, quantize_local
+from sdvino.compress.quantization import quantize_global
 from sdvino.compress.sensitivity import Sample, run_model
 from sdvino.compress.similarity import relative_error
 from sdvino.compress.targets import Target, get_target
 from sdvino.compress.weight_graph import weight_bytes
 from sdvino.errors import SdvinoError
+from sdvino.graph.saving import read_ir
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,13 +13,13 @@ from graph_coverage import fix_shapes, planned_layers
 from measure_compression import SOURCE, hashed
 from toolbox_variants import PAIRS, VARIANTS, Variant
 
-from sdvino.compress.ir import read_ir
 from sdvino.compress.recipe_file import to_toml
 from sdvino.compress.recipes import RECIPES, get_recipe
 from sdvino.compress.weight_graph import weight_bytes
 from sdvino.convert.api import convert
 from sdvino.errors import SdvinoError
 from sdvino.folder.index import ModelFolder
+from sdvino.graph.saving import read_ir
 from sdvino.inputs.files import sha256_of
 from sdvino.weights.layouts.diffusers import weight_files
 from sdvino.weights.safetensors import open_tensors

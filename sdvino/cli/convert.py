@@ -11,7 +11,7 @@ import click
 
 from sdvino.cli.options import download_option
 from sdvino.cli.terminal import USER_PATH, echo
-from sdvino.inputs.sizes import shown_seconds, shown_size
+from sdvino.inputs.shown import shown_seconds, shown_size
 
 if TYPE_CHECKING:
     from sdvino.convert.api import Outlook
@@ -174,7 +174,7 @@ def convert_command(
     from sdvino.convert.gating import GateSettings
     from sdvino.convert.suggestions import parse_suggestions
     from sdvino.first_use.report import progress_bar
-    from sdvino.inputs.prompts import read_prompts
+    from sdvino.inputs.files import read_prompts
 
     request = make_request(
         source,
@@ -259,7 +259,7 @@ def summary(folder: Path) -> str:
         lines.append(f"  {name:16}{precision:14}{files.bytes / 1e6:10.1f} MB")
     lines.append(f"  {'together':30}{total / 1e6:10.1f} MB")
     if model.manifest is not None and model.manifest.passes:
-        from sdvino.compress.passes_report import notes, passes_lines
+        from sdvino.convert.metadata import notes, passes_lines
 
         passes = model.manifest.passes
         lines += [f"  {line}" for line in [*passes_lines(passes), *notes(passes)]]

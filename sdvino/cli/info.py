@@ -12,7 +12,7 @@ import click
 
 from sdvino.cli.terminal import echo
 from sdvino.errors import RequestError
-from sdvino.inputs.names import user_path
+from sdvino.inputs.files import user_path
 from sdvino.inputs.shown import one_line
 
 if TYPE_CHECKING:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -25,7 +26,6 @@ from numpy.typing import NDArray
 
 from sdvino.compress.lockstep import run_together
 from sdvino.compress.recipes import CalibrationRecipe
-from sdvino.compress.samples import load_samples, save_samples
 from sdvino.diffusion.denoiser import Denoiser, Predict
 from sdvino.diffusion.grids import sigmas_of, train_alphas_cumprod
 from sdvino.diffusion.guidance import Guidance
@@ -343,3 +343,32 @@ def _no_numbers() -> SdvinoError:
         "The source model's pictures are not finite numbers; convert a checkpoint that generates,"
         " or use --recipe int8-weights, which needs no pictures."
     )
+
+
+Sample = Mapping[str, NDArray[Any]]
+
+
+def save_samples(path: Path, samples: Sequence[Sample]) -> None:
+    """Write ``samples``, arrays by tensor name, to the file ``path``."""
+    arrays: dict[str, Any] = {
+        f"{index}/{name}": array
+        for index, sample in enumerate(samples)
+        for name, array in sample.items()
+    }
+    with path.open("wb") as file:
+        np.savez(file, **arrays)
+
+
+def load_samples(path: Path) -> list[dict[str, NDArray[Any]]]:
+    """Return what `save_samples` wrote, in its order; raises SdvinoError for another file."""
+    samples: dict[int, dict[str, NDArray[Any]]] = {}
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+            for key in arrays.files:
+                index, _, name = key.partition("/")
+                samples.setdefault(int(index), {})[name] = arrays[key]
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
+        raise SdvinoError(
+            f"The calibration inputs in {path.name} cannot be read; convert again from the start."
+        ) from error
+    return [samples[index] for index in sorted(samples)]

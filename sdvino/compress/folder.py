@@ -15,15 +15,13 @@ import openvino as ov
 from sdvino.compress.calibration import CalibrationInputs, CalibrationPlan, collect
 from sdvino.compress.component_recipe import ComponentRecipe
 from sdvino.compress.float_pipeline import FloatPipeline
-from sdvino.compress.global_quantization import quantize_global
 from sdvino.compress.local_plan import LocalPlan
 from sdvino.compress.local_quantization import quantize_local
-from sdvino.compress.quantization import quantize
+from sdvino.compress.quantization import compress_weights, quantize, quantize_global
 from sdvino.compress.quiet import quiet
 from sdvino.compress.statistics import Statistics
 from sdvino.compress.stepwise import Sample
 from sdvino.compress.targets import Target, get_target
-from sdvino.compress.weights import compress_weights
 from sdvino.errors import SdvinoError
 
 #: Schemes that are to multiply as little as they can. The plans of `global` and `local` name the

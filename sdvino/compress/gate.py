@@ -28,15 +28,20 @@ from sdvino.compress.compare import (
     time_folder,
 )
 from sdvino.compress.float_layers import restored
-from sdvino.compress.gate_plan import GatePlan, components_only, fit_plan
-from sdvino.compress.ir import read_ir, save_ir
 from sdvino.compress.quiet import quiet
 from sdvino.compress.recipes import Recipe
 from sdvino.compress.sensitivity import Sensitivity, measure_sensitivity
-from sdvino.compress.thresholds import Thresholds, default_thresholds
+from sdvino.compress.thresholds import (
+    GatePlan,
+    Thresholds,
+    components_only,
+    default_thresholds,
+    fit_plan,
+)
 from sdvino.compress.verdict import Remedy, Verdict, find_failures, median
 from sdvino.errors import RequestError, SdvinoError
 from sdvino.folder.index import ModelFolder, Suggested
+from sdvino.graph.saving import read_ir, save_ir
 from sdvino.graph.upsampling import split_like
 
 #: Called with what is being done and the share of it done, 0 to 1.

@@ -16,6 +16,7 @@ stored afterwards: they become its table in the recipe. Another kind is one clas
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -24,6 +25,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from sdvino.errors import RequestError
+from sdvino.inputs.patterns import compile_pattern
 from sdvino.settings import check_choice
 
 if TYPE_CHECKING:
@@ -45,7 +47,7 @@ _KINDS: Mapping[str, str] = MappingProxyType(
         "prune": "sdvino.train.prune:Prune",
         "low_rank": "sdvino.train.low_rank:LowRank",
         "distill": "sdvino.train.distillation.row:Distill",
-        "quantize": "sdvino.compress.quantize_row:Quantize",
+        "quantize": "sdvino.compress.recipe_file:Quantize",
     }
 )
 
@@ -221,3 +223,36 @@ def check_share(name: str, value: float, *, open_end: bool = True) -> None:
         raise RequestError(f"{name} is {value:g}; give a share from 0 to below 1.")
     if not open_end and not 0.0 < value <= 1.0:
         raise RequestError(f"{name} is {value:g}; give a share above 0 and up to 1.")
+
+
+def compile_patterns(key: str, patterns: Sequence[str]) -> list[re.Pattern[str]]:
+    """Return the expressions compiled; raises RequestError for what is none."""
+    return [_compile(key, pattern) for pattern in patterns]
+
+
+def _compile(key: str, pattern: str) -> re.Pattern[str]:
+    compiled = compile_pattern(pattern)
+    if compiled is None:
+        raise RequestError(
+            f"{key} has {pattern[:80]!r}, which is no regular expression, or one that repeats too"
+            " much; correct it."
+        )
+    return compiled
+
+
+def chosen(names: Sequence[str], keep: Sequence[str]) -> list[str]:
+    """Return the ``names`` that match nothing in ``keep``, in order.
+
+    Raises RequestError for an expression that matches no name, and when nothing is left.
+    """
+    left = list(names)
+    for pattern in compile_patterns("keep", keep):
+        if not any(pattern.search(name) for name in names):
+            raise RequestError(
+                f"keep has {pattern.pattern!r}, which matches no layer of this component; correct"
+                " it or leave it out."
+            )
+        left = [name for name in left if not pattern.search(name)]
+    if not left:
+        raise RequestError("keep leaves no layer to work on; leave some of it out.")
+    return left

@@ -14,9 +14,9 @@ import openvino as ov
 from numpy.typing import NDArray
 
 from sdvino.compress.float_layers import compressed_layers, group_layers, operation_names, restored
-from sdvino.compress.ir import read_ir
 from sdvino.compress.similarity import relative_error
 from sdvino.errors import SdvinoError
+from sdvino.graph.saving import read_ir
 from sdvino.graph.segments import cut_by_weight, keep_segment, names_in_pool, segment_count
 from sdvino.graph.upsampling import split_like
 from sdvino.graph.walk import freeze_shapes

@@ -13,10 +13,9 @@ if TYPE_CHECKING:  # `sdvino info` reads verdicts and needs nothing that compare
     from numpy.typing import NDArray
 
     from sdvino.compress.compare import Comparison
-    from sdvino.compress.gate_plan import GatePlan
     from sdvino.compress.recipes import Recipe
     from sdvino.compress.sensitivity import Sensitivity
-    from sdvino.compress.thresholds import Thresholds
+    from sdvino.compress.thresholds import GatePlan, Thresholds
 
 #: Layers written to the manifest, of each component; the report draws the same ones.
 _LISTED_LAYERS = 30

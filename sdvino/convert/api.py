@@ -17,18 +17,17 @@ from sdvino.convert.conversion import Conversion, origin_of, steps_of
 from sdvino.convert.estimate import Needs, StepNeeds, check_needs, work_out
 from sdvino.convert.export import EXPORTERS, Exporter
 from sdvino.convert.gating import GateSettings, judge
-from sdvino.convert.libraries import require_libraries
+from sdvino.convert.metadata import is_distilled
 from sdvino.convert.open_source import Source, is_here, resolve_source
-from sdvino.convert.progress import Progress, silent
-from sdvino.convert.request import Request, WorkPlan
-from sdvino.convert.scheduler import is_distilled
+from sdvino.convert.request import Request, WorkPlan, require_libraries
 from sdvino.convert.source_passes import check_passes, suggested_after
 from sdvino.convert.staging import check_target
 from sdvino.convert.state import WorkFolder, recorded_steps
+from sdvino.convert.steps import Progress, silent
 from sdvino.convert.suggestions import check_suggestions, suggestions, trained_steps
 from sdvino.errors import Cancelled, RequestError, SdvinoError
 from sdvino.folder.index import ModelFolder
-from sdvino.inputs.names import user_path
+from sdvino.inputs.files import user_path
 from sdvino.settings import check_choice
 
 #: Tells a person, in a line, what the gate costs and what it changes.

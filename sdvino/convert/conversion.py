@@ -8,16 +8,15 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from sdvino.compress.recipes import Recipe
+from sdvino.convert.estimate import Work
 from sdvino.convert.export import spooled
-from sdvino.convert.manifest import tool_versions, write_manifest
+from sdvino.convert.metadata import tool_versions, write_manifest
 from sdvino.convert.open_source import Source
 from sdvino.convert.processes import run_steps
-from sdvino.convert.progress import Progress
 from sdvino.convert.request import WorkPlan, recipe_from_plain, recipe_to_plain
 from sdvino.convert.source_passes import export_key, history_of, pass_steps, scheduled_after
 from sdvino.convert.state import STATE_FORMAT, Files, WorkFolder, describe_files, key_of
-from sdvino.convert.steps import Step, group
-from sdvino.convert.work import Work
+from sdvino.convert.steps import Progress, Step, group
 from sdvino.errors import OutputError, RequestError
 from sdvino.folder.index import ModelFolder
 

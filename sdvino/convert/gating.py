@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sdvino.compress.gate import DEFAULT_MINUTES, Progress, Recompress, run_gate
-from sdvino.compress.gate_prompts import held_back
+from sdvino.compress.prompts import held_back
 from sdvino.compress.recipes import Recipe
 from sdvino.compress.report import write_report
 from sdvino.compress.verdict import Verdict

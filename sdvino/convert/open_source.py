@@ -12,7 +12,7 @@ from sdvino.convert.single_file import SingleFile
 from sdvino.convert.source import DiffusersFolder
 from sdvino.errors import RequestError
 from sdvino.folder.hub import Report, report_to_stderr
-from sdvino.inputs.names import user_path
+from sdvino.inputs.files import user_path
 from sdvino.settings import check_choice
 from sdvino.text.clip_vocabulary import find_vocabulary
 from sdvino.weights.safetensors import TensorFile

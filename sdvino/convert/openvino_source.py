@@ -16,11 +16,11 @@ import numpy as np
 import openvino as ov
 from openvino import opset13 as ops
 
-from sdvino.compress.ir import read_ir, save_ir
 from sdvino.convert.families import Family, find_family, read_facts, tokenizer_of
 from sdvino.diffusion.scheduler_config import SchedulerConfig
 from sdvino.errors import RequestError
 from sdvino.folder.index import ModelFolder
+from sdvino.graph.saving import read_ir, save_ir
 from sdvino.inputs.files import check_all_inside, read_json
 from sdvino.inputs.ir import quantizes_activations, read_xml
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from sdvino.convert.baking import BakingRequest, bake
 from sdvino.convert.export import Exporter
 from sdvino.convert.gating import GateSettings
 from sdvino.convert.open_source import Source, open_source, outline_source
-from sdvino.errors import SdvinoError
+from sdvino.errors import RequestError, SdvinoError
 
 PLAN_FILE = "plan.json"
 
@@ -177,3 +178,28 @@ def _field(name: str, value: Any) -> Any:
     if name in _NESTED and isinstance(value, Mapping):
         return _from_plain(_NESTED[name], value)
     return tuple(value) if isinstance(value, list) else value
+
+
+_COMPRESSING = ("nncf",)
+_DRAWING = ("matplotlib",)
+_TRAINING = ("torch", "diffusers", "transformers")
+_TRACING = (*_TRAINING, "optimum")
+
+
+def require_libraries(recipe: Recipe, exporter: Exporter, *, gated: bool) -> None:
+    """Raise RequestError unless the libraries that this conversion takes are installed.
+
+    They are looked for, not imported: the worker processes do that, and only what they need.
+    """
+    compresses = any(entry.mode != "fp16" for entry in recipe.components.values())
+    convert = [*_COMPRESSING, *(_DRAWING if gated else ())] if compresses else []
+    train = _TRACING if exporter != "sdvino" else _TRAINING if recipe.passes else ()
+    wanted: Mapping[str, Sequence[str]] = {"train": train, "convert": convert}
+    for extra, names in wanted.items():
+        missing = [name for name in names if importlib.util.find_spec(name) is None]
+        if missing:
+            raise RequestError(
+                f"This conversion needs libraries that are not here ({', '.join(missing)});"
+                f' install them with: pip install "sdvino[{extra}]"'
+                f"{', or choose --recipe fp16' if extra == 'convert' else ''}."
+            )

@@ -15,7 +15,7 @@ from typing import Any
 from sdvino.compress.calibration import CalibrationPlan
 from sdvino.compress.passes import SourcePass
 from sdvino.compress.recipes import Recipe
-from sdvino.convert.manifest import tool_versions
+from sdvino.convert.metadata import tool_versions
 from sdvino.convert.open_source import Source
 from sdvino.convert.openvino_source import OpenVinoFolder
 from sdvino.convert.request import WorkPlan

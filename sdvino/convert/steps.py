@@ -1,4 +1,4 @@
-"""The steps of a conversion: what each needs, and how long it is expected to take."""
+"""The steps of a conversion: their names, and which share a process; progress."""
 
 from __future__ import annotations
 
@@ -81,3 +81,11 @@ def _family(step: Step, small: bool) -> str:
 
 #: Called with the name of a step and the share of it done, 0 to 1.
 StepProgress = Callable[[str, float], None]
+
+
+#: Called with what is being done and the share of the whole conversion done, 0 to 1.
+Progress = Callable[[str, float], None]
+
+
+def silent(what: str, share: float) -> None:
+    """Show nothing."""

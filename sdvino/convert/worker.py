@@ -34,7 +34,7 @@ from sdvino.convert.request import WorkPlan
 from sdvino.convert.state import Files, files_under
 from sdvino.convert.steps import Step
 from sdvino.errors import RequestError, SdvinoError
-from sdvino.runtime.locks import FileLock
+from sdvino.inputs.files import FileLock
 
 _LOCK_FILE = "worker-lock"
 
@@ -121,7 +121,7 @@ def _remove(path: Path) -> None:
 def _frame(
     plan: WorkPlan, work: Path, component: str, output: Path, progress: Callable[[float], None]
 ) -> None:
-    from sdvino.convert.frame import write_frame
+    from sdvino.convert.metadata import write_frame
     from sdvino.convert.source_passes import scheduled_after
 
     write_frame(scheduled_after(plan.open_source(work), plan.recipe), output)
@@ -147,7 +147,7 @@ def _export(
     plan: WorkPlan, work: Path, component: str, output: Path, progress: Callable[[float], None]
 ) -> None:
     from sdvino.convert.export import export_component
-    from sdvino.convert.frame import write_component_config
+    from sdvino.convert.metadata import write_component_config
     from sdvino.convert.source import DiffusersFolder
     from sdvino.convert.source_passes import with_passes
     from sdvino.runtime.mapped import pages_dropped
@@ -164,9 +164,9 @@ def _export(
 def _calibrate(
     plan: WorkPlan, work: Path, component: str, output: Path, progress: Callable[[float], None]
 ) -> None:
+    from sdvino.compress.calibration import save_samples
     from sdvino.compress.component_recipe import CALIBRATED
     from sdvino.compress.folder import calibrate
-    from sdvino.compress.samples import save_samples
     from sdvino.runtime.mapped import pages_dropped
 
     measured = {
@@ -191,9 +191,9 @@ def _compress(
         return
     import openvino as ov
 
+    from sdvino.compress.calibration import load_samples
     from sdvino.compress.folder import compress_component
     from sdvino.compress.local_report import write_plan
-    from sdvino.compress.samples import load_samples
     from sdvino.compress.statistics import Statistics, has_statistics
     from sdvino.compress.targets import get_target
     from sdvino.graph.saving import given_names, save_graph

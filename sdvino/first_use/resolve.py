@@ -32,7 +32,7 @@ from sdvino.folder.hub import (
     runnable_files,
 )
 from sdvino.folder.index import INDEX_FILE, ModelFolder
-from sdvino.inputs.sizes import shown_size
+from sdvino.inputs.shown import shown_size
 from sdvino.runtime.cache import cache_key
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from sdvino.folder.hub_files import (
     note_commit,
     read_listing,
 )
-from sdvino.inputs.names import user_path
+from sdvino.inputs.files import user_path
 from sdvino.inputs.shown import lines
 from sdvino.settings import COMPONENTS
 

@@ -1,4 +1,7 @@
-"""Files that somebody else wrote: regular ones alone, read within limits, inside their folder."""
+"""Files that somebody else wrote: regular ones alone, read within limits, inside their folder.
+
+Their names as people give them, lists of prompts, and locks on our own.
+"""
 
 from __future__ import annotations
 
@@ -188,3 +191,78 @@ def _check_regular(told: os.stat_result, name: str, error: type[RequestError]) -
 
 def _size(limit: int) -> str:
     return f"{limit // 2**20} MB" if limit >= 2**20 else f"{limit:,} bytes"
+
+
+class FileLock:
+    """A lock on the file ``path``, which is made when it is not there; raises OSError."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("a+b")
+
+    def acquire(self, *, wait: bool) -> bool:
+        """Take the lock, waiting for its holder or not; tell whether it was taken."""
+        try:
+            if sys.platform == "win32":
+                import msvcrt
+
+                self._file.seek(0)
+                mode = msvcrt.LK_LOCK if wait else msvcrt.LK_NBLCK
+                msvcrt.locking(self._file.fileno(), mode, 1)
+            else:
+                import fcntl
+
+                fcntl.flock(self._file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except OSError:
+            self._file.close()
+            return False
+        return True
+
+    def release(self) -> None:
+        """Give the lock back."""
+        with contextlib.suppress(OSError):
+            self._file.close()
+
+
+def user_path(text: str | Path) -> Path:
+    """Return the path that a person named, its ``~`` expanded; it need not exist.
+
+    Raises RequestError for a home folder that is not known, and for a name that no file can have.
+    """
+    if "\0" in str(text):
+        raise RequestError("A name of a file holds a zero byte; give another name.")
+    try:
+        path = Path(text).expanduser()
+    except RuntimeError as error:
+        raise RequestError(
+            f"The home folder of {str(text)[:80]!r} is not known here; write the whole path."
+        ) from error
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        pass
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise RequestError(
+            f"{str(path)[:80]!r} is no name that a file can have ({reason}); give another name."
+        ) from error
+    return path
+
+
+#: Bytes of a list; a prompt has some hundred.
+MAX_BYTES = 4 * 2**20
+
+
+def read_prompts(path: Path) -> tuple[str, ...]:
+    """Return the prompts in the UTF-8 text file ``path``; empty lines and `#` lines are skipped.
+
+    A line ends at a line feed, with or without a carriage return before it, and at nothing else.
+    Raises RequestError for a file that is none, is over `MAX_BYTES`, or holds no prompt.
+    """
+    text = read_text(
+        path, limit=MAX_BYTES, error=RequestError, remedy="give a text file with a prompt a line"
+    )
+    lines = (line.strip() for line in text.split("\n"))
+    prompts = tuple(line for line in lines if line and not line.startswith("#"))
+    if not prompts:
+        raise RequestError(f"{path} holds no prompt; write one on each line.")
+    return prompts

@@ -14,7 +14,7 @@ import openvino as ov
 from numpy.typing import NDArray
 
 from sdvino.errors import DeviceError, ModelFolderError, SdvinoError
-from sdvino.graph.folding import check_folding
+from sdvino.graph.walk import check_folding
 from sdvino.inputs.digests import digest_of, wrong_file
 from sdvino.inputs.ir import quantizes_activations, read_xml
 from sdvino.runtime.cache import CompiledCache, default_cache_dir, graph_key

@@ -1,4 +1,4 @@
-"""How much memory a picture needs, and how much there is."""
+"""How much memory a picture needs, how much there is, and how much was held at most."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 from sdvino.errors import RequestError
 from sdvino.folder.index import ModelFolder
-from sdvino.inputs.sizes import gigabytes
+from sdvino.inputs.shown import gigabytes
 from sdvino.runtime.topology import read_text
 
 _log = logging.getLogger("sdvino")
@@ -227,7 +227,7 @@ class _MemoryStatusEx(ctypes.Structure):
     )
 
 
-class ProcessMemoryCounters(ctypes.Structure):
+class _ProcessMemoryCounters(ctypes.Structure):
     """PROCESS_MEMORY_COUNTERS of the Windows API."""
 
     _fields_ = (
@@ -249,10 +249,48 @@ def _windows_status() -> MemoryStatus:
     status.length = ctypes.sizeof(status)
     if not kernel.GlobalMemoryStatusEx(ctypes.byref(status)):
         return MemoryStatus(None, None)
-    counters = ProcessMemoryCounters()
+    counters = _windows_counters()
+    own = 0 if counters is None else int(counters.working_set)
+    return MemoryStatus(int(status.total), int(status.available), own)
+
+
+def _windows_counters() -> _ProcessMemoryCounters | None:
+    """Return what this process holds; None where no one says."""
+    if sys.platform != "win32":
+        return None
+    kernel = ctypes.WinDLL("kernel32")
+    counters = _ProcessMemoryCounters()
     counters.size = ctypes.sizeof(counters)
     kernel.GetCurrentProcess.restype = ctypes.c_void_p
     process = ctypes.c_void_p(kernel.GetCurrentProcess())
     known = kernel.K32GetProcessMemoryInfo(process, ctypes.byref(counters), counters.size)
-    own = int(counters.working_set) if known else 0
-    return MemoryStatus(int(status.total), int(status.available), own)
+    return counters if known else None
+
+
+def peak_memory() -> int | None:
+    """Return the peak of this process's resident memory in bytes; None where no one says.
+
+    Mapped pages of files count as soon as they are in memory: VmHWM on Linux, the peak working set
+    on Windows, ru_maxrss elsewhere.
+    """
+    if sys.platform == "win32":
+        counters = _windows_counters()
+        return None if counters is None else int(counters.peak_working_set)
+    if sys.platform.startswith("linux"):
+        return linux_peak(read_text("/proc/self/status") or "")
+    try:
+        import resource
+    except ImportError:
+        return None
+    peak = int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def linux_peak(status: str) -> int | None:
+    """Read VmHWM from the text of a process's /proc/PID/status; None where it has none."""
+    for line in status.splitlines():
+        name, _, value = line.partition(":")
+        words = value.split()
+        if name == "VmHWM" and words and words[0].isdigit():
+            return int(words[0]) * 1024
+    return None

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from sdvino.errors import RequestError
 from sdvino.folder.index import ModelFolder
-from sdvino.inputs.sizes import gigabytes
+from sdvino.inputs.shown import gigabytes
 from sdvino.runtime.memory import (
     PROCESS_BYTES,
     decoder_bytes,

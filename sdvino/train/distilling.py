@@ -17,9 +17,8 @@ from sdvino.convert.state import check_ours, describe_files
 from sdvino.convert.suggestions import TRAINED_STEPS, suggestions
 from sdvino.errors import Cancelled, OutputError, RequestError
 from sdvino.folder.manifest import MANIFEST_FILE
-from sdvino.inputs.files import read_json
+from sdvino.inputs.files import FileLock, read_json
 from sdvino.nets.structure import Structure
-from sdvino.runtime.locks import FileLock
 from sdvino.train.distillation.curves import LOG_FILE, PLOT_FILE
 from sdvino.train.distillation.engine import Distilled, Material, Progress, distill_unet
 from sdvino.train.distillation.models import Models, check_fits

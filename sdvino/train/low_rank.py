@@ -21,8 +21,15 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from sdvino.compress.layer_names import chosen, compile_patterns
-from sdvino.compress.passes import Outcome, Pass, SourcePass, Surroundings, check_share
+from sdvino.compress.passes import (
+    Outcome,
+    Pass,
+    SourcePass,
+    Surroundings,
+    check_share,
+    chosen,
+    compile_patterns,
+)
 from sdvino.errors import RequestError
 from sdvino.train.calls import Inputs, call
 

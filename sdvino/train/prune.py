@@ -12,8 +12,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, get_args
 
-from sdvino.compress.layer_names import chosen, compile_patterns
-from sdvino.compress.passes import Outcome, Pass, SourcePass, Surroundings, check_share
+from sdvino.compress.passes import (
+    Outcome,
+    Pass,
+    SourcePass,
+    Surroundings,
+    check_share,
+    chosen,
+    compile_patterns,
+)
 from sdvino.errors import RequestError
 from sdvino.settings import check_choice
 from sdvino.train.magnitude import (

@@ -12,10 +12,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from sdvino.compress.calibration import load_samples, save_samples
 from sdvino.compress.passes import Origin, Surroundings
 from sdvino.compress.prompts import prompts_of
 from sdvino.compress.quiet import quiet
-from sdvino.compress.samples import load_samples, save_samples
 from sdvino.convert.open_source import Source
 from sdvino.convert.openvino_source import OpenVinoFolder
 from sdvino.convert.request import WorkPlan

@@ -17,8 +17,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from sdvino.compress.layer_names import chosen
-from sdvino.compress.passes import Outcome
+from sdvino.compress.passes import Outcome, chosen
 from sdvino.errors import RequestError
 from sdvino.nets.structure import Structure
 from sdvino.train.calls import (

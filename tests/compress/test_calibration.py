@@ -16,12 +16,12 @@ from sdvino.compress.calibration import (
     CalibrationInputs,
     CalibrationPlan,
     collect,
+    load_samples,
     make_grid,
     make_plan,
     timestep_grid,
 )
 from sdvino.compress.recipes import CalibrationRecipe
-from sdvino.compress.samples import load_samples
 from sdvino.diffusion.grids import train_alphas_cumprod
 from sdvino.diffusion.schedule import make_schedule
 from sdvino.diffusion.scheduler_config import SchedulerConfig

@@ -15,16 +15,22 @@ from openvino import opset13 as ops
 
 from sdvino.compress.float_layers import short_name
 from sdvino.compress.gate import run_gate
-from sdvino.compress.gate_plan import GatePlan, Speed, components_only, fit_plan
-from sdvino.compress.gate_prompts import GATE_PROMPTS, held_back
-from sdvino.compress.ir import read_ir, save_ir
-from sdvino.compress.prompts import GENERAL_PROMPTS
+from sdvino.compress.prompts import GATE_PROMPTS, GENERAL_PROMPTS, held_back
 from sdvino.compress.recipes import Recipe, get_recipe
 from sdvino.compress.report import REPORT_FILE, write_report
-from sdvino.compress.thresholds import LIMITS, Thresholds, default_thresholds
+from sdvino.compress.thresholds import (
+    LIMITS,
+    GatePlan,
+    Speed,
+    Thresholds,
+    components_only,
+    default_thresholds,
+    fit_plan,
+)
 from sdvino.compress.verdict import Verdict, quality_line
 from sdvino.errors import RequestError
 from sdvino.folder.manifest import Manifest, Suggested
+from sdvino.graph.saving import read_ir, save_ir
 from sdvino.runtime.network import PiecedUnet
 from tests.conftest import SHAPES
 from tests.tiny_folder import (

@@ -5,8 +5,7 @@ import sys
 import pytest
 
 from sdvino.compress.component_recipe import ComponentRecipe
-from sdvino.compress.quantize_row import Quantize
-from sdvino.compress.recipe_file import from_toml
+from sdvino.compress.recipe_file import Quantize, from_toml
 from sdvino.compress.recipes import Recipe, get_recipe
 from sdvino.errors import RequestError
 from sdvino.settings import COMPONENTS

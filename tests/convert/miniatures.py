@@ -21,7 +21,7 @@ from sdvino.compress.folder import calibrate, compress_component
 from sdvino.compress.recipes import get_recipe
 from sdvino.compress.targets import get_target
 from sdvino.convert.export import export_component
-from sdvino.convert.frame import write_component_config, write_frame
+from sdvino.convert.metadata import write_component_config, write_frame
 from sdvino.convert.source import DiffusersFolder
 
 #: The one whose autoencoder all have.

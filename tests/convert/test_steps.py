@@ -10,15 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sdvino.compress.calibration import CalibrationPlan
+from sdvino.compress.calibration import CalibrationPlan, load_samples, save_samples
 from sdvino.compress.recipes import get_recipe
-from sdvino.compress.samples import load_samples, save_samples
-from sdvino.convert.estimate import check_needs, work_out
+from sdvino.convert.estimate import Work, check_needs, expected_seconds, work_out
 from sdvino.convert.export import spooled
 from sdvino.convert.request import Request, WorkPlan
 from sdvino.convert.source import DiffusersFolder
 from sdvino.convert.steps import Step, group
-from sdvino.convert.work import Work, expected_seconds
 from sdvino.errors import OutputError, RequestError, SdvinoError
 from sdvino.runtime.memory import MemoryStatus
 from sdvino.weights.safetensors import Tensor, open_tensors, write_tensors

@@ -18,8 +18,8 @@ import pytest
 from openvino import opset13 as ops
 
 from sdvino.errors import DeviceError, ModelFolderError, SdvinoError
-from sdvino.graph.shapes import reshape_static
 from sdvino.graph.timestep import float_timestep
+from sdvino.graph.walk import reshape_static
 from sdvino.runtime.component import Component
 from sdvino.runtime.core import short_reason
 from sdvino.settings import DeviceSettings

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sdvino.errors import RequestError
-from sdvino.runtime.peak import peak_memory
+from sdvino.runtime.memory import peak_memory
 from sdvino.train.distillation.features import Features
 from sdvino.train.distillation.loop import Trainer
 from sdvino.train.distillation.models import Models, check_fits, choose_device, is_large, place
