@@ -170,8 +170,8 @@ def convert_command(
     from tqdm import tqdm
 
     from sdvino.compress.local_report import read_tables
+    from sdvino.compress.thresholds import GateSettings
     from sdvino.convert.api import look_ahead, make_request, run
-    from sdvino.convert.gating import GateSettings
     from sdvino.convert.suggestions import parse_suggestions
     from sdvino.first_use.report import progress_bar
     from sdvino.inputs.files import read_prompts

@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdvino.compress.lockstep import run_together
+from sdvino.compress.prompts import evenly
 from sdvino.compress.recipes import CalibrationRecipe
 from sdvino.diffusion.denoiser import Denoiser, Predict
 from sdvino.diffusion.grids import sigmas_of, train_alphas_cumprod
@@ -161,10 +162,9 @@ def make_plan(
         "unet_samples": recipe.samples,
     }
     chosen = by_size | {key: value for key, value in asked.items() if value is not None}
-    count = min(chosen.pop("trajectories"), len(texts))
     few = distilled is not None and recipe.strata is None
     return CalibrationPlan(
-        prompts=tuple(texts[i * len(texts) // count] for i in range(count)),
+        prompts=tuple(evenly(texts, chosen.pop("trajectories"))),
         few_steps=few_steps if few else (),
         sampler=distilled if distilled in _ONCE_A_STEP else "euler",
         guidance_scale=guidance_scale,

@@ -10,10 +10,12 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from sdvino.errors import RequestError
 from sdvino.inputs.files import read_prompts
 
+_Item = TypeVar("_Item")
 #: Texts in a prompt file and characters in a prompt beyond these are refused.
 MAX_PROMPTS = 10_000
 MAX_CHARACTERS = 2_000
@@ -113,6 +115,12 @@ GATE_PROMPTS: tuple[str, ...] = (
 _MOST = 16
 
 
+def evenly(items: Sequence[_Item], most: int) -> list[_Item]:
+    """Return up to ``most`` of ``items``, evenly from the whole list."""
+    count = min(most, len(items))
+    return [items[i * len(items) // count] for i in range(count)]
+
+
 def held_back(available: Sequence[str], seen: Sequence[str]) -> tuple[str, ...]:
     """Return up to 16 prompts that are not in ``seen``: ``available`` ones, then general ones.
 
@@ -120,8 +128,7 @@ def held_back(available: Sequence[str], seen: Sequence[str]) -> tuple[str, ...]:
     """
     known = {text.strip() for text in seen}
     rest = [text for text in dict.fromkeys(available) if text.strip() not in known]
-    count = min(_MOST, len(rest))
-    chosen = [rest[i * len(rest) // count] for i in range(count)]
+    chosen = evenly(rest, _MOST)
     if len(chosen) >= 4:  # a model with a language of its own is asked in that alone
         return tuple(chosen)
     general = [text for text in GATE_PROMPTS if text not in known]

@@ -46,8 +46,9 @@ from sdvino.compress.stepwise import (
 )
 from sdvino.compress.targets import Target
 from sdvino.compress.weight_coding import Coding
-from sdvino.compress.weight_graph import find, put_encoded, weight_layers
+from sdvino.compress.weight_graph import put_encoded, weight_layers
 from sdvino.graph.upsampling import split_upsampling
+from sdvino.graph.walk import by_name
 
 #: `Target.overflow_fix` -> NNCF's OverflowFix.
 OVERFLOW = {"off": "DISABLE", "first-layer": "FIRST_LAYER", "all": "ENABLE"}
@@ -332,7 +333,7 @@ def quantize_global(
     ignored = float_nodes(
         recipe, component, nodes_with_weights(model), embeddings(model), operations(model)
     )
-    nodes = find(model)
+    nodes = by_name(model)
     for layer in weight_layers(model, {*kept, *ignored}):
         put_encoded(nodes[layer.name], layer, SCHEME)
     model.validate_nodes_and_infer_types()

@@ -13,6 +13,24 @@ MAX_PSNR = 99.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class GateSettings:
+    """How a conversion is judged. Raises RequestError for values that cannot be."""
+
+    #: Least median PSNR of the pictures, dB; None takes the recipe's own (see `LIMITS`).
+    min_psnr: float | None = None
+    #: Minutes that comparing and mending may take together.
+    minutes: float = 30.0
+
+    def __post_init__(self) -> None:
+        if self.min_psnr is not None and not 0.0 < self.min_psnr <= MAX_PSNR:
+            raise RequestError(f"--min-psnr is {self.min_psnr:g}; give dB, above 0 and up to 99.")
+        if not 0.0 < self.minutes <= 100_000.0:
+            raise RequestError(
+                f"--gate-minutes is {self.minutes:g}; give minutes above 0, or --no-gate."
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Thresholds:
     """Limits that the gate holds a folder to; None leaves one open."""
 
@@ -65,10 +83,8 @@ def default_thresholds(
     """Return the limits for ``components`` stored as ``recipe`` says.
 
     Pictures are held to the limits of the most compressed component; ``min_psnr`` (dB) replaces
-    theirs. Raises RequestError for a PSNR that no pictures have.
+    theirs.
     """
-    if min_psnr is not None and not 0.0 < min_psnr <= MAX_PSNR:
-        raise RequestError(f"--min-psnr is {min_psnr:g}; give dB, more than 0 and up to 99.")
     limits = {name: LIMITS.get(recipe.treatment(name), _UNKNOWN) for name in components}
     drawing = [limit for name, limit in limits.items() if name not in ("tiny_vae", "vae_encoder")]
     thresholds = Thresholds(

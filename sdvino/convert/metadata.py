@@ -6,7 +6,6 @@ passes did to the weights.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -22,6 +21,7 @@ from sdvino.folder.manifest import (
     Suggested,
     checksums_around,
 )
+from sdvino.inputs.files import write_json
 from sdvino.inputs.shown import markdown
 
 _LIBRARIES = ("openvino", "openvino-tokenizers", "nncf")
@@ -97,8 +97,8 @@ def write_frame(source: Source, folder: Path) -> None:
     index.update({name: [None, None] for name in absent})
     scheduler = portable_scheduler(source.configs["scheduler"])
     index["scheduler"] = ["diffusers", scheduler["_class_name"]]
-    _write_json(folder / "model_index.json", index)
-    _write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
+    write_json(folder / "model_index.json", index)
+    write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
     for tokenizer in source.tokenizers:
         convert_tokenizer(source.folder(tokenizer), folder / tokenizer)
 
@@ -106,16 +106,11 @@ def write_frame(source: Source, folder: Path) -> None:
 def write_component_config(source: Source, component: str, folder: Path) -> None:
     """Write the config.json of ``component`` into its ``folder``."""
     config = source.configs[source.components[component]]
-    _write_json(folder / "config.json", _without_path(config))
+    write_json(folder / "config.json", _without_path(config))
 
 
 def _without_path(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key != "_name_or_path"}
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 #: Classes that OpenVINO GenAI runs Stable Diffusion with; it throws on any other.

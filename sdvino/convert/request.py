@@ -12,10 +12,10 @@ from typing import Any
 from sdvino.compress.calibration import CalibrationPlan
 from sdvino.compress.recipe_file import from_toml, to_toml
 from sdvino.compress.recipes import Recipe, get_recipe
+from sdvino.compress.thresholds import GateSettings
 from sdvino.convert.baking import BakingRequest, bake
 from sdvino.convert.export import Exporter
-from sdvino.convert.gating import GateSettings
-from sdvino.convert.open_source import Source, open_source, outline_source
+from sdvino.convert.open_source import Source, Told, open_source, outline_source
 from sdvino.errors import RequestError, SdvinoError
 
 PLAN_FILE = "plan.json"
@@ -62,14 +62,7 @@ class Request:
         What a single file lacks goes below ``work``, once: workers open the source again. ``say``
         logs what of a LoRA fits nothing. Raises RequestError for a source that is none.
         """
-        source = open_source(
-            Path(self.source),
-            work,
-            tokenizer=None if self.tokenizer is None else Path(self.tokenizer),
-            prediction_type=self.prediction_type,
-            name=self.source_name,
-            own_vae=self.baking.vae is None,
-        )
+        source = open_source(Path(self.source), work, self._told)
         return bake(source, self.baking, say=say)
 
     def outline_source(self, work: Path) -> tuple[Source, int]:
@@ -80,15 +73,21 @@ class Request:
         source, download = outline_source(
             Path(self.source) if self.source else str(self.source_name),
             work,
+            self._told,
             revision=self.revision,
             offline=self.offline,
             max_download=self.max_download,
-            tokenizer=None if self.tokenizer is None else Path(self.tokenizer),
-            prediction_type=self.prediction_type,
-            name=self.source_name,
-            own_vae=self.baking.vae is None,
         )
         return bake(source, self.baking, say=False), download
+
+    @property
+    def _told(self) -> Told:
+        return Told(
+            name=self.source_name,
+            tokenizer=None if self.tokenizer is None else Path(self.tokenizer),
+            prediction_type=self.prediction_type,
+            own_vae=self.baking.vae is None,
+        )
 
     @property
     def files(self) -> tuple[Path, ...]:

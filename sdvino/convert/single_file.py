@@ -16,7 +16,7 @@ from typing import Any
 
 from sdvino.convert.families import Family, find_family, read_facts, tokenizer_of
 from sdvino.errors import RequestError
-from sdvino.inputs.files import read_bytes, read_json
+from sdvino.inputs.files import read_bytes, read_json, write_json
 from sdvino.text.clip_vocabulary import END, Vocabulary
 from sdvino.weights.architecture import text_config, unet_config
 from sdvino.weights.autoencoder import read_kl
@@ -110,18 +110,18 @@ class SingleFile:
         if _start(folder, self._stamp(vocabulary)):
             return folder
         for component in {*self.components, "vae"}:
-            _write_json(folder / component / "config.json", self.configs[component])
+            write_json(folder / component / "config.json", self.configs[component])
         for component in self.family.text_encoders:
             open_clip = self.configs[component]["hidden_act"] == "gelu"
             pad = _OPEN_CLIP_PAD if open_clip else END
             vocabulary.write(folder / tokenizer_of(component), pad=pad)
-        _write_json(folder / "scheduler" / "scheduler_config.json", self.configs["scheduler"])
+        write_json(folder / "scheduler" / "scheduler_config.json", self.configs["scheduler"])
         if self.hints.steps is not None and self.family.distilled:
             suggested = {"num_inference_steps": self.hints.steps}
-            _write_json(folder / "sdvino.json", {"suggested": suggested})
+            write_json(folder / "sdvino.json", {"suggested": suggested})
         # The index last: with it the folder is complete.
         index = {**_index(self.family, self.configs), "_name_or_path": self.hints.names}
-        _write_json(folder / "model_index.json", index)
+        write_json(folder / "model_index.json", index)
         return folder
 
     def _stamp(self, vocabulary: Vocabulary) -> dict[str, Any]:
@@ -303,13 +303,8 @@ def _start(folder: Path, stamp: Mapping[str, Any]) -> bool:
     if folder.is_dir():
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
-    _write_json(path, stamp)
+    write_json(path, stamp)
     return False
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 _MAX_YAML_BYTES = 2**20

@@ -14,6 +14,7 @@ from typing import Any
 
 from sdvino.compress.calibration import CalibrationPlan
 from sdvino.compress.passes import SourcePass
+from sdvino.compress.prompts import evenly
 from sdvino.compress.recipes import Recipe
 from sdvino.convert.metadata import tool_versions
 from sdvino.convert.open_source import Source
@@ -74,10 +75,9 @@ def name_of(recipe: Recipe, place: int) -> str:
 def plan_for_passes(plan: CalibrationPlan, unet_bytes: int) -> CalibrationPlan:
     """Return ``plan`` with as many inputs as passes need, and no more than it has."""
     most = _LARGE if unet_bytes >= _LARGE_UNET_BYTES else _SMALL
-    count = min(most["trajectories"], len(plan.prompts))
     return replace(
         plan,
-        prompts=tuple(plan.prompts[i * len(plan.prompts) // count] for i in range(count)),
+        prompts=tuple(evenly(plan.prompts, most["trajectories"])),
         strata=min(most["strata"], plan.strata),
         unet_samples=min(most["samples"], plan.unet_samples),
     )

@@ -36,8 +36,8 @@ from sdvino.inputs.shown import shown_size
 from sdvino.runtime.cache import cache_key
 
 if TYPE_CHECKING:
+    from sdvino.compress.thresholds import GateSettings
     from sdvino.convert.api import Outlook
-    from sdvino.convert.gating import GateSettings
 
 Source = LocalSource | HubSource
 #: Changed when what is converted today should not be found any more.
@@ -70,7 +70,7 @@ class _Asked:
         """Return how the result is compared."""
         if not self.gate:
             return None
-        from sdvino.convert.gating import GateSettings
+        from sdvino.compress.thresholds import GateSettings
 
         return GateSettings()
 

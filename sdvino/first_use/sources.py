@@ -30,7 +30,7 @@ from sdvino.text.vocabulary import MAX_FILE_BYTES
 from sdvino.weights.safetensors import open_tensors
 
 if TYPE_CHECKING:
-    from sdvino.convert.gating import GateSettings
+    from sdvino.compress.thresholds import GateSettings
     from sdvino.convert.request import Request
 
 #: What of a diffusers folder converting reads.

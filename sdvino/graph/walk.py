@@ -64,6 +64,36 @@ def is_constant(port: ov.Output, depth: int = _WEIGHT_DEPTH) -> bool:
     return all(is_constant(source, depth - 1) for source in sources)
 
 
+def stored_constant(port: ov.Output) -> ov.Node | None:
+    """Return the constant that ``port`` is, as it is or converted; None where it is no constant."""
+    node = port.get_node()
+    if node.get_type_name() == "Convert":
+        node = node.input_value(0).get_node()
+    return node if node.get_type_name() == "Constant" else None
+
+
+def bias_of(node: ov.Node, channels: int | None = None) -> ov.Input | None:
+    """Return which input of the only reader of ``node`` is a constant that it adds; None for none.
+
+    With ``channels`` alone one of the shape [1, C, 1, 1], as convolutions have it.
+    """
+    readers = consumers(node.output(0))
+    if len(readers) != 1 or readers[0].get_type_name() != "Add":
+        return None
+    for port in readers[0].inputs():
+        value = port.get_source_output()
+        if is_constant(value) and (
+            channels is None or list(value.get_shape()) == [1, channels, 1, 1]
+        ):
+            return port
+    return None
+
+
+def by_name(model: ov.Model) -> dict[str, ov.Node]:
+    """Return the operations of ``model`` by name."""
+    return {op.get_friendly_name(): op for op in model.get_ops()}
+
+
 def view_constant(node: ov.Node, values: NDArray[Any]) -> ov.Output:
     """Return a constant of ``values``, a contiguous view of the data of the constant ``node``.
 

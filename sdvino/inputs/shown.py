@@ -1,4 +1,4 @@
-"""Text that somebody else wrote, sizes and seconds, as they are shown; sizes as people write them."""
+"""Text that somebody else wrote, sizes and seconds, as shown; sizes as people type them."""
 
 from __future__ import annotations
 

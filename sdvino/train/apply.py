@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from sdvino.compress.passes import SourcePass, Surroundings
+from sdvino.compress.prompts import evenly
 from sdvino.compress.quiet import quiet
 from sdvino.convert.source_passes import HISTORY_FILE
 from sdvino.errors import RequestError
 from sdvino.nets.structure import Structure
-from sdvino.train.calls import operations, outputs_of, relative_error, spread
+from sdvino.train.calls import operations, outputs_of, relative_error
 from sdvino.train.modules import save_component
 
 # Calls that the change of the output is measured on.
@@ -35,7 +36,7 @@ def apply_pass(
     and how far the output moved on the inputs of ``around``, where there are any.
     Raises RequestError when the row does not fit the component.
     """
-    samples = spread(around.inputs, _SAMPLES)
+    samples = evenly(around.inputs, _SAMPLES)
     before = _figures(row.component, module, config, structure)
     references = outputs_of(module, samples)
     try:

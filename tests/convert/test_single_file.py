@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from sdvino.convert.api import make_request
-from sdvino.convert.open_source import OUTLINE, open_source
+from sdvino.convert.open_source import OUTLINE, Told, open_source
 from sdvino.convert.single_file import SingleFile
 from sdvino.convert.source import DiffusersFolder
 from sdvino.errors import RequestError
@@ -297,7 +297,7 @@ def test_a_single_file_becomes_a_checked_folder(
 ) -> None:
     path = write(tmp_path / "my model.safetensors", shapes_of("sd2"))
     work = tmp_path / "work"
-    folder = open_source(path, work, tokenizer=clip_folder)
+    folder = open_source(path, work, Told(tokenizer=clip_folder))
     assert isinstance(folder, DiffusersFolder)
     assert folder.name == "my model"
     assert folder.path == work / OUTLINE
@@ -309,8 +309,9 @@ def test_a_single_file_becomes_a_checked_folder(
 @pytest.mark.parametrize("option", ["tokenizer", "prediction_type", "revision"])
 def test_options_that_mean_nothing_here_are_refused(source: Path, option: str) -> None:
     value: Any = {"tokenizer": source, "prediction_type": "epsilon", "revision": "main"}[option]
+    revision, told = (value, {}) if option == "revision" else (None, {option: value})
     with pytest.raises(RequestError, match="leave the option out"):
-        open_source(source, source / "work", **{option: value})
+        open_source(source, source / "work", Told(**told), revision=revision)
 
 
 @pytest.mark.parametrize("name", ["nothing", "no/such/folder", "a b/c", "x/" * 50])

@@ -9,7 +9,6 @@ import numpy as np
 import openvino as ov
 import pytest
 
-from sdvino.compress.similarity import relative_error
 from sdvino.graph.geglu import split_projections
 from sdvino.graph.saving import save_graph
 from sdvino.graph.segments import cut_at_skip, segment_count
@@ -22,6 +21,7 @@ from sdvino.graph.walk import freeze_shapes, reshape_static
 from sdvino.nets.clip import clip
 from sdvino.nets.unet import unet
 from sdvino.nets.vae import vae_decoder
+from sdvino.weights.numbers import relative_error
 from tests.nets.test_networks import (
     config_of,
     run,

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sdvino.compress.prompts import evenly
 from sdvino.errors import RequestError
 from sdvino.runtime.memory import peak_memory
 from sdvino.train.distillation.features import Features
@@ -28,7 +29,6 @@ from sdvino.train.distillation.pool import (
     draw_ways,
     make_pool,
     make_texts,
-    texts_for,
     unique_texts,
 )
 from sdvino.train.distillation.settings import USUAL_GUIDANCE, DistillSettings
@@ -158,7 +158,7 @@ class _Source:
         drawn = not entries or self.settings.objective == "steps"
         unique, indices = unique_texts(captions)
         if drawn:
-            unique = texts_for(unique, self.settings.drawn)
+            unique = evenly(unique, self.settings.drawn)
         texts = make_texts(
             self.models,
             unique,

@@ -157,10 +157,3 @@ def draw_ways(
     size = _DRAWN_IN_LARGE_CHUNK if large else _DRAWN_IN_CHUNK
     found = in_chunks(folder, count, size, make, progress)
     return Ways(found["x"], found["text"])
-
-
-def texts_for(texts: Sequence[str], count: int) -> list[str]:
-    """Return the texts that ``count`` ways are drawn of: evenly from a longer list."""
-    if len(texts) <= count:
-        return list(texts)
-    return [texts[i * len(texts) // count] for i in range(count)]

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from sdvino.compress.passes import Outcome, SourcePass, Surroundings
-from sdvino.compress.prompts import check_prompts
+from sdvino.compress.prompts import check_prompts, evenly
 from sdvino.errors import RequestError
-from sdvino.train.calls import outputs_of, relative_error, spread
+from sdvino.train.calls import outputs_of, relative_error
 from sdvino.train.distillation.pictures import find_pictures
 from sdvino.train.distillation.settings import DistillSettings, Objective
 
@@ -123,7 +123,7 @@ class Distill(SourcePass):
             raise RequestError("distill needs the source that it learns from; use sdvino distill.")
         pictures = None if self.pictures is None else Path(self.pictures)
         settings = self.settings()
-        teacher, samples = origin.load("unet"), spread(around.inputs, _SAMPLES)
+        teacher, samples = origin.load("unet"), evenly(around.inputs, _SAMPLES)
         references = outputs_of(teacher, samples)
         before = round(relative_error(outputs_of(module, samples), references), 5)
         found = distill_unet(
