@@ -28,6 +28,7 @@ from sdvino.convert.state import WorkFolder, recorded_steps
 from sdvino.convert.steps import Progress, silent
 from sdvino.convert.suggestions import check_suggestions, suggestions, trained_steps
 from sdvino.errors import Cancelled, RequestError, SdvinoError
+from sdvino.folder.hub import Hub
 from sdvino.folder.index import ModelFolder
 from sdvino.folder.manifest import Suggested
 from sdvino.inputs.files import user_path
@@ -91,7 +92,7 @@ def make_request(
 
     source: a diffusers folder, a .safetensors checkpoint, an OpenVINO folder, or a hub id (see
     `sdvino.convert.open_source`, also for tokenizer and prediction_type; for revision, offline and
-    max_download see `sdvino.convert.hub_source`). It is downloaded here; without ``download`` the
+    max_download see `sdvino.folder.hub.Hub`). It is downloaded here; without ``download`` the
     request is for `look_ahead` alone.
     recipe: a name or a TOML file (see `sdvino.compress.recipes`); components: exceptions,
     component to precision. target: the machine that int8 is made for (see
@@ -128,9 +129,8 @@ def make_request(
             offline=offline,
             max_download=max_download,
         )
-    path = resolve_source(
-        source, revision=revision, offline=offline, max_download=max_download
-    ).absolute()
+    hub = Hub(revision=revision, offline=offline, max_download=max_download)
+    path = resolve_source(source, hub).absolute()
     here = path == user_path(source).absolute()
     return replace(request, source=str(path), source_name=None if here else str(source))
 

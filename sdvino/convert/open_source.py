@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar
+from typing import TypeAlias, TypeVar
 
 from sdvino.convert.hub_source import Outline, download, is_hub_source, look_up
 from sdvino.convert.openvino_source import OpenVinoFolder
 from sdvino.convert.single_file import SingleFile
 from sdvino.convert.source import DiffusersFolder
 from sdvino.errors import RequestError
+from sdvino.folder.hub import Hub
 from sdvino.inputs.files import user_path
 from sdvino.settings import check_choice
 from sdvino.text.clip_vocabulary import find_vocabulary
@@ -57,24 +58,23 @@ def open_source(
     Raises RequestError, in one sentence, for what cannot be converted.
     """
     told = Told() if told is None else told
-    path = resolve_source(source, revision=revision)
+    path = resolve_source(source, Hub(revision=revision))
     return _open(path, source, work, told if is_here(source) else _named(told, source))
 
 
 def outline_source(
-    source: Path | str, work: Path, told: Told | None = None, **hub: Any
+    source: Path | str, work: Path, told: Told | None = None, hub: Hub | None = None
 ) -> tuple[Source, int]:
     """Return the source that `open_source` would, and the bytes that it would download first.
 
     No weight is downloaded or read: the source tells what a conversion would take, and can be no
-    more. ``hub``: revision, offline and max_download, as `sdvino.convert.hub_source.look_up` has
-    them.
+    more.
     """
-    told = Told() if told is None else told
+    told, hub = Told() if told is None else told, Hub() if hub is None else hub
     if is_here(source):
-        return open_source(source, work, told, revision=hub.get("revision")), 0
+        return open_source(source, work, told, revision=hub.revision), 0
     told = _named(told, source)
-    found = _on_hub(source, look_up, **hub)
+    found = _on_hub(source, look_up, hub)
     if isinstance(found, Path):
         return _open(found, source, work, told), 0
     if found.header is not None:
@@ -86,15 +86,14 @@ def outline_source(
     return _outlined_hub(found, str(told.name)), found.download
 
 
-def resolve_source(source: Path | str, *, revision: str | None = None, **hub: Any) -> Path:
+def resolve_source(source: Path | str, hub: Hub) -> Path:
     """Return the folder or file that ``source`` names, downloaded when need be; see `open_source`.
 
-    ``hub``: offline and max_download, as `sdvino.convert.hub_source.download` has them. Raises
-    RequestError when there is none, SdvinoError when the hub cannot be reached.
+    Raises RequestError when there is none, SdvinoError when the hub cannot be reached.
     """
     if not is_here(source):
-        return _on_hub(source, download, revision=revision, **hub)
-    if revision is not None:
+        return _on_hub(source, download, hub)
+    if hub.revision is not None:
         raise RequestError(
             f"--revision is for models on the hub, and {user_path(source)} is here; leave the"
             " option out."
@@ -114,7 +113,7 @@ def _named(told: Told, source: Path | str) -> Told:
     return replace(told, name=str(source)) if told.name is None else told
 
 
-def _on_hub(source: Path | str, get: Callable[..., _Found], **options: Any) -> _Found:
+def _on_hub(source: Path | str, get: Callable[[str, Hub], _Found], hub: Hub) -> _Found:
     """Return what ``get`` finds on the hub; raises RequestError for what is no hub id."""
     text = str(source)
     if isinstance(source, Path) or not is_hub_source(text):
@@ -122,7 +121,7 @@ def _on_hub(source: Path | str, get: Callable[..., _Found], **options: Any) -> _
             f"{text[:200]} does not exist, and it is no hub id (owner/name) either; give a"
             " diffusers or OpenVINO folder, a .safetensors checkpoint, or a hub id."
         )
-    return get(text, **options)
+    return get(text, hub)
 
 
 def _open(path: Path, source: Path | str, work: Path, told: Told) -> Source:

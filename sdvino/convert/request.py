@@ -17,6 +17,7 @@ from sdvino.convert.baking import BakingRequest, bake
 from sdvino.convert.export import Exporter
 from sdvino.convert.open_source import Source, Told, open_source, outline_source
 from sdvino.errors import RequestError, SdvinoError
+from sdvino.folder.hub import Hub
 
 PLAN_FILE = "plan.json"
 
@@ -74,9 +75,7 @@ class Request:
             Path(self.source) if self.source else str(self.source_name),
             work,
             self._told,
-            revision=self.revision,
-            offline=self.offline,
-            max_download=self.max_download,
+            Hub(revision=self.revision, offline=self.offline, max_download=self.max_download),
         )
         return bake(source, self.baking, say=False), download
 
