@@ -22,7 +22,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from importlib import import_module
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
 from sdvino.errors import RequestError
 from sdvino.inputs.patterns import compile_pattern
@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from sdvino.nets.structure import Structure
 
 Level = Literal["source", "storage"]
+#: Called with the share done, 0 to 1.
+Share: TypeAlias = "Callable[[float], None]"
 
 #: Sub-folders of a source that passes can change.
 SOURCE_COMPONENTS: tuple[str, ...] = ("unet", "text_encoder", "text_encoder_2", "vae")
@@ -86,7 +88,7 @@ class Origin:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Surroundings:
+class Context:
     """What a pass is given beside its component."""
 
     #: Calls of the component, by argument name (see `sdvino.train.source_inputs`).
@@ -173,13 +175,7 @@ class SourcePass(Pass):
         return None
 
     @abstractmethod
-    def run(
-        self,
-        module: Any,
-        structure: Structure,
-        around: Surroundings,
-        progress: Callable[[float], None],
-    ) -> Outcome:
+    def run(self, module: Any, structure: Structure, around: Context, progress: Share) -> Outcome:
         """Change ``module``, a torch module in float32 and eval mode, in place.
 
         ``structure`` is what earlier passes made of it; ``around`` has calls of it if

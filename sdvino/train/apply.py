@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from sdvino.compress.passes import SourcePass, Surroundings
+from sdvino.compress.passes import Context, SourcePass
 from sdvino.compress.prompts import evenly
 from sdvino.compress.quiet import quiet
 from sdvino.convert.source_passes import HISTORY_FILE
@@ -25,7 +25,7 @@ def apply_pass(
     module: Any,
     structure: Structure,
     config: Mapping[str, Any],
-    around: Surroundings,
+    around: Context,
     output: Path,
     progress: Callable[[float], None] = lambda share: None,
 ) -> dict[str, Any]:

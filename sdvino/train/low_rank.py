@@ -22,10 +22,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdvino.compress.passes import (
+    Context,
     Outcome,
     Pass,
+    Share,
     SourcePass,
-    Surroundings,
     check_share,
     chosen,
     compile_patterns,
@@ -101,13 +102,7 @@ class LowRank(SourcePass):
                 )
         return SourcePass.refusal(self, earlier)
 
-    def run(
-        self,
-        module: Any,
-        structure: Structure,
-        around: Surroundings,
-        progress: Callable[[float], None],
-    ) -> Outcome:
+    def run(self, module: Any, structure: Structure, around: Context, progress: Share) -> Outcome:
         """Make the layers of ``module`` thin, in place; see `SourcePass.run`."""
         return make_low_rank(module, structure, self, around.inputs, progress)
 

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, get_args
 
 from sdvino.compress.passes import (
+    Context,
     Outcome,
     Pass,
+    Share,
     SourcePass,
-    Surroundings,
     check_share,
     chosen,
     compile_patterns,
@@ -97,13 +98,7 @@ class Prune(SourcePass):
             )
         return SourcePass.refusal(self, earlier)
 
-    def run(
-        self,
-        module: Any,
-        structure: Structure,
-        around: Surroundings,
-        progress: Callable[[float], None],
-    ) -> Outcome:
+    def run(self, module: Any, structure: Structure, around: Context, progress: Share) -> Outcome:
         """Prune ``module`` in place; see `SourcePass.run`."""
         if self.method == "magnitude":
             figures = prune_magnitude(

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sdvino.compress.calibration import load_samples, save_samples
-from sdvino.compress.passes import Origin, Surroundings
+from sdvino.compress.passes import Context, Origin
 from sdvino.compress.prompts import prompts_of
 from sdvino.compress.quiet import quiet
 from sdvino.convert.open_source import Source
@@ -75,7 +75,7 @@ def run_pass(
             module = _load(source, row.component)
         else:
             module = load_component(earlier, row.component)
-    around = Surroundings(inputs=inputs, origin=_origin(plan, source, work, place))
+    around = Context(inputs=inputs, origin=_origin(plan, source, work, place))
     apply_pass(
         row,
         module,

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from sdvino.compress.passes import Outcome, SourcePass, Surroundings
+from sdvino.compress.passes import Context, Outcome, Share, SourcePass
 from sdvino.compress.prompts import check_prompts, evenly
 from sdvino.errors import RequestError
 from sdvino.train.calls import outputs_of, relative_error
@@ -106,13 +106,7 @@ class Distill(SourcePass):
         """Return what the student suggests in the source's place."""
         return self.settings().suggested_after()
 
-    def run(
-        self,
-        module: Any,
-        structure: Structure,
-        around: Surroundings,
-        progress: Callable[[float], None],
-    ) -> Outcome:
+    def run(self, module: Any, structure: Structure, around: Context, progress: Share) -> Outcome:
         """Train ``module`` in place; see `SourcePass.run`."""
         from sdvino.train.distillation.engine import Material, distill_unet
         from sdvino.train.distillation.models import Models
