@@ -21,11 +21,16 @@ import torch
 
 from sdvino.compress.quiet import quiet
 from sdvino.runtime.memory import peak_memory
-from sdvino.train.distillation.features import Features
 from sdvino.train.distillation.loop import Trainer
 from sdvino.train.distillation.models import choose_device, place
 from sdvino.train.distillation.noise_levels import NoiseLevels
-from sdvino.train.distillation.objectives import FoldGuidance, FollowWays, Objective, Recover
+from sdvino.train.distillation.objectives import (
+    Features,
+    FoldGuidance,
+    FollowWays,
+    Objective,
+    Recover,
+)
 from sdvino.train.distillation.pool import Pool, Texts, Ways
 from sdvino.train.distillation.settings import DistillSettings
 from sdvino.train.modules import load_component

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sdvino.compress.blame import share_to_reach, to_blame
 from sdvino.compress.compare import (
     FIRST_SEED,
     Comparison,
@@ -39,7 +38,7 @@ from sdvino.compress.thresholds import (
     default_thresholds,
     fit_plan,
 )
-from sdvino.compress.verdict import Remedy, Verdict, find_failures, median
+from sdvino.compress.verdict import Remedy, Verdict, find_failures, median, share_to_reach, to_blame
 from sdvino.errors import RequestError, SdvinoError
 from sdvino.folder.index import ModelFolder, Suggested
 from sdvino.graph.saving import read_ir, save_ir

@@ -86,21 +86,7 @@ def quantize(
     Source: NNCF, "Post-training Quantization"; for int8-hybrid optimum-intel's hybrid quantization.
     """
     report: Progress = (lambda share: None) if progress is None else progress
-    given: Callable[[], ov.Model] = (
-        partial(ov.Core().read_model, model) if isinstance(model, Path) else model.clone
-    )
-
-    if isinstance(model, ov.Model):
-        # Values are known by names, and clones have others where nobody gave one.
-        for operation in model.get_ops():
-            operation.set_friendly_name(operation.get_friendly_name())
-
-    def read() -> ov.Model:
-        found = given()
-        if split_upsamples:
-            split_upsampling(found)
-        return found
-
+    read = _reader(model, split_upsamples)
     whole = read()
     ignored = tuple(_ignored(recipe, component, whole, target))
     with tempfile.TemporaryDirectory(prefix="parts-", dir=scratch) as folder:
@@ -126,6 +112,25 @@ def quantize(
             )
     report(1.0)
     return result
+
+
+def _reader(model: ov.Model | Path, split_upsamples: bool) -> Callable[[], ov.Model]:
+    """Return what gives the model anew, its upsampling split where that is asked for."""
+    given: Callable[[], ov.Model] = (
+        partial(ov.Core().read_model, model) if isinstance(model, Path) else model.clone
+    )
+    if isinstance(model, ov.Model):
+        # Values are known by names, and clones have others where nobody gave one.
+        for operation in model.get_ops():
+            operation.set_friendly_name(operation.get_friendly_name())
+
+    def read() -> ov.Model:
+        found = given()
+        if split_upsamples:
+            split_upsampling(found)
+        return found
+
+    return read
 
 
 def measure(

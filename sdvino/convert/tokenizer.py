@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import openvino as ov
 
@@ -69,16 +70,31 @@ def _openvino_models(files: TokenizerFiles) -> tuple[ov.Model, ov.Model]:
 
     Its own converter makes the same steps, but of what transformers read.
     """
+    from openvino_tokenizers.utils import change_inputs_type, change_outputs_type
+
+    pipeline = _pipeline(files)
+    whole = pipeline.get_tokenizer_ov_subgraph()
+    named = {name: port for port in whole.outputs for name in port.get_names()}
+    # CLIP has no types of tokens.
+    kept = [named[name] for name in ("input_ids", "attention_mask")]
+    tokenizer = ov.Model(kept, whole.get_parameters())
+    tokenizer.add_sinks(whole.get_sinks())
+    change_outputs_type(tokenizer, ov.Type.i64)
+    detokenizer = pipeline.get_detokenizer_ov_subgraph()
+    change_inputs_type(detokenizer, ov.Type.i64)
+    return tokenizer, detokenizer
+
+
+def _pipeline(files: TokenizerFiles) -> Any:
+    """Return the steps from text to tokens and back, a TokenizerPipeline."""
     from openvino_tokenizers import tokenizer_pipeline as ot
     from openvino_tokenizers.constants import UTF8ReplaceMode
-    from openvino_tokenizers.utils import change_inputs_type, change_outputs_type
 
     content = json.loads(tokenizer_json(files))
     start, end, pad = (
         {"token": token, "_token_id": files.vocab[token]}
         for token in (files.start, files.end, files.pad)
     )
-    special = {token.id: token.content for token in files.added if token.flags["special"]}
     split = [
         ot.SpecialToken(token.content, token.flags["lstrip"], token.flags["rstrip"])
         for token in files.added
@@ -101,7 +117,7 @@ def _openvino_models(files: TokenizerFiles) -> tuple[ov.Model, ov.Model]:
     decoder = ot.VocabDecoderStep.from_hf_json(
         tokenizer_json=content,
         pipeline_vocab=pipeline.vocab,
-        skip_tokens=special,
+        skip_tokens={token.id: token.content for token in files.added if token.flags["special"]},
         added_tokens={token.id: token.content for token in files.added},
         is_byte_level=True,
     )
@@ -117,16 +133,7 @@ def _openvino_models(files: TokenizerFiles) -> tuple[ov.Model, ov.Model]:
             ot.RegexDecodingStep.rstrip_space(),
         ]
     )
-    whole = pipeline.get_tokenizer_ov_subgraph()
-    named = {name: port for port in whole.outputs for name in port.get_names()}
-    # CLIP has no types of tokens.
-    kept = [named[name] for name in ("input_ids", "attention_mask")]
-    tokenizer = ov.Model(kept, whole.get_parameters())
-    tokenizer.add_sinks(whole.get_sinks())
-    change_outputs_type(tokenizer, ov.Type.i64)
-    detokenizer = pipeline.get_detokenizer_ov_subgraph()
-    change_inputs_type(detokenizer, ov.Type.i64)
-    return tokenizer, detokenizer
+    return pipeline
 
 
 def _clean_config(path: Path) -> None:

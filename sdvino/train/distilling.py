@@ -18,8 +18,8 @@ from sdvino.errors import Cancelled, OutputError, RequestError
 from sdvino.folder.manifest import MANIFEST_FILE
 from sdvino.inputs.files import FileLock, read_json, write_json
 from sdvino.nets.structure import Structure
-from sdvino.train.distillation.curves import LOG_FILE, PLOT_FILE
 from sdvino.train.distillation.engine import Distilled, Material, Progress, distill_unet
+from sdvino.train.distillation.loop import LOG_FILE, PLOT_FILE
 from sdvino.train.distillation.models import Models, check_fits
 from sdvino.train.distillation.pictures import find_pictures
 from sdvino.train.distillation.settings import DistillSettings

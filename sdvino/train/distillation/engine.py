@@ -10,12 +10,12 @@ from typing import Any
 from sdvino.compress.prompts import evenly
 from sdvino.errors import RequestError
 from sdvino.runtime.memory import peak_memory
-from sdvino.train.distillation.features import Features
 from sdvino.train.distillation.loop import Trainer
 from sdvino.train.distillation.models import Models, check_fits, choose_device, is_large, place
 from sdvino.train.distillation.noise_levels import NoiseLevels
 from sdvino.train.distillation.objectives import (
     Consistency,
+    Features,
     FoldGuidance,
     FollowWays,
     Objective,

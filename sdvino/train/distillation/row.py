@@ -110,7 +110,7 @@ class Distill(SourcePass):
         """Train ``module`` in place; see `SourcePass.run`."""
         from sdvino.train.distillation.engine import Material, distill_unet
         from sdvino.train.distillation.models import Models
-        from sdvino.train.distillation.stages import whole
+        from sdvino.train.distillation.settings import whole
 
         origin = around.origin
         if origin is None:
