@@ -124,12 +124,6 @@ class Verdict:
         plain: dict[str, Any] = _plain(value)
         return plain
 
-    def failed_components(self) -> dict[str, float]:
-        """Return each component and its error as a share of the limit, the worst first."""
-        if self.comparison is None:
-            return {}
-        return severities(self.comparison, self.thresholds)
-
 
 def severities(comparison: Comparison, thresholds: Thresholds) -> dict[str, float]:
     """Return component -> error over its limit, the largest first."""

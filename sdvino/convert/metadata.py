@@ -87,7 +87,7 @@ def _version(name: str) -> str | None:
 
 def write_frame(source: Source, folder: Path) -> None:
     """Write model_index.json, the scheduler and the tokenizer: no paths, no safety checker."""
-    from sdvino.convert.tokenizer import convert_tokenizer
+    from sdvino.convert.openvino_tokenizer import convert_tokenizer
 
     index = _without_path(source.model_index)
     absent = ["feature_extractor", "image_encoder"]

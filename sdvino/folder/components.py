@@ -11,7 +11,7 @@ from typing import Any, TypeGuard
 from sdvino.errors import ModelFolderError
 from sdvino.families import FAMILIES, SPECIAL_UNETS, TIME_IDS, PipelineKind
 from sdvino.inputs.files import check_inside, read_json
-from sdvino.inputs.ir import IrSummary, read_ir
+from sdvino.inputs.ir import IrSummary, summarize_ir
 
 _CLASSES = {
     "unet": "UNet2DConditionModel",
@@ -50,7 +50,7 @@ def read_component(folder: Path, name: str) -> ComponentFiles:
     weights = xml.with_suffix(".bin")
     for path in (xml, weights, folder / name / "config.json"):
         check_inside(path, folder)
-    ir = read_ir(xml, weights, name)
+    ir = summarize_ir(xml, weights, name)
     config = read_json(folder / name / "config.json", f"{name}/config.json")
     expected = _CLASSES.get(name)
     stated = config.get("_class_name", expected)

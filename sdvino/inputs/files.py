@@ -107,20 +107,17 @@ def read_json(
     what: str,
     *,
     limit: int = MAX_JSON_BYTES,
-    error: type[RequestError] = ModelFolderError,
-    remedy: str = _GET_AGAIN,
 ) -> dict[str, Any]:
     """Return the JSON object in ``path``, plain as `sdvino.inputs.plain` has it.
 
-    Raises ``error`` as `open_file` does, and for what is not JSON or no object.
+    Raises ModelFolderError as `open_file` does, and for what is not JSON or no object.
     """
-    raw = read_bytes(path, what, limit=limit, error=error, remedy=remedy)
     try:
-        value = parse_json(raw)
+        value = parse_json(read_bytes(path, what, limit=limit))
     except NotPlain as problem:
-        raise error(f"{what} is not valid JSON ({problem}); {remedy}.") from problem
+        raise ModelFolderError(f"{what} is not valid JSON ({problem}); {_GET_AGAIN}.") from problem
     if not isinstance(value, dict):
-        raise error(f"{what} does not hold a JSON object; {remedy}.")
+        raise ModelFolderError(f"{what} does not hold a JSON object; {_GET_AGAIN}.")
     return value
 
 
