@@ -190,19 +190,6 @@ class CalibrationInputs:
         samples: list[dict[str, NDArray[Any]]] = getattr(self, component, [])
         return samples
 
-    def save(self, folder: Path) -> None:
-        """Write each component's inputs to ``folder``, as COMPONENT.npz: arrays, nothing else."""
-        folder.mkdir(parents=True, exist_ok=True)
-        for component in self.__dataclass_fields__:
-            save_samples(folder / f"{component}.npz", self.of(component))
-
-    @classmethod
-    def load(cls, folder: Path) -> CalibrationInputs:
-        """Read what `save` wrote; raises SdvinoError for anything else."""
-        return cls(
-            **{name: load_samples(folder / f"{name}.npz") for name in cls.__dataclass_fields__}
-        )
-
 
 def timestep_grid(plan: CalibrationPlan, trajectory: int, num_train_timesteps: int) -> list[int]:
     """Return the timesteps of one trajectory, falling: the last one trained, then one a stratum.

@@ -93,10 +93,6 @@ class SingleFile:
             hints=hints,
         )
 
-    def tensors_of(self, component: str) -> Tensors:
-        """Return the tensors of a component in diffusers' naming and the file's own types."""
-        return self.components[component]
-
     @property
     def tokens(self) -> int:
         """Return the number of tokens that the text encoders know."""

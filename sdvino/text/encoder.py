@@ -28,11 +28,6 @@ class EncodedPrompt:
     #: The words that did not fit; '' when all did.
     dropped: str
 
-    @property
-    def hidden_state(self) -> NDArray[np.float32]:
-        """The state that was asked for first."""
-        return next(iter(self.states.values()))
-
 
 class TextEncoder:
     """A compiled text encoder with its tokenizer. Each prompt is encoded once and remembered.
@@ -62,17 +57,10 @@ class TextEncoder:
         self._cached = cached
         self._cache: OrderedDict[str, EncodedPrompt] = OrderedDict()
 
-    def encode(self, prompt: str) -> NDArray[np.float32]:
-        """Return the first of the states of ``prompt``: float32 [1, max_length, D], read only.
-
-        Raises RequestError for a prompt that is no text, SdvinoError when the encoder fails.
-        """
-        return self.encode_prompt(prompt).hidden_state
-
     def encode_prompt(self, prompt: str) -> EncodedPrompt:
         """Return the states of ``prompt``, its pooled state and the words that did not fit.
 
-        Raises as `encode` does.
+        Raises RequestError for a prompt that is no text, SdvinoError when the encoder fails.
         """
         known = self._cache.get(prompt)
         if known is None:
