@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -64,7 +65,10 @@ def _compare(options: argparse.Namespace) -> None:
             name, xml, given, unseen, activations=activations, effects=effects, target=target
         )
         print(found, flush=True)
-        for words, count in found.plan.counts():
+        for words, count in Counter(
+            "half precision" if choice.taken.coding is None else str(choice.taken.coding)
+            for choice in found.plan.layers
+        ).most_common():
             print(f"  {count:4} layers: {words}")
     expected = run_model(read_ir(xml), unseen)
     for budget in map(float, options.budgets.split(",")):

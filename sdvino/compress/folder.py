@@ -22,7 +22,7 @@ from sdvino.compress.quiet import quiet
 from sdvino.compress.statistics import Statistics
 from sdvino.compress.stepwise import Sample
 from sdvino.compress.targets import Target, get_target
-from sdvino.errors import SdvinoError
+from sdvino.errors import SdvinoError, said_by
 
 #: Schemes that are to multiply as little as they can. The plans of `global` and `local` name the
 #: layers that were exported.
@@ -112,8 +112,7 @@ def compress_component(
             split_upsamples=recipe.mode in _MULTIPLYING_LESS,
         )
     except RuntimeError as error:  # NNCF's and OpenVINO's exceptions
-        what = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise SdvinoError(f"The {name} cannot be compressed: {what}") from error
+        raise SdvinoError(f"The {name} cannot be compressed: {said_by(error)}") from error
 
 
 def _ignore(share: float) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import openvino as ov
 
 from sdvino.compress.quiet import quiet
-from sdvino.errors import SdvinoError
+from sdvino.errors import SdvinoError, said_by
 from sdvino.graph.saving import save_graph
 from sdvino.inputs.files import read_bytes, read_json
 from sdvino.text.tokenizer import WORDS, tokenizer_json
@@ -47,8 +47,9 @@ def convert_tokenizer(source: Path, output: Path) -> None:
         with quiet():
             _add_derived(output)
     except Exception as error:
-        what = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise SdvinoError(f"The tokenizer in {source} cannot be converted: {what}") from error
+        raise SdvinoError(
+            f"The tokenizer in {source} cannot be converted: {said_by(error)}"
+        ) from error
 
 
 def _add_derived(output: Path) -> None:

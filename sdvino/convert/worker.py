@@ -33,7 +33,7 @@ from typing import Any, TextIO
 from sdvino.convert.request import WorkPlan
 from sdvino.convert.state import Files, files_under
 from sdvino.convert.steps import Step
-from sdvino.errors import RequestError, SdvinoError
+from sdvino.errors import RequestError, SdvinoError, said_by
 from sdvino.inputs.files import FileLock
 
 _LOCK_FILE = "worker-lock"
@@ -269,8 +269,7 @@ def _describe(error: BaseException, step: str) -> dict[str, Any]:
         described["type"] = "OSError"
         described["arguments"] = [error.errno, error.strerror, error.filename]
     else:
-        what = f"{type(error).__name__}: {error}".splitlines()[0]
-        described["message"] = f"The step `{step}` failed: {what}"
+        described["message"] = f"The step `{step}` failed: {said_by(error)}"
     return described
 
 

@@ -17,7 +17,7 @@ from openvino import opset13 as ops
 
 from sdvino.compress.quiet import quiet
 from sdvino.convert.source import DiffusersFolder
-from sdvino.errors import RequestError, SdvinoError
+from sdvino.errors import RequestError, SdvinoError, said_by
 from sdvino.nets.structure import Structure
 from sdvino.train.modules import load_module
 from sdvino.weights.lora_merge import merge
@@ -62,8 +62,9 @@ def trace_component(source: DiffusersFolder, component: str) -> ov.Model:
     except (RequestError, MemoryError):
         raise
     except Exception as error:
-        what = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise SdvinoError(f"The {component} of {source.name} cannot be exported: {what}") from error
+        raise SdvinoError(
+            f"The {component} of {source.name} cannot be exported: {said_by(error)}"
+        ) from error
 
 
 def _export(source: DiffusersFolder, component: str, model: Any) -> ov.Model:
