@@ -304,6 +304,7 @@ MANIFEST = Manifest(
     components={"unet": ManifestComponent(precision="int8", bytes=3, sha256={"a.bin": "0" * 64})},
     quality={"psnr": 35.5},
     suggested=Suggested(num_inference_steps=20, guidance_scale=4.0, scheduler="euler"),
+    target="avx2-vnni",
     versions={"openvino": "2026.4.1"},
 )
 
@@ -346,6 +347,7 @@ def test_a_manifest_needs_little() -> None:
         ("suggested", {"guidance_scale": "7"}, "guidance_scale"),
         ("suggested", {"guidance_scale": 1e6}, "guidance_scale"),
         ("suggested", {"scheduler": "magic"}, "magic"),
+        ("target", 3, "target"),
         ("versions", [], "versions"),
     ],
 )
