@@ -19,9 +19,9 @@ from sdvino.convert.families import (
 from sdvino.diffusion.scheduler_config import SchedulerConfig
 from sdvino.errors import RequestError
 from sdvino.inputs.files import check_all_inside, read_json
-from sdvino.weights.layouts.diffusers import component_tensors
+from sdvino.weights.layouts.diffusers import component_tensors, weight_files
 from sdvino.weights.lora import Lora
-from sdvino.weights.safetensors import PICKLES, TensorFile, Tensors
+from sdvino.weights.safetensors import Tensors
 
 # Sizes beyond these are no Stable Diffusion model, and would only eat memory.
 _LIMITS = {
@@ -137,7 +137,7 @@ class DiffusersFolder(SourceFolder):
             configs=configs,
             weights={}
             if packed is not None
-            else {name: _find_weights(path / name) for name in folders if name not in away},
+            else {name: weight_files(path / name) for name in folders if name not in away},
             prediction_type=prediction_of(configs["scheduler"]),
             has_tiny_vae=has_tiny_vae,
             elsewhere={part: away[part] for part in folders if part in away},
@@ -171,7 +171,7 @@ class DiffusersFolder(SourceFolder):
         source = self._with_config(name, read_json(folder / "config.json", f"{name}/config.json"))
         return replace(
             source,
-            weights={**source.weights, name: _find_weights(folder)},
+            weights={**source.weights, name: weight_files(folder)},
             folders={**source.folders, name: folder},
         )
 
@@ -358,39 +358,3 @@ def _check_tokenizer(folder: Path) -> None:
             f"{folder} holds neither tokenizer.json nor vocab.json with merges.txt;"
             " download the source model again, complete."
         )
-
-
-def _find_weights(folder: Path) -> tuple[Path, ...]:
-    """Return the safetensors of one variant: the plain one, or else fp16's."""
-    files = sorted(folder.glob("*.safetensors"))
-    plain = [file for file in files if ".fp16" not in file.name and "non_ema" not in file.name]
-    half = [file for file in files if ".fp16" in file.name and "non_ema" not in file.name]
-    chosen = plain if plain else half
-    if chosen:
-        for file in chosen:
-            TensorFile.open(file)
-        _check_shards(folder, chosen)
-        return tuple(chosen)
-    if any(file.suffix.lower() in PICKLES for file in folder.glob("*")):
-        raise RequestError(
-            f"{folder} holds its weights as a pickle, which can run code when it is opened;"
-            " get the .safetensors version of the model."
-        )
-    raise RequestError(f"{folder} holds no .safetensors weights; download the source model again.")
-
-
-def _check_shards(folder: Path, files: Sequence[Path]) -> None:
-    """Check that every part that the index of the chosen variant lists is there."""
-    half = ".fp16" in files[0].name
-    names = {file.name for file in files}
-    for index in folder.glob("*.safetensors.index*.json"):
-        if (".fp16" in index.name) != half:
-            continue
-        table = read_json(index, f"{folder.name}/{index.name}").get("weight_map")
-        listed = set(map(str, table.values())) if isinstance(table, dict) else set()
-        missing = sorted(listed - names)
-        if missing:
-            raise RequestError(
-                f"{folder} has no {missing[0][:80]}, which {index.name} lists;"
-                " download the source model again, complete."
-            )
