@@ -38,7 +38,7 @@ class Done:
 
     #: What each pass did, in order.
     passes: list[dict[str, Any]]
-    #: Seconds of the processor that each step took; `gather` records what passes measure on.
+    #: Seconds of the processor that each step took; `record` records what passes measure on.
     cpu_seconds: dict[str, float]
 
 

@@ -99,7 +99,7 @@ class Conversion:
         passes = [step for step, _ in self.steps() if step.kind == "pass"]
         if any(step not in left for step in passes):
             return True  # the next pass was wrong, which can be corrected
-        return not any(step.kind in ("frame", "export") for step in left)
+        return not any(step.kind in ("metadata", "export") for step in left)
 
     def recompress(self, recipe: Recipe, components: Sequence[str]) -> None:
         """Compress ``components`` again, as ``recipe`` has it; the recipe is the model's from here.
@@ -180,9 +180,9 @@ def steps_of(source: Source, plan: WorkPlan, origin: str) -> list[tuple[Step, st
     A step that was finished under the same key need not be done again.
     """
     size = {ours: source.bytes_of(theirs) for ours, theirs in source.components.items()}
-    framed = scheduled_after(source, plan.recipe).configs["scheduler"]
-    own = framed == source.configs["scheduler"]
-    steps = [(Step("frame"), origin if own else key_of(origin, framed))]
+    described = scheduled_after(source, plan.recipe).configs["scheduler"]
+    own = described == source.configs["scheduler"]
+    steps = [(Step("metadata"), origin if own else key_of(origin, described))]
     steps += pass_steps(source, plan, origin)
     exported = {name: export_key(source, plan, name, origin) for name in plan.components}
     for name in plan.components:

@@ -123,14 +123,14 @@ def check_needs(needs: Needs, folder: Path, status: MemoryStatus | None = None) 
 def _needs_of(step: Step, plan: WorkPlan) -> StepNeeds:
     seconds = expected_seconds(step, plan)
     size = step.bytes
-    if step.kind == "frame":
+    if step.kind == "metadata":
         return StepNeeds(step, "tokenizer and configs", seconds, _peak(_EXPORT, 0), 10_000_000)
     if step.kind == "export":
         rates = _EXPORT if plan.request.exporter == "sdvino" else _TRACE
         return StepNeeds(step, "half precision", seconds, _peak(rates, size), size, step.scratch)
     if step.kind == "calibrate":
         return _calibrating(step, plan, seconds)
-    if step.kind == "gather":
+    if step.kind == "record":
         return StepNeeds(step, "record inputs", seconds, _peak(_PASS, size), 50_000_000)
     if step.kind == "pass":
         row = plan.recipe.passes[int(step.component.partition("-")[0]) - 1]
@@ -173,7 +173,7 @@ def _pixels(plan: WorkPlan) -> int:
 
 # Seconds on a small laptop, per step and per gigabyte of half-precision weights; what matters most
 # is their ratios.
-_FRAME_SECONDS = 2.0
+_METADATA_SECONDS = 2.0
 _EXPORT_SECONDS = (1.0, 6.0)
 _COPY_SECONDS = (0.1, 1.0)
 _WEIGHTS_SECONDS = (2.0, 20.0)
@@ -182,7 +182,7 @@ _EVALUATION_SECONDS = (0.01, 3.0)
 _QUANTIZE_SECONDS = (3.0, 40.0)
 # Loading a component in torch, and the evaluations of a pass in it.
 _PASS_SECONDS = (10.0, 150.0)
-_GATHERED = 40
+_RECORDED = 40
 # Local quantization looks at every weight, and compiles and runs the component for many layers.
 _LOCAL_SECONDS = (60.0, 900.0)
 # A step that says nothing is shown to go on, but never as done.
@@ -192,14 +192,14 @@ _LONGEST_GUESS = 0.9
 def expected_seconds(step: Step, plan: WorkPlan) -> float:
     """Return the seconds that ``step`` is expected to take on a small laptop."""
     once = _cost(_EVALUATION_SECONDS, step.bytes)
-    if step.kind == "frame":
-        return _FRAME_SECONDS
+    if step.kind == "metadata":
+        return _METADATA_SECONDS
     if step.kind == "export":
         return _cost(_EXPORT_SECONDS, step.bytes)
     if step.kind == "calibrate":
         return plan.calibration.evaluations * once
-    if step.kind == "gather":
-        return _FRAME_SECONDS + _GATHERED * once
+    if step.kind == "record":
+        return _METADATA_SECONDS + _RECORDED * once
     if step.kind == "pass":
         row = plan.recipe.passes[int(step.component.partition("-")[0]) - 1]
         return _cost(_PASS_SECONDS, step.bytes) + row.evaluations * once

@@ -85,7 +85,7 @@ def _version(name: str) -> str | None:
         return None
 
 
-def write_frame(source: Source, folder: Path) -> None:
+def write_metadata(source: Source, folder: Path) -> None:
     """Write model_index.json, the scheduler and the tokenizer: no paths, no safety checker."""
     from sdvino.convert.openvino_tokenizer import convert_tokenizer
 

@@ -1,6 +1,6 @@
 """Passes over the source's weights as steps of a conversion.
 
-The step `gather` runs the source's own pipeline and writes what its components were called with to
+The step `record` runs the source's own pipeline and writes what its components were called with to
 inputs/; `pass 2-low_rank` makes passes/2-low_rank/COMPONENT of the folder that the pass before it
 made, or of the source. Export then takes the last one in the source's place.
 """
@@ -83,8 +83,8 @@ def plan_for_passes(plan: CalibrationPlan, unet_bytes: int) -> CalibrationPlan:
     )
 
 
-def gathering(plan: WorkPlan, source: Source) -> CalibrationPlan:
-    """Return what the step `gather` records: how the source is used, before any pass."""
+def recording(plan: WorkPlan, source: Source) -> CalibrationPlan:
+    """Return what the step `record` records: how the source is used, before any pass."""
     calibration = plan.calibration
     if suggested_after(plan.recipe):
         guidance = suggestions(source, {})["guidance_scale"]
@@ -116,8 +116,8 @@ def pass_steps(source: Source, plan: WorkPlan, origin: str) -> list[tuple[Step, 
     steps: list[tuple[Step, str]] = []
     basis = origin = key_of(origin, tool_versions(trained=True))
     if any(row.needs_inputs for row in rows):
-        basis = key_of(origin, asdict(gathering(plan, source)), sorted({r.component for r in rows}))
-        steps.append((Step("gather", "", source.bytes_of("unet")), basis))
+        basis = key_of(origin, asdict(recording(plan, source)), sorted({r.component for r in rows}))
+        steps.append((Step("record", "", source.bytes_of("unet")), basis))
     for place, row in enumerate(rows):
         key = key_of(basis, *done_to(row.component, rows[: place + 1]))
         size = source.bytes_of(row.component)

@@ -132,7 +132,7 @@ class WorkFolder:
         What a pass has learnt is worth that before it is finished.
         """
         learnt = any((self.path / "learning").glob("*/*"))
-        return learnt or any(step != "frame" for step in self._steps)
+        return learnt or any(step != "metadata" for step in self._steps)
 
     def start_anew(self) -> None:
         """Forget every finished step and remove its files."""

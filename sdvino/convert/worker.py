@@ -118,21 +118,21 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _frame(
+def _metadata(
     plan: WorkPlan, work: Path, component: str, output: Path, progress: Callable[[float], None]
 ) -> None:
-    from sdvino.convert.metadata import write_frame
+    from sdvino.convert.metadata import write_metadata
     from sdvino.convert.source_passes import scheduled_after
 
-    write_frame(scheduled_after(plan.open_source(work), plan.recipe), output)
+    write_metadata(scheduled_after(plan.open_source(work), plan.recipe), output)
 
 
-def _gather(
+def _record(
     plan: WorkPlan, work: Path, component: str, output: Path, progress: Callable[[float], None]
 ) -> None:
-    from sdvino.train.steps import gather
+    from sdvino.train.steps import record_inputs
 
-    gather(plan, plan.open_source(work), output, progress)
+    record_inputs(plan, plan.open_source(work), output, progress)
 
 
 def _pass(
@@ -238,8 +238,8 @@ def _link(file: Path, copy: Path) -> None:
 #: Kind of step -> what does it, and where its output goes: a folder that it replaces, or, with a
 #: slash at the end, a folder that it adds to.
 STEPS: Mapping[str, tuple[StepFunction, Callable[[str], list[str]]]] = {
-    "frame": (_frame, lambda component: ["model/", "float/"]),
-    "gather": (_gather, lambda component: ["inputs/"]),
+    "metadata": (_metadata, lambda component: ["model/", "float/"]),
+    "record": (_record, lambda component: ["inputs/"]),
     "pass": (_pass, lambda component: [f"passes/{component}"]),
     "export": (_export, lambda component: [f"float/{component}"]),
     "calibrate": (_calibrate, lambda component: ["calibration/"]),

@@ -1,4 +1,4 @@
-"""The steps of a conversion that take torch: `gather` and `pass`, each in a process of its own.
+"""The steps of a conversion that take torch: `record` and `pass`, each in a process of its own.
 
 See `sdvino.convert.source_passes` for what they are given and leave behind.
 """
@@ -26,8 +26,8 @@ from sdvino.convert.source_passes import (
     INPUTS,
     LEARNING,
     done_to,
-    gathering,
     passed_folder,
+    recording,
 )
 from sdvino.convert.state import describe_files, key_of
 from sdvino.convert.suggestions import suggestions
@@ -42,7 +42,9 @@ from sdvino.weights.lora_merge import merge
 _UNUSED = ("peft", "scipy", "sklearn", "torchvision")
 
 
-def gather(plan: WorkPlan, source: Source, output: Path, progress: Callable[[float], None]) -> None:
+def record_inputs(
+    plan: WorkPlan, source: Source, output: Path, progress: Callable[[float], None]
+) -> None:
     """Write what the components with passes are called with as ``output``/COMPONENT.npz."""
     wanted = sorted({row.component for row in plan.recipe.passes})
     folder = _diffusers(source)
@@ -53,10 +55,10 @@ def gather(plan: WorkPlan, source: Source, output: Path, progress: Callable[[flo
             modules,
             folder.folder("tokenizer"),
             folder.configs["scheduler"],
-            guided=gathering(plan, source).branches == 2,
+            guided=recording(plan, source).branches == 2,
             decodes="vae" in wanted,
         )
-    calls = record(pipeline, gathering(plan, source), wanted, progress)
+    calls = record(pipeline, recording(plan, source), wanted, progress)
     for name, samples in calls.items():
         save_samples(output / f"{name}.npz", samples)
 

@@ -19,7 +19,7 @@ from sdvino.compress.recipe_file import from_toml
 from sdvino.convert.api import _decide, convert, make_request
 from sdvino.convert.request import WorkPlan
 from sdvino.convert.source import DiffusersFolder
-from sdvino.convert.source_passes import gathering
+from sdvino.convert.source_passes import recording
 from sdvino.convert.state import work_path
 from sdvino.convert.suggestions import trained_steps
 from sdvino.convert.worker import run_step
@@ -199,10 +199,10 @@ def test_what_a_recipe_makes_of_steps_the_model_suggests(source: Path, tmp_path:
     assert hints == {"num_inference_steps": 4, "guidance_scale": 1.0, "scheduler": "ddim"}
     assert plan.calibration.few_steps == (4,)
     # What comes before the distillation is measured as the source is used.
-    gathered = gathering(plan, opened)
-    assert gathered.guidance_scale == 7.5
-    assert gathered.few_steps == ()
-    assert gathered.branches == 2
+    recorded = recording(plan, opened)
+    assert recorded.guidance_scale == 7.5
+    assert recorded.few_steps == ()
+    assert recorded.branches == 2
     other = make_request(
         source, recipe=steps_recipe(tmp_path, objective="guidance"), suggested={"steps": 9}
     )

@@ -17,7 +17,7 @@ from sdvino.train.distillation.objectives import (
     Consistency,
     Features,
     FoldGuidance,
-    FollowWays,
+    FollowTrajectories,
     Objective,
     Recover,
 )
@@ -25,8 +25,8 @@ from sdvino.train.distillation.pictures import find_pictures
 from sdvino.train.distillation.pool import (
     Pool,
     Texts,
-    Ways,
-    draw_ways,
+    Trajectories,
+    draw_trajectories,
     make_pool,
     make_texts,
     unique_texts,
@@ -126,7 +126,7 @@ def distill_unet(
 class _Made:
     texts: Texts
     pool: Pool
-    ways: Ways | None
+    trajectories: Trajectories | None
 
 
 @dataclass(slots=True)
@@ -167,8 +167,8 @@ class _Source:
             lambda share: self.progress("texts", share),
         )
         if drawn:
-            ways = self._draw(levels, texts, [*self.origin, unique], device)
-            return _Made(texts, ways.pool, ways)
+            trajectories = self._draw(levels, texts, [*self.origin, unique], device)
+            return _Made(texts, trajectories.pool, trajectories)
         pool = make_pool(
             self.models,
             entries,
@@ -179,11 +179,11 @@ class _Source:
         )
         return _Made(texts, pool, None)
 
-    def _draw(self, levels: NoiseLevels, texts: Texts, key: list[Any], device: Any) -> Ways:
+    def _draw(self, levels: NoiseLevels, texts: Texts, key: list[Any], device: Any) -> Trajectories:
         settings = self.settings
         kept = settings.student_steps if settings.objective == "steps" else 1
         how = [settings.drawn, settings.teacher_steps, kept, self.guidance_scale, settings.seed]
-        return draw_ways(
+        return draw_trajectories(
             self.models.teacher,
             levels,
             texts,
@@ -210,8 +210,14 @@ def _objective(
     if settings.few_steps:
         levels.grid(settings.student_steps)
     if settings.objective == "steps":
-        assert made.ways is not None
-        return FollowWays(teacher, levels, made.texts, ways=made.ways, steps=settings.student_steps)
+        assert made.trajectories is not None
+        return FollowTrajectories(
+            teacher,
+            levels,
+            made.texts,
+            trajectories=made.trajectories,
+            steps=settings.student_steps,
+        )
     if settings.objective == "consistency":
         return Consistency(
             teacher,

@@ -11,7 +11,7 @@ import numpy as np
 
 from sdvino.train.distillation.models import ask, ask_guided
 from sdvino.train.distillation.noise_levels import NoiseLevels, draw_timesteps
-from sdvino.train.distillation.pool import Pool, Texts, Ways
+from sdvino.train.distillation.pool import Pool, Texts, Trajectories
 
 #: recover: share of the batch that is told nothing, so that guidance goes on working.
 EMPTY_SHARE = 0.1
@@ -118,14 +118,14 @@ class FoldGuidance(Objective):
 
 
 @dataclass(slots=True)
-class FollowWays(Objective):
-    """One DDIM step where the teacher's guided way took several.
+class FollowTrajectories(Objective):
+    """One DDIM step where the teacher's guided trajectory took several.
 
-    Progressive distillation (Salimans & Ho 2022) in one go, on ways that the teacher has drawn: the
-    student is only ever asked where its sampler will ask it, and what it should answer is known.
+    Progressive distillation (Salimans & Ho 2022) in one go, on trajectories that were drawn before:
+    the student is only ever asked where its sampler will ask it, and the right answer is known.
     """
 
-    ways: Ways = field(kw_only=True)
+    trajectories: Trajectories = field(kw_only=True)
     steps: int = field(kw_only=True)
 
     def loss(self, student: Any, average: Any, batch: Batch) -> Any:
@@ -136,14 +136,14 @@ class FollowWays(Objective):
         import torch
 
         grid = torch.tensor(self.levels.grid(self.steps), device=batch.device)
-        chosen = batch.choose(len(self.ways.x))
+        chosen = batch.choose(len(self.trajectories.x))
         # One from each stratum: every step has its share of each batch.
         place = (np.arange(batch.size) + batch.rng.random()) * self.steps / batch.size
         step = torch.from_numpy(place.astype(np.int64) % self.steps)
-        x = self.ways.x[chosen, step].to(batch.device)
-        x_to = self.ways.x[chosen, step + 1].to(batch.device)
+        x = self.trajectories.x[chosen, step].to(batch.device)
+        x_to = self.trajectories.x[chosen, step + 1].to(batch.device)
         t, to = grid[step], grid[step + 1]
-        output = ask(student, x, t, self.texts.of(self.ways.text[chosen], batch.device))
+        output = ask(student, x, t, self.texts.of(self.trajectories.text[chosen], batch.device))
         x0, _ = self.levels.x0_and_eps(output, x, t)
         wanted = self.levels.x0_for_jump(x, t, x_to, to)
         _, s = self.levels.split(t)

@@ -38,7 +38,7 @@ class DistillSettings:
 
     #: recover: the teacher's outputs, and those of its blocks (a pruned or low-rank student).
     #: guidance: in one evaluation what the teacher does in two, its guidance folded in.
-    #: steps: from each of ``student_steps`` noise levels to the next, on the teacher's guided ways.
+    #: steps: from each of ``student_steps`` noise levels to the next, as the guided teacher goes.
     #: consistency: the same, one step of the teacher at a time and the student's average beyond.
     objective: Objective = "recover"
     #: Updates of the student. The same settings give the same student on the CPU.
