@@ -225,16 +225,16 @@ def measure_effects(
     At most ``groups`` are measured: layers by themselves where there is room, else neighbours
     together. ``samples`` are inputs by tensor name, all of one shape.
     """
-    by_name = {layer.name: layer for layer in layers}
+    named = {layer.name: layer for layer in layers}
     expected = run_model(model, samples)
     errors: dict[tuple[str, ...], float] = {}
     rounded: dict[str, float] = {}
-    parts = group_layers(list(by_name), groups)
+    parts = group_layers(list(named), groups)
     for index, names in enumerate(parts.values()):
         changed = model.clone()
         nodes = by_name(changed)
         for name in names:
-            layer = by_name[name]
+            layer = named[name]
             matrix = read_weights(nodes[name], layer)
             values = encode(matrix, REFERENCE).decode(matrix.shape)
             rounded[name] = _squared(values - matrix) / max(_squared(matrix), 1e-30)

@@ -194,9 +194,12 @@ def snapshot_here(model: str, hub: Hub) -> Path | None:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    where = {"revision": hub.revision, "cache_dir": hub.cache_dir}
     try:
-        return Path(snapshot_download(model, local_files_only=True, **where))
+        return Path(
+            snapshot_download(
+                model, revision=hub.revision, cache_dir=hub.cache_dir, local_files_only=True
+            )
+        )
     except LocalEntryNotFoundError:
         return None
 
