@@ -29,6 +29,7 @@ from sdvino.nets.structure import Structure
 from sdvino.train.distillation.settings import DistillSettings
 from sdvino.train.distilling import distill, work_folder
 from sdvino.train.modules import apply, load_component, save_component
+from tests.tiny_folder import edit_json
 
 SMALL: dict[str, Any] = {
     "iterations": 6,
@@ -312,12 +313,10 @@ def test_bad_input_is_one_sentence_and_exit_2(
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_teachers_that_cannot_teach_are_refused(
-    source: Path, edit: Callable[[str, Any], None], tmp_path: Path
-) -> None:
+def test_teachers_that_cannot_teach_are_refused(source: Path, tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="is, or holds, the teacher"):
         distill(source, source.parent, overwrite=True)
-    edit("unet/config.json", {"in_channels": 9})
+    edit_json(source / "unet" / "config.json", in_channels=9)
     with pytest.raises(RequestError, match="cannot teach yet; give a model"):
         distill(source, tmp_path / "out")
     with pytest.raises(RequestError, match="does not exist"):
