@@ -23,8 +23,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from sdvino.compress.passes_report import notes, passes_lines
 from sdvino.convert.api import Outlook, look_ahead, make_request
+from sdvino.convert.metadata import notes, passes_lines
 from sdvino.convert.source import DiffusersFolder
 from sdvino.convert.source_passes import PASSES, history_of, pass_steps, passed_folder
 from sdvino.convert.staging import staged
@@ -38,7 +38,7 @@ class Done:
 
     #: What each pass did, in order.
     passes: list[dict[str, Any]]
-    #: Seconds of the processor that each step took; `gather` records what passes measure on.
+    #: Seconds of the processor that each step took; `record` records what passes measure on.
     cpu_seconds: dict[str, float]
 
 

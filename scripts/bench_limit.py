@@ -23,9 +23,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import openvino as ov
+from graph_coverage import fix_shapes, planned_layers
 from openvino import opset13 as ops
 
-from sdvino.compress.coverage import fix_shapes, planned_layers
 from sdvino.folder.index import ModelFolder
 
 #: How long each product is repeated; peaks are the best of the repetitions.

@@ -8,7 +8,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from sdvino.runtime.peak import linux_peak
+from sdvino.runtime.memory import linux_peak
 
 
 def has_proc() -> bool:

@@ -26,8 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from sdvino.convert.export import EXPORTERS, IR_NAME, export_component
 from sdvino.convert.source import DiffusersFolder
 from sdvino.graph.geglu import split_projections
-from sdvino.graph.shapes import reshape_static
-from sdvino.graph.walk import freeze_shapes
+from sdvino.graph.walk import freeze_shapes, reshape_static
 
 
 def compile_unet(xml: Path, shapes: dict[str, list[int]]) -> ov.CompiledModel:

@@ -293,7 +293,7 @@ def measure(job: Job) -> Measured:
         started = time.perf_counter()
         draw(PROMPTS[number % len(PROMPTS)], job.steps, job.images)
         pictures.append(time.perf_counter() - started)
-    from sdvino.runtime.peak import peak_memory
+    from sdvino.runtime.memory import peak_memory
 
     return Measured(
         ready=watch.ready() - job.started,

@@ -13,14 +13,14 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from equal_bytes import compare_at_equal_bytes
 from measure_choices import error, inputs
 
-from sdvino.compress.equal_bytes import compare_at_equal_bytes
-from sdvino.compress.ir import read_ir
 from sdvino.compress.local_quantization import apply_plan, measure, plan_local
 from sdvino.compress.local_report import table_lines
 from sdvino.compress.prompts import GENERAL_PROMPTS
@@ -28,7 +28,8 @@ from sdvino.compress.sensitivity import run_model
 from sdvino.compress.targets import get_target
 from sdvino.errors import SdvinoError
 from sdvino.folder.index import ModelFolder
-from sdvino.inputs.prompts import read_prompts
+from sdvino.graph.saving import read_ir
+from sdvino.inputs.files import read_prompts
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -64,7 +65,10 @@ def _compare(options: argparse.Namespace) -> None:
             name, xml, given, unseen, activations=activations, effects=effects, target=target
         )
         print(found, flush=True)
-        for words, count in found.plan.counts():
+        for words, count in Counter(
+            "half precision" if choice.taken.coding is None else str(choice.taken.coding)
+            for choice in found.plan.layers
+        ).most_common():
             print(f"  {count:4} layers: {words}")
     expected = run_model(read_ir(xml), unseen)
     for budget in map(float, options.budgets.split(",")):

@@ -20,13 +20,18 @@ from typing import Any
 import torch
 
 from sdvino.compress.quiet import quiet
-from sdvino.runtime.peak import peak_memory
-from sdvino.train.distillation.features import Features
+from sdvino.runtime.memory import peak_memory
 from sdvino.train.distillation.loop import Trainer
 from sdvino.train.distillation.models import choose_device, place
 from sdvino.train.distillation.noise_levels import NoiseLevels
-from sdvino.train.distillation.objectives import FoldGuidance, FollowWays, Objective, Recover
-from sdvino.train.distillation.pool import Pool, Texts, Ways
+from sdvino.train.distillation.objectives import (
+    Features,
+    FoldGuidance,
+    FollowTrajectories,
+    Objective,
+    Recover,
+)
+from sdvino.train.distillation.pool import Pool, Texts, Trajectories
 from sdvino.train.distillation.settings import DistillSettings
 from sdvino.train.modules import load_component
 
@@ -48,7 +53,9 @@ def objective_of(
     if settings.objective == "steps":
         steps = settings.student_steps
         x = torch.randn(2, steps + 1, *shape[1:])
-        return FollowWays(teacher, levels, texts, ways=Ways(x, text), steps=steps)
+        return FollowTrajectories(
+            teacher, levels, texts, trajectories=Trajectories(x, text), steps=steps
+        )
     if settings.objective == "guidance":
         return FoldGuidance(teacher, levels, texts, pool=pool, guidance_scale=7.5)
     weight, features = settings.feature_weight, Features(teacher, student)

@@ -64,7 +64,7 @@ JSON_LITERALS: tuple[str, ...] = (
 #: Keys that somebody may read, and that the originals do not all have.
 _KEYS = """
 quality measured median_psnr suggested guidance_scale num_inference_steps scheduler baked passes
-accelerated precision rewrites kind device shift_factor scaling_factor latents_mean latents_std
+target shift_factor scaling_factor latents_mean latents_std
 lambda_min_clipped use_beta_sigmas use_karras_sigmas sigma_min timesteps trained_betas beta_end
 rescale_betas_zero_snr time_cond_proj_dim addition_embed_type sample_size hidden_act eos_token_id
 projection_dim force_upcast requires_aesthetics_score _name_or_path model_max_length pad_token

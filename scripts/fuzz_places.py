@@ -191,7 +191,7 @@ def work(draw: Draw) -> Plan:
     state = {
         "format_version": 1,
         "steps": {
-            "frame": {"key": "0" * 64, "files": {"float/model_index.json": [2, "0" * 64]}},
+            "metadata": {"key": "0" * 64, "files": {"float/model_index.json": [2, "0" * 64]}},
             "export unet": {"key": "1" * 64, "files": {"float/unet/openvino_model.xml": [0, ""]}},
         },
         "gate": None,

@@ -31,9 +31,7 @@ _MANIFEST: Mapping[str, Any] = {
     },
     "baked": {"loras": [{"name": "style", "weight": 0.5}], "vae": "other"},
     "passes": [{"kind": "prune", "component": "unet", "what": "heads", "figures": {"note": "a"}}],
-    "accelerated": [
-        {"device": "CPU", "kind": "avx2", "precision": "f32", "rewrites": ["fold-scales"]}
-    ],
+    "target": "avx2",
     "versions": {"sdvino": "0.1.0", "openvino": "2026.4.1"},
 }
 _BOMB = "fuzz_bomb"

@@ -18,8 +18,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import openvino as ov
+from graph_coverage import Coverage, fix_shapes, measure
 
-from sdvino.compress.coverage import Coverage, fix_shapes, measure
 from sdvino.errors import RequestError, SdvinoError
 from sdvino.folder.index import ModelFolder
 

@@ -26,7 +26,6 @@ from sdvino.compress.calibration import CalibrationInputs, make_plan
 from sdvino.compress.component_recipe import ComponentRecipe
 from sdvino.compress.folder import calibrate, compress_component
 from sdvino.compress.fragile import float_nodes
-from sdvino.compress.ir import read_ir
 from sdvino.compress.layers import (
     attention_nodes,
     nodes_with_weights,
@@ -40,7 +39,8 @@ from sdvino.compress.recipes import CalibrationRecipe, get_recipe
 from sdvino.compress.targets import Target, get_target
 from sdvino.errors import SdvinoError
 from sdvino.folder.index import ModelFolder
-from sdvino.inputs.prompts import read_prompts
+from sdvino.graph.saving import read_ir
+from sdvino.inputs.files import read_prompts
 
 Sample = dict[str, NDArray[Any]]
 Array = NDArray[np.float32]

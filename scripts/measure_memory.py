@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from sdvino.cli.speed_options import with_memory
 from sdvino.outputs import PictureEvent, Timings
 from sdvino.request import GenerationRequest
-from sdvino.runtime.peak import linux_peak
+from sdvino.runtime.memory import linux_peak
 from sdvino.settings import DeviceSettings, RunSettings
 
 _RESET_PEAK = "5"  # proc(5), clear_refs

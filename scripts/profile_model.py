@@ -19,8 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import openvino as ov
+from graph_coverage import fix_shapes
 
-from sdvino.compress.coverage import fix_shapes
 from sdvino.errors import RequestError, SdvinoError
 from sdvino.folder.index import ModelFolder
 from sdvino.runtime.core import device_facts, shared_core

@@ -9,17 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from graph_coverage import fix_shapes, planned_layers
 from measure_compression import SOURCE, hashed
 from toolbox_variants import PAIRS, VARIANTS, Variant
 
-from sdvino.compress.coverage import fix_shapes, planned_layers
-from sdvino.compress.ir import read_ir
 from sdvino.compress.recipe_file import to_toml
 from sdvino.compress.recipes import RECIPES, get_recipe
 from sdvino.compress.weight_graph import weight_bytes
 from sdvino.convert.api import convert
 from sdvino.errors import SdvinoError
 from sdvino.folder.index import ModelFolder
+from sdvino.graph.saving import read_ir
 from sdvino.inputs.files import sha256_of
 from sdvino.weights.layouts.diffusers import weight_files
 from sdvino.weights.safetensors import open_tensors

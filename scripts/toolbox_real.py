@@ -18,16 +18,16 @@ from pathlib import Path
 from typing import Any
 
 from bench_memory import tree_highest
+from graph_coverage import fix_shapes, planned_layers
 from measure_compression import ROOT
 from toolbox_models import unet_bytes
 from toolbox_timing import machine, random_inputs, run_settings
 from toolbox_variants import LEAN, row
 
-from sdvino.compress.coverage import fix_shapes, planned_layers
-from sdvino.compress.ir import read_ir
 from sdvino.convert.api import convert
 from sdvino.errors import SdvinoError
 from sdvino.folder.index import ModelFolder
+from sdvino.graph.saving import read_ir
 from sdvino.runtime.components import Components
 from sdvino.runtime.network import unet_shapes
 

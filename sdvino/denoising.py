@@ -16,7 +16,7 @@ from sdvino.errors import RequestError
 from sdvino.outputs import Array, Timings, clock
 from sdvino.request import ResolvedRequest
 from sdvino.runtime.components import Components
-from sdvino.runtime.guidance import guidance_mode_for
+from sdvino.runtime.defaults import guidance_mode_for
 from sdvino.runtime.memory_plan import MemoryPlan
 from sdvino.runtime.network import Branch, Unet, UnetPlan, both_in_one
 from sdvino.runtime.remote import keep_on_device

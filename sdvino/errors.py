@@ -31,3 +31,8 @@ class Cancelled(SdvinoError):
     """The person at the keyboard, or a callback, stopped the work; nothing stays half-written."""
 
     exit_code = 130
+
+
+def said_by(error: BaseException) -> str:
+    """Return the kind of ``error`` and the first line of what it says."""
+    return f"{type(error).__name__}: {error}".splitlines()[0]

@@ -45,7 +45,7 @@ from sdvino.runtime.guard import Guard
 from sdvino.runtime.memory import check_memory, memory_status
 from sdvino.runtime.memory_plan import MemoryPlan, measure_parts, plan_memory
 from sdvino.runtime.plugins import register_plugins
-from sdvino.runtime.tuned_run import tuned_run
+from sdvino.runtime.tuned import tuned_run
 from sdvino.settings import (
     GuidanceMode,
     NoiseName,

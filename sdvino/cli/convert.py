@@ -5,17 +5,16 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from sdvino.cli.options import download_option
 from sdvino.cli.terminal import USER_PATH, echo
-from sdvino.inputs.sizes import shown_seconds, shown_size
+from sdvino.inputs.shown import shown_seconds, shown_size
 
 if TYPE_CHECKING:
     from sdvino.convert.api import Outlook
-    from sdvino.convert.export import Exporter
 
 
 @click.command("convert")
@@ -135,29 +134,7 @@ if TYPE_CHECKING:
     help="Show the steps, memory, disk, download and time it would take; no more.",
 )
 def convert_command(
-    source: str,
-    folder: Path,
-    recipe: str,
-    target: str,
-    overrides: Sequence[str],
-    prompts_file: Path | None,
-    suggest: str | None,
-    min_psnr: float | None,
-    gate_minutes: float,
-    no_gate: bool,
-    name: str | None,
-    revision: str | None,
-    offline: bool,
-    max_download: int | None,
-    tokenizer: Path | None,
-    prediction_type: str | None,
-    loras: Sequence[str],
-    vae: Path | None,
-    tiny_vae: Path | None,
-    exporter: Exporter,
-    overwrite: bool,
-    fresh: bool,
-    dry_run: bool,
+    source: str, folder: Path, overwrite: bool, fresh: bool, dry_run: bool, **options: Any
 ) -> None:
     """Convert SOURCE into FOLDER.
 
@@ -171,31 +148,9 @@ def convert_command(
 
     from sdvino.compress.local_report import read_tables
     from sdvino.convert.api import look_ahead, make_request, run
-    from sdvino.convert.gating import GateSettings
-    from sdvino.convert.suggestions import parse_suggestions
     from sdvino.first_use.report import progress_bar
-    from sdvino.inputs.prompts import read_prompts
 
-    request = make_request(
-        source,
-        recipe=recipe,
-        target=target,
-        components=_pairs(overrides),
-        prompts=None if prompts_file is None else read_prompts(prompts_file),
-        suggested=None if suggest is None else parse_suggestions(suggest),
-        name=name,
-        revision=revision,
-        offline=offline,
-        max_download=max_download,
-        tokenizer=tokenizer,
-        prediction_type=prediction_type,
-        loras=loras,
-        vae=vae,
-        tiny_vae=tiny_vae,
-        gate=None if no_gate else GateSettings(min_psnr=min_psnr, minutes=gate_minutes),
-        exporter=exporter,
-        download=not dry_run,
-    )
+    request = make_request(source, download=not dry_run, **_arguments(options))
     if dry_run:
         echo(preview(look_ahead(request, folder, overwrite=overwrite, fresh=fresh), folder))
         return
@@ -211,6 +166,25 @@ def convert_command(
     for line in read_tables(result.path, result.components):
         echo(line, err=True)
     echo(summary(result.path))
+
+
+def _arguments(options: dict[str, Any]) -> dict[str, Any]:
+    """Return the options as arguments of `sdvino.convert.api.make_request`."""
+    from sdvino.compress.thresholds import GateSettings
+    from sdvino.convert.suggestions import parse_suggestions
+    from sdvino.inputs.files import read_prompts
+
+    prompts, suggest = options.pop("prompts_file"), options.pop("suggest")
+    judged = {"min_psnr": options.pop("min_psnr"), "minutes": options.pop("gate_minutes")}
+    gate = None if options.pop("no_gate") else GateSettings(**judged)
+    components = _pairs(options.pop("overrides"))
+    return {
+        **options,
+        "components": components,
+        "prompts": None if prompts is None else read_prompts(prompts),
+        "suggested": None if suggest is None else parse_suggestions(suggest),
+        "gate": gate,
+    }
 
 
 def preview(outlook: Outlook, folder: Path) -> str:
@@ -259,7 +233,7 @@ def summary(folder: Path) -> str:
         lines.append(f"  {name:16}{precision:14}{files.bytes / 1e6:10.1f} MB")
     lines.append(f"  {'together':30}{total / 1e6:10.1f} MB")
     if model.manifest is not None and model.manifest.passes:
-        from sdvino.compress.passes_report import notes, passes_lines
+        from sdvino.convert.metadata import notes, passes_lines
 
         passes = model.manifest.passes
         lines += [f"  {line}" for line in [*passes_lines(passes), *notes(passes)]]
@@ -267,11 +241,8 @@ def summary(folder: Path) -> str:
         from sdvino.compress.verdict import quality_line
 
         lines.append(f"  quality: {quality_line(model.manifest.quality)}")
-    if model.manifest is not None:
-        from sdvino.runtime.acceleration import accelerate
-
-        for entry in model.manifest.accelerated:
-            lines += [f"  for {line}" for line in accelerate(entry.kind).lines()[:1]]
+    if model.manifest is not None and model.manifest.target is not None:
+        lines.append(f"  made for: {model.manifest.target}")
     lines.append(f'Try it: sdvino generate -m {folder} "a prompt"')
     return "\n".join(lines)
 

@@ -16,7 +16,7 @@ from sdvino.cli.terminal import echo
 @plugin_option
 def devices_command(as_json: bool) -> None:
     """Show the devices that OpenVINO finds, the processor and the memory."""
-    from sdvino.runtime.acceleration import accelerate
+    from sdvino.compress.targets import target_of
     from sdvino.runtime.devices import describe_machine
 
     machine = describe_machine()
@@ -38,7 +38,9 @@ def devices_command(as_json: bool) -> None:
             echo(f"       {name}: {value}")
         for name, value in device.defaults.items():
             echo(f"       default {name}: {value}")
-        echo(f"       what pays: {accelerate(device.device, machine.cpu.isa).summary}")
+        target = target_of(device.device, machine.cpu.isa)
+        if target is not None:
+            echo(f"       convert for it: --target {target.name} ({target.summary})")
     if machine.profiles:
         echo("\nprofiles of this machine and OpenVINO")
         for line in machine.profiles:

@@ -118,7 +118,7 @@ def distill_command(
 
     Ctrl-C keeps a checkpoint, and the same command goes on from it.
     """
-    from sdvino.inputs.prompts import read_prompts
+    from sdvino.inputs.files import read_prompts
     from sdvino.train.distillation.settings import DistillSettings
     from sdvino.train.distilling import distill
 

@@ -25,7 +25,7 @@ from sdvino.cli.speed_options import (
 )
 from sdvino.cli.terminal import USER_PATH, echo
 from sdvino.errors import Cancelled, RequestError
-from sdvino.inputs.prompts import read_prompts
+from sdvino.inputs.files import read_prompts
 from sdvino.inputs.shown import shortened
 from sdvino.request import GenerationRequest, ResolvedRequest
 from sdvino.settings import (
@@ -202,7 +202,7 @@ def generate_command(
     sink = _Sink(output, overwrite, preview, not no_metadata, quiet)
     sink.run(pipe, request.resolve(pipe.folder))
     if timings:
-        from sdvino.runtime.peak import peak_memory
+        from sdvino.runtime.memory import peak_memory
         from sdvino.tuning.bench import breakdown
 
         echo(breakdown(sink.timings, pictures=sink.pictures, peak=peak_memory()), err=True)

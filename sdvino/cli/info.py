@@ -12,7 +12,7 @@ import click
 
 from sdvino.cli.terminal import echo
 from sdvino.errors import RequestError
-from sdvino.inputs.names import user_path
+from sdvino.inputs.files import user_path
 from sdvino.inputs.shown import one_line
 
 if TYPE_CHECKING:
@@ -104,14 +104,12 @@ def _facts(folder: ModelFolder) -> dict[str, Any]:
     manifest = folder.manifest
     recorded = {} if manifest is None else manifest.components
     suggested = folder.suggested
-    accelerated = () if manifest is None else manifest.accelerated
-    made_for = ", ".join(f"{entry.device} ({entry.kind})" for entry in accelerated)
     return {
         "name": folder.name,
         "family": None if manifest is None else manifest.family,
         "recipe": None if manifest is None else manifest.recipe,
         "baked in": None if manifest is None or not manifest.baked else dict(manifest.baked),
-        "made for": made_for if made_for else None,
+        "made for": None if manifest is None else manifest.target,
         "size": f"{folder.width} x {folder.height}",
         "prediction": folder.prediction_type,
         "scheduler": folder.scheduler_config.get("_class_name"),

@@ -11,8 +11,7 @@ import click
 
 from sdvino.cli.terminal import echo
 from sdvino.errors import RequestError
-from sdvino.inputs.shown import one_line
-from sdvino.inputs.sizes import shown_size
+from sdvino.inputs.shown import one_line, shown_size
 
 if TYPE_CHECKING:
     from sdvino.first_use.models import Model

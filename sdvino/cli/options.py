@@ -12,7 +12,7 @@ import click
 from sdvino.cli.terminal import USER_PATH
 from sdvino.errors import RequestError
 from sdvino.folder.hub_files import MAX_DOWNLOAD
-from sdvino.inputs.sizes import parse_size
+from sdvino.inputs.shown import parse_size
 from sdvino.settings import (
     COMPONENTS,
     CoreType,

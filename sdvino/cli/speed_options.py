@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import click
 
-from sdvino.inputs.sizes import parse_size
+from sdvino.inputs.shown import parse_size
 from sdvino.settings import FAST, GUIDANCE_MODES, RunSettings, SpeedSettings
 
 F = TypeVar("F", bound=Callable[..., Any])

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from sdvino.inputs.names import user_path
+from sdvino.inputs.files import user_path
 from sdvino.inputs.shown import lines, shortened
 
 
@@ -34,7 +34,7 @@ class ShownFormatter(logging.Formatter):
 
 
 class UserPath(click.Path):
-    """A file or folder as `sdvino.inputs.names` reads its name; it need not exist."""
+    """A file or folder as `sdvino.inputs.files` reads its name; it need not exist."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
         """Return the path; raises RequestError for what no file can be called."""

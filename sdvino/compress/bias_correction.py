@@ -20,7 +20,7 @@ from openvino import opset13 as ops
 
 from sdvino.compress.layers import is_constant
 from sdvino.compress.statistics import Statistics, Value, value_of
-from sdvino.graph.walk import consumers
+from sdvino.graph.walk import bias_of
 
 Array = NDArray[np.float32]
 
@@ -129,11 +129,7 @@ def _bias(node: ov.Node) -> ov.Input | None:
         return None
     if sum(map(is_constant, node.input_values())) != 1:
         return None
-    readers = consumers(node.output(0))
-    if len(readers) != 1 or readers[0].get_type_name() != "Add":
-        return None
-    ports = [port for port in readers[0].inputs() if is_constant(port.get_source_output())]
-    return ports[0] if len(ports) == 1 else None
+    return bias_of(node)
 
 
 def _weights_port(node: ov.Node) -> int:

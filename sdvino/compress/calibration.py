@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,8 +25,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdvino.compress.lockstep import run_together
+from sdvino.compress.prompts import evenly
 from sdvino.compress.recipes import CalibrationRecipe
-from sdvino.compress.samples import load_samples, save_samples
 from sdvino.diffusion.denoiser import Denoiser, Predict
 from sdvino.diffusion.grids import sigmas_of, train_alphas_cumprod
 from sdvino.diffusion.guidance import Guidance
@@ -56,7 +57,7 @@ _ONCE_A_STEP: tuple[SamplerName, ...] = ("euler", "euler_ancestral", "lcm", "tcd
 _FIRST_SEED = 3_000_000_000
 
 
-class FloatPipeline(Protocol):
+class Drawing(Protocol):
     """The float components that calibration runs."""
 
     #: The folder's scheduler_config.json.
@@ -161,10 +162,9 @@ def make_plan(
         "unet_samples": recipe.samples,
     }
     chosen = by_size | {key: value for key, value in asked.items() if value is not None}
-    count = min(chosen.pop("trajectories"), len(texts))
     few = distilled is not None and recipe.strata is None
     return CalibrationPlan(
-        prompts=tuple(texts[i * len(texts) // count] for i in range(count)),
+        prompts=tuple(evenly(texts, chosen.pop("trajectories"))),
         few_steps=few_steps if few else (),
         sampler=distilled if distilled in _ONCE_A_STEP else "euler",
         guidance_scale=guidance_scale,
@@ -189,19 +189,6 @@ class CalibrationInputs:
         """Return the inputs of ``component``; none for the text encoders."""
         samples: list[dict[str, NDArray[Any]]] = getattr(self, component, [])
         return samples
-
-    def save(self, folder: Path) -> None:
-        """Write each component's inputs to ``folder``, as COMPONENT.npz: arrays, nothing else."""
-        folder.mkdir(parents=True, exist_ok=True)
-        for component in self.__dataclass_fields__:
-            save_samples(folder / f"{component}.npz", self.of(component))
-
-    @classmethod
-    def load(cls, folder: Path) -> CalibrationInputs:
-        """Read what `save` wrote; raises SdvinoError for anything else."""
-        return cls(
-            **{name: load_samples(folder / f"{name}.npz") for name in cls.__dataclass_fields__}
-        )
 
 
 def timestep_grid(plan: CalibrationPlan, trajectory: int, num_train_timesteps: int) -> list[int]:
@@ -243,7 +230,7 @@ def make_grid(plan: CalibrationPlan, trajectory: int, config: SchedulerConfig) -
 
 
 def collect(
-    pipeline: FloatPipeline, plan: CalibrationPlan, progress: Callable[[float], None]
+    pipeline: Drawing, plan: CalibrationPlan, progress: Callable[[float], None]
 ) -> CalibrationInputs:
     """Denoise every prompt of the plan in float and return what the components were fed.
 
@@ -278,7 +265,7 @@ def collect(
 class _Recorder:
     """Runs the UNet, keeps the chosen inputs and reports progress."""
 
-    pipeline: FloatPipeline
+    pipeline: Drawing
     #: Numbers of evaluations, counted through one trajectory after the other.
     chosen: frozenset[int]
     total: int
@@ -343,3 +330,32 @@ def _no_numbers() -> SdvinoError:
         "The source model's pictures are not finite numbers; convert a checkpoint that generates,"
         " or use --recipe int8-weights, which needs no pictures."
     )
+
+
+Sample = Mapping[str, NDArray[Any]]
+
+
+def save_samples(path: Path, samples: Sequence[Sample]) -> None:
+    """Write ``samples``, arrays by tensor name, to the file ``path``."""
+    arrays: dict[str, Any] = {
+        f"{index}/{name}": array
+        for index, sample in enumerate(samples)
+        for name, array in sample.items()
+    }
+    with path.open("wb") as file:
+        np.savez(file, **arrays)
+
+
+def load_samples(path: Path) -> list[dict[str, NDArray[Any]]]:
+    """Return what `save_samples` wrote, in its order; raises SdvinoError for another file."""
+    samples: dict[int, dict[str, NDArray[Any]]] = {}
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+            for key in arrays.files:
+                index, _, name = key.partition("/")
+                samples.setdefault(int(index), {})[name] = arrays[key]
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
+        raise SdvinoError(
+            f"The calibration inputs in {path.name} cannot be read; convert again from the start."
+        ) from error
+    return [samples[index] for index in sorted(samples)]

@@ -16,10 +16,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sdvino.compress.gate_plan import GatePlan, Speed
 from sdvino.compress.recording import Arrays, Call, Recorder, Tap, as_floats
-from sdvino.compress.similarity import WINDOW, psnr, relative_error, ssim
-from sdvino.compress.thresholds import MAX_PSNR
+from sdvino.compress.similarity import WINDOW, psnr, ssim
+from sdvino.compress.thresholds import MAX_PSNR, GatePlan, Speed
 from sdvino.diffusion.grids import train_alphas_cumprod
 from sdvino.diffusion.scheduler_config import SchedulerConfig
 from sdvino.errors import SdvinoError
@@ -30,6 +29,7 @@ from sdvino.pipeline import StableDiffusionPipeline
 from sdvino.request import GenerationRequest, ResolvedRequest
 from sdvino.runtime.memory_plan import measure_parts, plan_memory
 from sdvino.settings import DeviceSettings, RunSettings, SamplerSettings
+from sdvino.weights.numbers import relative_error
 
 Share = Callable[[float], None]
 #: The first seed of the gate's pictures. Calibration draws its noise elsewhere.

@@ -81,7 +81,7 @@ class ComponentRecipe:
     #: The first and the last layer stay in float.
     float_ends: bool = False
     #: Convolutions whose output is itself the residual of a block's sum stay in float (see
-    #: `sdvino.compress.quantization.residual_sources`).
+    #: `sdvino.compress.layers.residual_sources`).
     float_residual_sources: bool = False
     #: int8: share of the range of activations that SmoothQuant moves into the weights of linears,
     #: 0 to 1 (arXiv:2211.10438); None: off.

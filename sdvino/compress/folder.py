@@ -15,16 +15,14 @@ import openvino as ov
 from sdvino.compress.calibration import CalibrationInputs, CalibrationPlan, collect
 from sdvino.compress.component_recipe import ComponentRecipe
 from sdvino.compress.float_pipeline import FloatPipeline
-from sdvino.compress.global_quantization import quantize_global
 from sdvino.compress.local_plan import LocalPlan
 from sdvino.compress.local_quantization import quantize_local
-from sdvino.compress.quantization import quantize
+from sdvino.compress.quantization import compress_weights, quantize, quantize_global
 from sdvino.compress.quiet import quiet
 from sdvino.compress.statistics import Statistics
 from sdvino.compress.stepwise import Sample
 from sdvino.compress.targets import Target, get_target
-from sdvino.compress.weights import compress_weights
-from sdvino.errors import SdvinoError
+from sdvino.errors import SdvinoError, said_by
 
 #: Schemes that are to multiply as little as they can. The plans of `global` and `local` name the
 #: layers that were exported.
@@ -114,8 +112,7 @@ def compress_component(
             split_upsamples=recipe.mode in _MULTIPLYING_LESS,
         )
     except RuntimeError as error:  # NNCF's and OpenVINO's exceptions
-        what = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise SdvinoError(f"The {name} cannot be compressed: {what}") from error
+        raise SdvinoError(f"The {name} cannot be compressed: {said_by(error)}") from error
 
 
 def _ignore(share: float) -> None:

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sdvino.compress.blame import share_to_reach, to_blame
 from sdvino.compress.compare import (
     FIRST_SEED,
     Comparison,
@@ -28,15 +27,21 @@ from sdvino.compress.compare import (
     time_folder,
 )
 from sdvino.compress.float_layers import restored
-from sdvino.compress.gate_plan import GatePlan, components_only, fit_plan
-from sdvino.compress.ir import read_ir, save_ir
 from sdvino.compress.quiet import quiet
 from sdvino.compress.recipes import Recipe
 from sdvino.compress.sensitivity import Sensitivity, measure_sensitivity
-from sdvino.compress.thresholds import Thresholds, default_thresholds
-from sdvino.compress.verdict import Remedy, Verdict, find_failures, median
+from sdvino.compress.thresholds import (
+    GatePlan,
+    GateSettings,
+    Thresholds,
+    components_only,
+    default_thresholds,
+    fit_plan,
+)
+from sdvino.compress.verdict import Remedy, Verdict, find_failures, median, share_to_reach, to_blame
 from sdvino.errors import RequestError, SdvinoError
 from sdvino.folder.index import ModelFolder, Suggested
+from sdvino.graph.saving import read_ir, save_ir
 from sdvino.graph.upsampling import split_like
 
 #: Called with what is being done and the share of it done, 0 to 1.
@@ -44,7 +49,6 @@ Progress = Callable[[str, float], None]
 #: Compresses the named components of the folder anew, from the float IR, as the recipe says.
 Recompress = Callable[[Recipe, Sequence[str]], None]
 
-DEFAULT_MINUTES = 30.0
 #: The name of the gate's part in `Progress`.
 PART = "gate"
 #: A UNet whose prediction is further than this from the noise that was added has learnt nothing.
@@ -61,75 +65,33 @@ _MARGIN = 0.9
 _PARTS_OF_PROGRESS = (0.35, 0.65)
 
 
-def run_gate(
-    float_folder: Path,
-    folder: Path,
-    recipe: Recipe,
-    *,
-    recompress: Recompress,
-    prompts: Sequence[str],
-    thresholds: Thresholds | None = None,
-    min_psnr: float | None = None,
-    minutes: float = DEFAULT_MINUTES,
-    suggested: Suggested | None = None,
-    max_memory: int | None = None,
-    progress: Progress = lambda what, share: None,
-    say: Callable[[str], None] = lambda line: None,
-) -> Verdict:
-    """Compare ``folder`` with ``float_folder``, mend it until it passes, and return the verdict.
-
-    Both are whole model folders; sdvino.json is not needed yet. ``recipe`` is what ``folder`` was
-    compressed with, and ``verdict.recipe`` what it has in the end. ``prompts`` are texts that
-    calibration did not see. ``thresholds`` None takes the defaults for the recipe (with
-    ``min_psnr``, dB), anew for each milder recipe. ``suggested`` gives steps, guidance and sampler
-    of the pictures. A UNet that would take more than ``max_memory`` bytes is run in pieces, which
-    takes longer; None: as it is. ``say`` is told, in a line each, what the comparison will cost
-    before it starts, and what is done about failures.
-
-    Takes about ``minutes``; a recipe fallen back to is compared even when they are over. When the
-    float folder cannot be run, or there is no time for the least, ``passed`` is None and ``note``
-    says why.
-    """
-    texts = tuple(dict.fromkeys(text.strip() for text in prompts if text.strip()))
-    if not texts:
-        raise RequestError("There are no prompts to compare pictures on; give at least one.")
-    if not minutes > 0:
-        raise RequestError(f"--gate-minutes is {minutes:g}; give a number above 0, or --no-gate.")
-    gate = _Gate(
-        float_folder=float_folder,
-        folder=folder,
-        recipe=recipe,
-        asked=recipe.name,
-        recompress=recompress,
-        given=thresholds,
-        min_psnr=min_psnr,
-        minutes=minutes,
-        suggested=Suggested() if suggested is None else suggested,
-        max_memory=max_memory,
-        progress=progress,
-        say=say,
-        prompts=texts,
-    )
-    return gate.run()
-
-
 @dataclass(slots=True, kw_only=True)
-class _Gate:
-    """One run of the gate."""
+class Gate:
+    """Compares a folder with the float one, and mends it until it passes: `run` gives the verdict.
 
+    Takes about the minutes that ``settings`` allow; a recipe fallen back to is compared even when
+    they are over. Raises RequestError where there are no prompts.
+    """
+
+    #: Whole model folders; sdvino.json is not needed yet.
     float_folder: Path
     folder: Path
+    #: What ``folder`` is compressed with.
     recipe: Recipe
-    asked: str
     recompress: Recompress
-    given: Thresholds | None
-    min_psnr: float | None
-    minutes: float
-    suggested: Suggested
-    max_memory: int | None
-    progress: Progress
-    say: Callable[[str], None]
+    #: Texts that calibration did not see.
     prompts: tuple[str, ...]
+    settings: GateSettings = field(default_factory=GateSettings)
+    #: None takes the defaults for the recipe, anew for each milder one.
+    thresholds: Thresholds | None = None
+    #: Steps, guidance and sampler of the pictures.
+    suggested: Suggested = field(default_factory=Suggested)
+    #: A UNet that would take more bytes is run in pieces, which takes longer; None: as it is.
+    max_memory: int | None = None
+    progress: Progress = lambda what, share: None
+    #: Told, in a line each, what the comparison will cost and what is done about failures.
+    say: Callable[[str], None] = lambda line: None
+    asked: str = field(init=False)
     began: float = field(default_factory=time.monotonic)
     estimated: float | None = None
     plan: GatePlan | None = None
@@ -141,7 +103,18 @@ class _Gate:
     restored: dict[str, int] = field(default_factory=dict)
     float_layers: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        self.asked = self.recipe.name
+        self.prompts = tuple(dict.fromkeys(text.strip() for text in self.prompts if text.strip()))
+        if not self.prompts:
+            raise RequestError("There are no prompts to compare pictures on; give at least one.")
+
     def run(self) -> Verdict:
+        """Return the verdict; ``verdict.recipe`` is what the folder has in the end.
+
+        When the float folder cannot be run, or there is no time for the least, ``passed`` is None
+        and ``note`` says why.
+        """
         components = tuple(ModelFolder.open(self.float_folder).components)
         thresholds = self._thresholds(components)
         if all(self.recipe.treatment(name) == "fp16" for name in components):
@@ -182,12 +155,14 @@ class _Gate:
         with opened(self.float_folder, self.max_memory) as (pipe, taps):
             first = make_request(self.float_folder, self.prompts[:1], steps=steps, **options)
             speed = time_folder(pipe, first)
-            plan = fit_plan(speed, prompts=len(self.prompts), steps=steps, minutes=self.minutes)
+            plan = fit_plan(
+                speed, prompts=len(self.prompts), steps=steps, minutes=self.settings.minutes
+            )
             self.estimated = speed.seconds(plan) / 60
             self.plan = plan
-            if self.estimated > self.minutes:
+            if self.estimated > self.settings.minutes:
                 return False
-            self.say(_announce(plan, speed.seconds(plan), self.minutes))
+            self.say(_announce(plan, speed.seconds(plan), self.settings.minutes))
             request = make_request(
                 self.float_folder, self.prompts[: plan.pictures], steps=plan.steps, **options
             )
@@ -326,30 +301,24 @@ class _Gate:
         """Add what was measured to the last remedy."""
         if self.history and self.history[-1].error is None:
             last = self.history[-1]
-            name = last.component if last.component else "unet"
-            self.history[-1] = Remedy(
-                action=last.action,
-                component=last.component,
-                what=last.what,
-                because=last.because,
-                psnr=median(comparison.psnr),
-                error=comparison.components.get(name),
-            )
+            error = comparison.components.get(last.component if last.component else "unet")
+            self.history[-1] = replace(last, psnr=median(comparison.psnr), error=error)
 
     # --- the rest
 
     @property
     def fell_back(self) -> bool:
+        """Whether the recipe is a milder one than was asked for."""
         return self.recipe.name != self.asked
 
     def _left(self) -> float:
         """Return the seconds left."""
-        return 60 * self.minutes - (time.monotonic() - self.began)
+        return 60 * self.settings.minutes - (time.monotonic() - self.began)
 
     def _thresholds(self, components: tuple[str, ...]) -> Thresholds:
-        if self.given is not None:
-            return self.given
-        return default_thresholds(self.recipe, components, min_psnr=self.min_psnr)
+        if self.thresholds is not None:
+            return self.thresholds
+        return default_thresholds(self.recipe, components, min_psnr=self.settings.min_psnr)
 
     def _too_long(self) -> str:
         return (

@@ -9,7 +9,6 @@ the bytes where they prevent most of it. Pure functions, so that a choice can be
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -92,11 +91,6 @@ class LocalPlan:
     def expected_error(self) -> float:
         """Return the relative error of the output that the choices are held to cause together."""
         return math.sqrt(sum(choice.damage for choice in self.layers))
-
-    def counts(self) -> list[tuple[str, int]]:
-        """Return how many layers took each coding, the most frequent first."""
-        words = (_word(choice.taken.coding) for choice in self.layers)
-        return Counter(words).most_common()
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as JSON holds it."""
@@ -220,10 +214,6 @@ def effects_of(
         effect = error**2 / total if total > 0.0 else 0.0
         effects |= dict.fromkeys(names, effect)
     return effects
-
-
-def _word(coding: Coding | None) -> str:
-    return "half precision" if coding is None else str(coding)
 
 
 def _row(choice: LayerChoice) -> dict[str, Any]:

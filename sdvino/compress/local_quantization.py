@@ -7,7 +7,6 @@ graph, and the choice is put into it.
 from __future__ import annotations
 
 import gc
-import math
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -30,18 +29,18 @@ from sdvino.compress.local_plan import (
 )
 from sdvino.compress.quantization import quantize
 from sdvino.compress.sensitivity import Sample, run_model
-from sdvino.compress.similarity import relative_error
 from sdvino.compress.targets import Target
 from sdvino.compress.weight_coding import Coding, describe, encode, squared_error
 from sdvino.compress.weight_graph import (
     WeightLayer,
-    find,
     put_encoded,
     put_values,
     read_weights,
     weight_bytes,
     weight_layers,
 )
+from sdvino.graph.walk import by_name
+from sdvino.weights.numbers import mean_relative_error
 
 Progress = Callable[[float], None]
 
@@ -168,7 +167,7 @@ def plan_local(
     budget that nothing can meet.
     """
     layers = weight_layers(model, ignored)
-    nodes = find(model)
+    nodes = by_name(model)
     facts = []
     for index, layer in enumerate(layers):
         integers = activations and layer.name not in in_float
@@ -226,23 +225,22 @@ def measure_effects(
     At most ``groups`` are measured: layers by themselves where there is room, else neighbours
     together. ``samples`` are inputs by tensor name, all of one shape.
     """
-    by_name = {layer.name: layer for layer in layers}
+    named = {layer.name: layer for layer in layers}
     expected = run_model(model, samples)
     errors: dict[tuple[str, ...], float] = {}
     rounded: dict[str, float] = {}
-    parts = group_layers(list(by_name), groups)
+    parts = group_layers(list(named), groups)
     for index, names in enumerate(parts.values()):
         changed = model.clone()
-        nodes = find(changed)
+        nodes = by_name(changed)
         for name in names:
-            layer = by_name[name]
+            layer = named[name]
             matrix = read_weights(nodes[name], layer)
             values = encode(matrix, REFERENCE).decode(matrix.shape)
             rounded[name] = _squared(values - matrix) / max(_squared(matrix), 1e-30)
             put_values(nodes[name], layer, values)
         found = run_model(changed, samples)
-        squares = [relative_error(*pair) ** 2 for pair in zip(found, expected, strict=True)]
-        errors[names] = math.sqrt(float(np.mean(squares)))
+        errors[names] = mean_relative_error(found, expected)
         del changed, nodes, found
         gc.collect()
         progress((index + 1) / len(parts))
@@ -254,7 +252,7 @@ def apply_plan(model: ov.Model, plan: LocalPlan, *, left: Collection[str] = ()) 
 
     Layers named in ``left`` stay as they are, for NNCF to quantize with what they read.
     """
-    nodes, left = find(model), frozenset(left)
+    nodes, left = by_name(model), frozenset(left)
     for choice in plan.layers:
         layer, coding = choice.facts.layer, choice.taken.coding
         if coding is not None and layer.name not in left:

@@ -20,7 +20,7 @@ import openvino as ov
 from numpy.typing import NDArray
 
 from sdvino.compress.layers import PRODUCTS, is_constant
-from sdvino.graph.shapes import reshape_static
+from sdvino.graph.walk import reshape_static
 
 #: A value of a graph: the name of the operation that makes it, and which of its outputs.
 Value = tuple[str, int]

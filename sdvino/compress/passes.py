@@ -10,20 +10,22 @@ A row is a frozen dataclass, its fields the keys of the row in TOML::
 
 Passes of the level `source` change a component's weights, or what it consists of, before it is
 exported; each is a step of the conversion. Passes of the level `storage` say how a component is
-stored afterwards: they become its table in the recipe. Those of the level `device` say what it is
-made to run on. Another kind is one class and one line in `_KINDS`.
+stored afterwards: they become its table in the recipe. Another kind is one class and one line in
+`_KINDS`.
 """
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from importlib import import_module
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
 from sdvino.errors import RequestError
+from sdvino.inputs.patterns import compile_pattern
 from sdvino.settings import check_choice
 
 if TYPE_CHECKING:
@@ -35,7 +37,9 @@ if TYPE_CHECKING:
     from sdvino.compress.component_recipe import ComponentRecipe
     from sdvino.nets.structure import Structure
 
-Level = Literal["source", "storage", "device"]
+Level = Literal["source", "storage"]
+#: Called with the share done, 0 to 1.
+Share: TypeAlias = "Callable[[float], None]"
 
 #: Sub-folders of a source that passes can change.
 SOURCE_COMPONENTS: tuple[str, ...] = ("unet", "text_encoder", "text_encoder_2", "vae")
@@ -45,8 +49,7 @@ _KINDS: Mapping[str, str] = MappingProxyType(
         "prune": "sdvino.train.prune:Prune",
         "low_rank": "sdvino.train.low_rank:LowRank",
         "distill": "sdvino.train.distillation.row:Distill",
-        "quantize": "sdvino.compress.quantize_row:Quantize",
-        "accelerate": "sdvino.compress.accelerate_row:Accelerate",
+        "quantize": "sdvino.compress.recipe_file:Quantize",
     }
 )
 
@@ -85,7 +88,7 @@ class Origin:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Surroundings:
+class Context:
     """What a pass is given beside its component."""
 
     #: Calls of the component, by argument name (see `sdvino.train.source_inputs`).
@@ -172,13 +175,7 @@ class SourcePass(Pass):
         return None
 
     @abstractmethod
-    def run(
-        self,
-        module: Any,
-        structure: Structure,
-        around: Surroundings,
-        progress: Callable[[float], None],
-    ) -> Outcome:
+    def run(self, module: Any, structure: Structure, around: Context, progress: Share) -> Outcome:
         """Change ``module``, a torch module in float32 and eval mode, in place.
 
         ``structure`` is what earlier passes made of it; ``around`` has calls of it if
@@ -222,3 +219,36 @@ def check_share(name: str, value: float, *, open_end: bool = True) -> None:
         raise RequestError(f"{name} is {value:g}; give a share from 0 to below 1.")
     if not open_end and not 0.0 < value <= 1.0:
         raise RequestError(f"{name} is {value:g}; give a share above 0 and up to 1.")
+
+
+def compile_patterns(key: str, patterns: Sequence[str]) -> list[re.Pattern[str]]:
+    """Return the expressions compiled; raises RequestError for what is none."""
+    return [_compile(key, pattern) for pattern in patterns]
+
+
+def _compile(key: str, pattern: str) -> re.Pattern[str]:
+    compiled = compile_pattern(pattern)
+    if compiled is None:
+        raise RequestError(
+            f"{key} has {pattern[:80]!r}, which is no regular expression, or one that repeats too"
+            " much; correct it."
+        )
+    return compiled
+
+
+def chosen(names: Sequence[str], keep: Sequence[str]) -> list[str]:
+    """Return the ``names`` that match nothing in ``keep``, in order.
+
+    Raises RequestError for an expression that matches no name, and when nothing is left.
+    """
+    left = list(names)
+    for pattern in compile_patterns("keep", keep):
+        if not any(pattern.search(name) for name in names):
+            raise RequestError(
+                f"keep has {pattern.pattern!r}, which matches no layer of this component; correct"
+                " it or leave it out."
+            )
+        left = [name for name in left if not pattern.search(name)]
+    if not left:
+        raise RequestError("keep leaves no layer to work on; leave some of it out.")
+    return left

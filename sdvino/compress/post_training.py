@@ -19,7 +19,7 @@ from sdvino.compress.bias_correction import constant_value, smoothing
 from sdvino.compress.quiet import quiet
 from sdvino.compress.statistics import Array, Channels, Statistics, Value, value_of
 from sdvino.errors import SdvinoError
-from sdvino.graph.walk import consumers
+from sdvino.graph.walk import by_name, consumers
 
 #: What hands values on as they are, or some of them.
 _PASSING = frozenset(
@@ -68,7 +68,7 @@ class Answers:
     def __init__(
         self, model: ov.Model, statistics: Statistics, crossing: Mapping[str, Value]
     ) -> None:
-        self._nodes = {node.get_friendly_name(): node for node in model.get_ops()}
+        self._nodes = by_name(model)
         self._statistics = statistics
         self._crossing = crossing
 

@@ -1,4 +1,4 @@
-"""Prompts that quantization is calibrated on when a model brings none of its own.
+"""Prompts that quantization is calibrated on, and those that pictures are compared on.
 
 They spread over what people draw (people, animals, places, objects, food, abstractions) and how
 (photographs, paintings, line art, renders), short and long, so that the ranges measured hold for
@@ -10,10 +10,12 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from sdvino.errors import RequestError
-from sdvino.inputs.prompts import read_prompts
+from sdvino.inputs.files import read_prompts
 
+_Item = TypeVar("_Item")
 #: Texts in a prompt file and characters in a prompt beyond these are refused.
 MAX_PROMPTS = 10_000
 MAX_CHARACTERS = 2_000
@@ -89,3 +91,45 @@ def check_prompts(prompts: Sequence[str]) -> tuple[str, ...]:
             " characters; leave some out."
         )
     return tuple(prompts)
+
+
+GATE_PROMPTS: tuple[str, ...] = (
+    "a stone bridge over a mountain river in autumn, landscape photograph",
+    "portrait of a young woman with freckles and red hair, natural light",
+    "a slice of chocolate cake on a white plate, food photography",
+    "two sparrows on a fence in the rain, watercolour",
+    "a narrow street in an old Mediterranean town, oil painting",
+    "a robot watering flowers on a balcony, illustration",
+    "a brown horse galloping across a meadow",
+    "a bowl of cherries on a checkered tablecloth, still life",
+    "a futuristic train crossing a desert at sunset, concept art",
+    "a bearded man in a blue sweater reading in a library",
+    "a sailing boat on a calm lake, minimalist poster",
+    "a tabby cat looking out of a window, soft focus",
+    "a snowy village at night with lights in the windows",
+    "an old typewriter on a wooden desk, close-up",
+    "a field of sunflowers under storm clouds",
+    "a child's drawing of a house with a smoking chimney",
+)
+#: As many as are ever compared.
+_MOST = 16
+
+
+def evenly(items: Sequence[_Item], most: int) -> list[_Item]:
+    """Return up to ``most`` of ``items``, evenly from the whole list."""
+    count = min(most, len(items))
+    return [items[i * len(items) // count] for i in range(count)]
+
+
+def held_back(available: Sequence[str], seen: Sequence[str]) -> tuple[str, ...]:
+    """Return up to 16 prompts that are not in ``seen``: ``available`` ones, then general ones.
+
+    Evenly from the list, which may be sorted.
+    """
+    known = {text.strip() for text in seen}
+    rest = [text for text in dict.fromkeys(available) if text.strip() not in known]
+    chosen = evenly(rest, _MOST)
+    if len(chosen) >= 4:  # a model with a language of its own is asked in that alone
+        return tuple(chosen)
+    general = [text for text in GATE_PROMPTS if text not in known]
+    return tuple(dict.fromkeys([*chosen, *general]))[:_MOST]

@@ -1,8 +1,12 @@
-"""Weights and activations in 8 bits (W8A8): NNCF's post-training quantization.
+"""Weights in 8 or 4 bits, and activations in 8 bits too (W8A8): NNCF's compression.
 
 What activations are like is known before (see `sdvino.compress.statistics`), so that nothing is
 evaluated here. NNCF takes the weights that it works on in float32; but it looks at one layer at a
 time, so a large model is quantized in parts.
+
+Global quantization is one scheme for all parameters: 8 bits, symmetric, one scale for each tensor
+of weights and of activations. It is what the simplest hardware takes, and the measure of what
+choosing for each layer is worth.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ from sdvino.compress.bias_correction import correct_biases, float_layers
 from sdvino.compress.component_recipe import ComponentRecipe
 from sdvino.compress.fragile import float_nodes
 from sdvino.compress.layers import (
+    CONVOLUTIONS,
     PRODUCTS,
     attention_nodes,
     embeddings,
@@ -30,6 +35,7 @@ from sdvino.compress.layers import (
 )
 from sdvino.compress.parts import Value, choose_ends
 from sdvino.compress.post_training import apply_nncf
+from sdvino.compress.quiet import quiet
 from sdvino.compress.statistics import Recorder, Statistics, fix_shapes
 from sdvino.compress.stepwise import (
     PART_BYTES,
@@ -39,8 +45,10 @@ from sdvino.compress.stepwise import (
     compress_in_parts,
 )
 from sdvino.compress.targets import Target
-from sdvino.compress.weights import compress_linears
+from sdvino.compress.weight_coding import Coding
+from sdvino.compress.weight_graph import put_encoded, weight_layers
 from sdvino.graph.upsampling import split_upsampling
+from sdvino.graph.walk import by_name
 
 #: `Target.overflow_fix` -> NNCF's OverflowFix.
 OVERFLOW = {"off": "DISABLE", "first-layer": "FIRST_LAYER", "all": "ENABLE"}
@@ -78,21 +86,7 @@ def quantize(
     Source: NNCF, "Post-training Quantization"; for int8-hybrid optimum-intel's hybrid quantization.
     """
     report: Progress = (lambda share: None) if progress is None else progress
-    given: Callable[[], ov.Model] = (
-        partial(ov.Core().read_model, model) if isinstance(model, Path) else model.clone
-    )
-
-    if isinstance(model, ov.Model):
-        # Values are known by names, and clones have others where nobody gave one.
-        for operation in model.get_ops():
-            operation.set_friendly_name(operation.get_friendly_name())
-
-    def read() -> ov.Model:
-        found = given()
-        if split_upsamples:
-            split_upsampling(found)
-        return found
-
+    read = _reader(model, split_upsamples)
     whole = read()
     ignored = tuple(_ignored(recipe, component, whole, target))
     with tempfile.TemporaryDirectory(prefix="parts-", dir=scratch) as folder:
@@ -118,6 +112,25 @@ def quantize(
             )
     report(1.0)
     return result
+
+
+def _reader(model: ov.Model | Path, split_upsamples: bool) -> Callable[[], ov.Model]:
+    """Return what gives the model anew, its upsampling split where that is asked for."""
+    given: Callable[[], ov.Model] = (
+        partial(ov.Core().read_model, model) if isinstance(model, Path) else model.clone
+    )
+    if isinstance(model, ov.Model):
+        # Values are known by names, and clones have others where nobody gave one.
+        for operation in model.get_ops():
+            operation.set_friendly_name(operation.get_friendly_name())
+
+    def read() -> ov.Model:
+        found = given()
+        if split_upsamples:
+            split_upsampling(found)
+        return found
+
+    return read
 
 
 def measure(
@@ -235,3 +248,100 @@ def _one_scale(*, symmetric: bool) -> Any:
     return QuantizationParameters(
         per_channel=False, mode=QuantizationScheme.SYMMETRIC if symmetric else None
     )
+
+
+#: Groups smaller than this store more scales than they save weights; such layers stay in 8 bits.
+_SMALLEST_GROUP = 16
+
+
+def compress_weights(component: str, model: ov.Model, recipe: ComponentRecipe) -> ov.Model:
+    """Return ``model`` with its weights as ``recipe`` (int8-weights or int4-weights) says.
+
+    8 bits: linears, convolutions and embeddings, one scale and zero point for each output channel.
+    4 bits: the linears that bear it best by the error of their weights, up to the recipe's ratio,
+    one scale and zero point for each group (or channel); the rest, convolutions, embeddings and
+    the last linear: 8 bits. All is chosen from the weights alone: no data is needed and the same
+    model always gives the same result. ``model`` is consumed.
+    Raises RequestError when the recipe names layers that the model has not.
+    Source: NNCF, "Weight Compression", modes INT8_ASYM and INT4_ASYM.
+    """
+    weighted, others = nodes_with_weights(model), embeddings(model)
+    ignored = float_nodes(recipe, component, weighted, others, operations(model))
+    with quiet():
+        import nncf
+
+        modes = nncf.CompressWeightsMode
+        return nncf.compress_weights(
+            model,
+            mode=modes.INT4_ASYM if recipe.mode == "int4-weights" else modes.INT8_ASYM,
+            ignored_scope=nncf.IgnoredScope(names=ignored),
+            **_four_bits(recipe),
+        )
+
+
+def compress_linears(model: ov.Model, ignored: Sequence[str]) -> ov.Model:
+    """Put the weights of linears and embeddings of ``model`` into 8 bits, but for ``ignored``."""
+    with quiet():
+        import nncf
+
+        scope = nncf.IgnoredScope(names=list(ignored), types=list(CONVOLUTIONS), validate=False)
+        return nncf.compress_weights(
+            model, mode=nncf.CompressWeightsMode.INT8_ASYM, ignored_scope=scope
+        )
+
+
+def _four_bits(recipe: ComponentRecipe) -> dict[str, Any]:
+    if recipe.mode != "int4-weights":
+        return {}
+    import nncf
+    from nncf.quantization.advanced_parameters import (
+        AdvancedCompressionParameters,
+        GroupSizeFallbackMode,
+    )
+
+    return {
+        "ratio": recipe.ratio,
+        "group_size": -1 if recipe.group_size is None else recipe.group_size,
+        "sensitivity_metric": nncf.SensitivityMetric.WEIGHT_QUANTIZATION_ERROR,
+        "backup_mode": nncf.BackupMode.INT8_ASYM,
+        "advanced_parameters": AdvancedCompressionParameters(
+            group_size_fallback_mode=GroupSizeFallbackMode.ADJUST,
+            min_adjusted_group_size=min(_SMALLEST_GROUP, recipe.group_size or _SMALLEST_GROUP),
+        ),
+    }
+
+
+#: The one scheme, as far as weights are concerned.
+SCHEME = Coding(bits=8, granularity="tensor", symmetric=True)
+
+
+def quantize_global(
+    component: str,
+    model: ov.Model,
+    samples: Statistics | Sequence[Sample] = (),
+    *,
+    recipe: ComponentRecipe,
+    target: Target,
+    progress: Callable[[float], None] | None = None,
+) -> ov.Model:
+    """Return ``model`` with all weights, and activations where ``recipe`` has them, in the scheme.
+
+    Embeddings have no activations to quantize, and only their weights take it. ``samples`` are
+    calibration inputs by tensor name, which activations need. ``model`` is consumed. Raises
+    RequestError when the recipe names layers that the model has not.
+    """
+    if recipe.quantizes_activations:
+        kept = {*nodes_with_weights(model)}
+        model = quantize(component, model, samples, recipe=recipe, target=target, progress=progress)
+    else:
+        kept = set()
+    ignored = float_nodes(
+        recipe, component, nodes_with_weights(model), embeddings(model), operations(model)
+    )
+    nodes = by_name(model)
+    for layer in weight_layers(model, {*kept, *ignored}):
+        put_encoded(nodes[layer.name], layer, SCHEME)
+    model.validate_nodes_and_infer_types()
+    if progress is not None:
+        progress(1.0)
+    return model

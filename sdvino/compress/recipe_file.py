@@ -7,18 +7,17 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from sdvino.compress.accelerate_row import Accelerate
-from sdvino.compress.component_recipe import ComponentRecipe
+from sdvino.compress.component_recipe import TREATMENTS, ComponentRecipe
 from sdvino.compress.passes import Pass, SourcePass, StoragePass, check_order, row_class
-from sdvino.compress.recipes import CalibrationRecipe, Recipe
+from sdvino.compress.recipes import CalibrationRecipe, Recipe, get_recipe
 from sdvino.errors import RequestError
-from sdvino.inputs.files import read_text
+from sdvino.inputs.files import read_prompts, read_text
 from sdvino.inputs.plain import NotPlain, parse_toml
-from sdvino.inputs.prompts import read_prompts
-from sdvino.settings import COMPONENTS
+from sdvino.settings import COMPONENTS, check_choice
 
 _KINDS_OF_VALUES: Mapping[type, str] = {
     str: "a string",
@@ -81,8 +80,6 @@ def to_toml(recipe: Recipe) -> str:
     lines += ["", f"[{_CALIBRATION}]", *_entries(recipe.calibration)]
     for row in recipe.passes:
         lines += ["", f"[[{_PASSES}]]", f"kind = {_text(row.kind)}", *_entries(row)]
-    for device in recipe.devices:
-        lines += ["", f"[[{_PASSES}]]", "kind = 'accelerate'", f"device = {_text(device)}"]
     return "\n".join(lines) + "\n"
 
 
@@ -117,7 +114,6 @@ def from_toml(text: str, *, name: str = "recipe", folder: Path | None = None) ->
         components=components,
         calibration=_take(CalibrationRecipe, calibration, _CALIBRATION),
         passes=tuple(row for row in rows if isinstance(row, SourcePass)),
-        devices=tuple(row.device for row in rows if isinstance(row, Accelerate)),
     )
 
 
@@ -289,3 +285,64 @@ def _text(value: str) -> str:
 def _name_from(path: Path) -> str:
     """Return a name for the recipe of a file that gives none."""
     return re.sub(r"[^A-Za-z0-9 ._+-]", "-", path.stem).lstrip(" ._+-")[:64] or "recipe"
+
+
+_EVERYTHING = "all"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quantize(StoragePass):
+    """Store a component, or all, as the built-in recipe of that name does.
+
+    Other finer choices are a component's table in the recipe, in the place of this row.
+    """
+
+    kind: ClassVar[str] = "quantize"
+
+    #: global, local, or another built-in recipe: int8, int8-hybrid, int8-weights, int4-weights ...
+    scheme: str = "int8"
+    #: One of our components, such as unet or vae_decoder; or all.
+    component: str = _EVERYTHING
+    #: local: a share of half precision's bytes up to 1, or bytes (see `ComponentRecipe.budget`).
+    budget: float | None = None
+    #: local: the fewest bits of a weight, 4 or 8.
+    bits: int | None = None
+    #: global, local: activations in 8 bits too.
+    activations: bool | None = None
+    #: local: groups of layers whose effect on the output is measured; 0: none.
+    measured_groups: int | None = None
+
+    def __post_init__(self) -> None:
+        check_choice("quantization scheme", self.scheme, TREATMENTS)
+        check_choice("component", self.component, (_EVERYTHING, *COMPONENTS))
+        self.stored()
+
+    @property
+    def what(self) -> str:
+        """Return what it does, in a few words, for tables."""
+        return f"{self.kind} {self.scheme}"
+
+    def refusal(self, earlier: Pass) -> str | None:
+        """Refuse to store a component twice."""
+        if isinstance(earlier, StoragePass) and set(self.stored()) & set(earlier.stored()):
+            twice = next(name for name in self.stored() if name in earlier.stored())
+            return f"{twice} is quantized already; write one quantize for it"
+        return None
+
+    def stored(self) -> Mapping[str, ComponentRecipe]:
+        """Return the components that it speaks of, by our names, and how each is stored."""
+        if self.component == _EVERYTHING:
+            entries = get_recipe(self.scheme).components
+        else:
+            one = Recipe("one", "one").with_overrides({self.component: self.scheme})
+            entries = {self.component: one.component(self.component)}
+        chosen = {
+            name: value
+            for name in ("budget", "bits", "activations", "measured_groups")
+            if (value := getattr(self, name)) is not None
+        }
+        return {
+            # What a recipe leaves in another scheme (text encoders, in most) stays in it.
+            name: replace(entry, **chosen) if entry.mode == self.scheme else entry
+            for name, entry in entries.items()
+        }

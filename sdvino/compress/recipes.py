@@ -81,8 +81,6 @@ class Recipe:
     calibration: CalibrationRecipe = field(default_factory=CalibrationRecipe)
     #: What is done to the source's weights first, in this order.
     passes: tuple[SourcePass, ...] = ()
-    #: Devices it is made to run on (see `sdvino.compress.accelerate_row`); none: the target.
-    devices: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         check_order(self.passes)
@@ -137,12 +135,7 @@ class Recipe:
         for strongest in order:
             if any(entry.mode == strongest for entry in self.components.values()):
                 milder = _TABLE[_MILDER[strongest]]
-                return replace(
-                    milder,
-                    calibration=self.calibration,
-                    passes=self.passes,
-                    devices=self.devices,
-                )
+                return replace(milder, calibration=self.calibration, passes=self.passes)
         return None
 
 

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from sdvino.compress.plots import draw_pictures, plot_layers, plot_timesteps
-from sdvino.compress.verdict import Verdict, median
+from sdvino.compress.verdict import Verdict
 from sdvino.inputs.shown import markdown
 
 REPORT_FILE = "report.md"
@@ -174,17 +174,3 @@ def _plot(draw: Callable[[Path], None], path: Path, alternative: str) -> list[st
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     return [*lines, *(f"| {' | '.join(row)} |" for row in rows)]
-
-
-def summary_lines(verdict: Verdict) -> list[str]:
-    """Return what `sdvino convert` prints of the verdict."""
-    from sdvino.compress.verdict import quality_line
-
-    lines = [f"  quality: {quality_line(verdict.to_dict())}"]
-    if verdict.comparison is not None:
-        middle = median(verdict.comparison.psnr)
-        worst = next(iter(verdict.failed_components()), None)
-        if middle is None and worst is not None:
-            error = verdict.comparison.components[worst]
-            lines[0] += f"; largest share of its limit: {worst}, {error:.1%}"
-    return lines

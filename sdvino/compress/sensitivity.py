@@ -14,13 +14,13 @@ import openvino as ov
 from numpy.typing import NDArray
 
 from sdvino.compress.float_layers import compressed_layers, group_layers, operation_names, restored
-from sdvino.compress.ir import read_ir
-from sdvino.compress.similarity import relative_error
 from sdvino.errors import SdvinoError
+from sdvino.graph.saving import read_ir
 from sdvino.graph.segments import cut_by_weight, keep_segment, names_in_pool, segment_count
 from sdvino.graph.upsampling import split_like
 from sdvino.graph.walk import freeze_shapes
 from sdvino.runtime.memory_plan import LOW_MEMORY_PIECES
+from sdvino.weights.numbers import mean_relative_error
 
 Sample = Mapping[str, NDArray[Any]]
 #: Fewer groups than this say nothing about where the error comes from.
@@ -102,9 +102,7 @@ def measure_sensitivity(
             break
         others = [other for other in names if other not in nodes]
         result = run_model(restored(base, compressed, others), samples, pieces)
-        pairs = zip(result, expected, strict=True)
-        error = math.sqrt(float(np.mean([relative_error(*pair) ** 2 for pair in pairs])))
-        errors.append(LayerError(nodes, name, error))
+        errors.append(LayerError(nodes, name, mean_relative_error(result, expected)))
         progress((index + 1) / len(groups))
     errors.sort(key=lambda layer: -layer.error)
     return Sensitivity(component=component, layers=tuple(errors))

@@ -1,4 +1,4 @@
-"""How alike two results are: relative error of tensors, PSNR and SSIM of pictures."""
+"""How alike two pictures are: PSNR and SSIM."""
 
 from __future__ import annotations
 
@@ -17,22 +17,6 @@ WINDOW = 11
 _DEVIATION = 1.5
 _K1, _K2 = 0.01, 0.03
 _PEAK = 255.0
-
-
-def relative_error(result: NDArray[Any], reference: NDArray[Any]) -> float:
-    """Return the norm of the difference over the norm of ``reference``; shapes must agree.
-
-    0 where both are zero; infinity where only the reference is, or where a value is no number.
-    """
-    _check_shapes(result, reference)
-    difference = np.asarray(result, np.float64) - np.asarray(reference, np.float64)
-    above = float(np.linalg.norm(difference))
-    below = float(np.linalg.norm(np.asarray(reference, np.float64)))
-    if not math.isfinite(above):
-        return math.inf
-    if below == 0.0:
-        return 0.0 if above == 0.0 else math.inf
-    return above / below
 
 
 def psnr(first: Levels, second: Levels) -> float:

@@ -15,9 +15,9 @@ import numpy as np
 import openvino as ov
 from numpy.typing import NDArray
 
-from sdvino.compress.ir import read_ir
 from sdvino.compress.parts import Cuts, Joiner, Part, Value
 from sdvino.compress.statistics import Point, Recorder, add_statistics
+from sdvino.graph.saving import read_ir
 from sdvino.runtime.memory import return_memory
 
 Sample = Mapping[str, NDArray[Any]]

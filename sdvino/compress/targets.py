@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal, get_args
 
-from sdvino.runtime.acceleration import cpu_class
-from sdvino.runtime.topology import read_cpu
+from sdvino.runtime.topology import cpu_class, read_cpu
 from sdvino.settings import check_choice
 
 TargetName = Literal["avx2", "avx2-vnni", "avx512-vnni", "amx", "gpu"]
@@ -100,3 +99,13 @@ def detect(isa: Collection[str]) -> TargetName:
     """
     kind = cpu_class(isa)
     return "avx2" if kind == "arm" else kind
+
+
+def target_of(device: str, isa: Collection[str]) -> Target | None:
+    """Return the target to convert for on ``device``; None where none is made for it.
+
+    ``isa`` are the instruction sets of this machine's processor.
+    """
+    kind = device.partition(".")[0]
+    name = detect(isa) if kind == "CPU" else "gpu" if kind == "GPU" else None
+    return None if name is None else _TABLE[name]

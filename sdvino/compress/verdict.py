@@ -13,10 +13,9 @@ if TYPE_CHECKING:  # `sdvino info` reads verdicts and needs nothing that compare
     from numpy.typing import NDArray
 
     from sdvino.compress.compare import Comparison
-    from sdvino.compress.gate_plan import GatePlan
     from sdvino.compress.recipes import Recipe
     from sdvino.compress.sensitivity import Sensitivity
-    from sdvino.compress.thresholds import Thresholds
+    from sdvino.compress.thresholds import GatePlan, Thresholds
 
 #: Layers written to the manifest, of each component; the report draws the same ones.
 _LISTED_LAYERS = 30
@@ -125,12 +124,6 @@ class Verdict:
         plain: dict[str, Any] = _plain(value)
         return plain
 
-    def failed_components(self) -> dict[str, float]:
-        """Return each component and its error as a share of the limit, the worst first."""
-        if self.comparison is None:
-            return {}
-        return severities(self.comparison, self.thresholds)
-
 
 def severities(comparison: Comparison, thresholds: Thresholds) -> dict[str, float]:
     """Return component -> error over its limit, the largest first."""
@@ -194,3 +187,29 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float):  # NumPy's float64 is one
         return float(f"{value:.6g}") if math.isfinite(value) else None
     return value
+
+
+def to_blame(comparison: Comparison, thresholds: Thresholds) -> str:
+    """Return the component to mend: the one furthest over its limit, or that spoils pictures."""
+    shares = severities(comparison, thresholds)
+    worst = next(iter(shares), "unet")
+    if shares and not shares[worst] <= 1.0:
+        return worst
+    decoded, whole = median(comparison.decoder_psnr), median(comparison.psnr)
+    # Squared errors add up: within 3 dB of the whole, the decoder makes half of it or more.
+    if decoded is not None and whole is not None and decoded <= whole + 3.0:
+        return "vae_decoder"
+    drawing = {n: s for n, s in shares.items() if n == "unet" or n.startswith("text_encoder")}
+    return max(drawing, key=lambda name: drawing[name], default="unet")
+
+
+def share_to_reach(comparison: Comparison, thresholds: Thresholds, component: str) -> float:
+    """Return the share of the component's present error that would just pass."""
+    goal = 1.0
+    limit, error = thresholds.components.get(component), comparison.components.get(component)
+    if limit is not None and error is not None and error > limit:
+        goal = min(goal, limit / error)
+    decibels = median(comparison.psnr)
+    if thresholds.psnr is not None and decibels is not None and decibels < thresholds.psnr:
+        goal = min(goal, 10 ** ((decibels - thresholds.psnr) / 20))
+    return goal if goal < 1.0 else 0.7  # SSIM alone

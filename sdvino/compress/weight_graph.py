@@ -21,6 +21,7 @@ from openvino import opset13 as ops
 
 from sdvino.compress.layers import CONVOLUTIONS, embeddings, nodes_with_weights
 from sdvino.compress.weight_coding import Coding, Encoded, Matrix, encode
+from sdvino.graph.walk import stored_constant
 
 _FLOATS = ("f32", "f16")
 _TYPES = {
@@ -98,11 +99,6 @@ def weight_layers(model: ov.Model, ignored: Collection[str] = ()) -> list[Weight
     return layers
 
 
-def find(model: ov.Model) -> dict[str, ov.Node]:
-    """Return the operations of ``model`` by name."""
-    return {op.get_friendly_name(): op for op in model.get_ops()}
-
-
 def read_weights(op: ov.Node, layer: WeightLayer) -> Matrix:
     """Return the weights of ``op``, float32 [channels, width]; a copy."""
     source = _source(op)
@@ -138,12 +134,8 @@ def weight_bytes(model: ov.Model) -> int:
 
 def _source(op: ov.Node) -> ov.Node | None:
     """Return the constant of floats that holds the weights of ``op``; None where there is none."""
-    node = op.input_value(_port(op)).get_node()
-    if node.get_type_name() == "Convert":
-        node = node.input_value(0).get_node()
-    if node.get_type_name() != "Constant":
-        return None
-    return node if node.get_element_type().get_type_name() in _FLOATS else None
+    node = stored_constant(op.input_value(_port(op)))
+    return None if node is None or node.get_element_type().get_type_name() not in _FLOATS else node
 
 
 def _port(op: ov.Node) -> int:

@@ -9,26 +9,29 @@ from pathlib import Path
 from typing import Any
 
 from sdvino.compress.calibration import FEW_STEPS, CalibrationPlan, make_plan
-from sdvino.compress.prompts import check_prompts, prompts_of
+from sdvino.compress.gate import Gate
+from sdvino.compress.prompts import check_prompts, held_back, prompts_of
 from sdvino.compress.recipes import DEFAULT_RECIPE, RECIPES, Recipe
+from sdvino.compress.report import write_report
 from sdvino.compress.targets import get_target
+from sdvino.compress.thresholds import GateSettings
 from sdvino.convert.baking import baking_request
 from sdvino.convert.conversion import Conversion, origin_of, steps_of
 from sdvino.convert.estimate import Needs, StepNeeds, check_needs, work_out
 from sdvino.convert.export import EXPORTERS, Exporter
-from sdvino.convert.gating import GateSettings, judge
-from sdvino.convert.libraries import require_libraries
+from sdvino.convert.metadata import is_distilled
 from sdvino.convert.open_source import Source, is_here, resolve_source
-from sdvino.convert.progress import Progress, silent
-from sdvino.convert.request import Request, WorkPlan
-from sdvino.convert.scheduler import is_distilled
+from sdvino.convert.request import Request, WorkPlan, require_libraries
 from sdvino.convert.source_passes import check_passes, suggested_after
 from sdvino.convert.staging import check_target
 from sdvino.convert.state import WorkFolder, recorded_steps
+from sdvino.convert.steps import Progress, silent
 from sdvino.convert.suggestions import check_suggestions, suggestions, trained_steps
 from sdvino.errors import Cancelled, RequestError, SdvinoError
+from sdvino.folder.hub import Hub
 from sdvino.folder.index import ModelFolder
-from sdvino.inputs.names import user_path
+from sdvino.folder.manifest import Suggested
+from sdvino.inputs.files import user_path
 from sdvino.settings import check_choice
 
 #: Tells a person, in a line, what the gate costs and what it changes.
@@ -42,44 +45,17 @@ def convert(
     source: Path | str,
     folder: Path | str,
     *,
-    recipe: str | Path = DEFAULT_RECIPE,
-    target: str = "auto",
-    components: Mapping[str, str] | None = None,
-    prompts: Sequence[str] | None = None,
-    suggested: Mapping[str, Any] | None = None,
-    name: str | None = None,
-    revision: str | None = None,
-    offline: bool = False,
-    max_download: int | None = None,
-    tokenizer: Path | str | None = None,
-    prediction_type: str | None = None,
-    loras: Sequence[str | Path | tuple[str | Path, float]] = (),
-    vae: Path | str | None = None,
-    tiny_vae: Path | str | None = None,
-    gate: GateSettings | None = None,
-    exporter: Exporter = "sdvino",
     overwrite: bool = False,
     fresh: bool = False,
     progress: Progress = silent,
     say: Say = lambda line: None,
+    **options: Any,
 ) -> ModelFolder:
-    """Convert ``source`` into the model folder ``folder``.
+    """Convert ``source`` into the model folder ``folder``; ``options`` are those of `make_request`.
 
-    source: a diffusers folder, a .safetensors checkpoint, an OpenVINO folder, or a hub id (see
-    `sdvino.convert.open_source`, also for revision, offline, max_download, tokenizer and
-    prediction_type).
-    recipe: a name or a TOML file (see `sdvino.compress.recipes`); components: exceptions,
-    component to precision. target: the machine that int8 is made for (see
-    `sdvino.compress.targets`). prompts: what int8 is calibrated on; None takes the recipe's, the
-    source's calibration_prompts.txt, or a general list. suggested: num_inference_steps,
-    guidance_scale, scheduler. name: the model's name in the manifest; None takes the source's.
-    loras: files to merge into the weights, each a path, ``FILE:WEIGHT`` or (path, weight). vae: an
-    AutoencoderKL in the source's place, tiny_vae: an AutoencoderTiny beside it; folders or files.
-    gate: how the result is compared with the uncompressed pipeline and mended (the command line's
-    default is `GateSettings()`); None: not at all. exporter: who writes the graphs, "sdvino" itself
-    or "optimum-intel", which needs torch and knows more networks. fresh: do not continue what an
-    earlier, interrupted conversion to ``folder`` finished. progress: called with what is being done
-    and the share done; say: with what the gate costs and what it changes, in a line each.
+    fresh: do not continue what an earlier, interrupted conversion to ``folder`` finished. progress:
+    called with what is being done and the share done; say: with what the gate costs and what it
+    changes, in a line each.
 
     The folder appears when it is complete. After Ctrl-C, a crash or a failure the finished steps
     stay in `.NAME.sdvino-partial` beside it, and the same call continues from them. The source is
@@ -87,25 +63,7 @@ def convert(
     Raises RequestError (wrong source, recipe, prompts, or missing libraries), OutputError (a
     folder that cannot be written), SdvinoError (the libraries failed) and Cancelled (Ctrl-C).
     """
-    request = make_request(
-        source,
-        recipe=recipe,
-        target=target,
-        components=components,
-        prompts=prompts,
-        suggested=suggested,
-        name=name,
-        revision=revision,
-        offline=offline,
-        max_download=max_download,
-        tokenizer=tokenizer,
-        prediction_type=prediction_type,
-        loras=loras,
-        vae=vae,
-        tiny_vae=tiny_vae,
-        gate=gate,
-        exporter=exporter,
-    )
+    request = make_request(source, **options)
     return run(request, Path(folder), overwrite=overwrite, fresh=fresh, progress=progress, say=say)
 
 
@@ -130,9 +88,22 @@ def make_request(
     exporter: Exporter = "sdvino",
     download: bool = True,
 ) -> Request:
-    """Return the arguments of `convert` as a Request; raises RequestError for absurd ones.
+    """Return what is asked of a conversion; raises RequestError for what is absurd.
 
-    A source on the hub is downloaded; without ``download`` the request is for `look_ahead` alone.
+    source: a diffusers folder, a .safetensors checkpoint, an OpenVINO folder, or a hub id (see
+    `sdvino.convert.open_source`, also for tokenizer and prediction_type; for revision, offline and
+    max_download see `sdvino.folder.hub.Hub`). It is downloaded here; without ``download`` the
+    request is for `look_ahead` alone.
+    recipe: a name or a TOML file (see `sdvino.compress.recipes`); components: exceptions,
+    component to precision. target: the machine that int8 is made for (see
+    `sdvino.compress.targets`). prompts: what int8 is calibrated on; None takes the recipe's, the
+    source's calibration_prompts.txt, or a general list. suggested: num_inference_steps,
+    guidance_scale, scheduler. name: the model's name in the manifest; None takes the source's.
+    loras: files to merge into the weights, each a path, ``FILE:WEIGHT`` or (path, weight). vae: an
+    AutoencoderKL in the source's place, tiny_vae: an AutoencoderTiny beside it; folders or files.
+    gate: how the result is compared with the uncompressed pipeline and mended (the command line's
+    default is `GateSettings()`); None: not at all. exporter: who writes the graphs, "sdvino" itself
+    or "optimum-intel", which needs torch and knows more networks.
     """
     check_choice("exporter", exporter, EXPORTERS)
     request = Request(
@@ -158,9 +129,8 @@ def make_request(
             offline=offline,
             max_download=max_download,
         )
-    path = resolve_source(
-        source, revision=revision, offline=offline, max_download=max_download
-    ).absolute()
+    hub = Hub(revision=revision, offline=offline, max_download=max_download)
+    path = resolve_source(source, hub).absolute()
     here = path == user_path(source).absolute()
     return replace(request, source=str(path), source_name=None if here else str(source))
 
@@ -279,21 +249,23 @@ def apply_gate(
     """Compare the compressed model with the float one, and mend it until it is good enough."""
     plan, source, work = conversion.plan, conversion.source, conversion.work
     own = plan.recipe.calibration.prompts
-    verdict = judge(
-        work.float,
-        work.model,
-        plan.recipe,
-        settings,
-        name=source.name if plan.request.name is None else plan.request.name,
+    texts = own if own else _texts(source, plan.request.prompts)
+    verdict = Gate(
+        float_folder=work.float,
+        folder=work.model,
+        recipe=plan.recipe,
         recompress=conversion.recompress,
-        prompts=own if own else _texts(source, plan.request.prompts),
-        calibrated_on=plan.calibration.prompts,
-        suggested=conversion.suggested,
+        prompts=held_back(texts, plan.calibration.prompts),
+        settings=settings,
+        suggested=Suggested(**conversion.suggested),
         # What was enough to make the model is enough to judge it.
         max_memory=work_out([step for step, _ in conversion.steps()], plan).memory,
         progress=progress,
         say=say,
-    )
+    ).run()
+    if verdict.comparison is not None:
+        name = source.name if plan.request.name is None else plan.request.name
+        write_report(work.model, verdict, name=name)
     conversion.plan = replace(plan, recipe=verdict.recipe)
     conversion.record_quality(verdict.to_dict())
 

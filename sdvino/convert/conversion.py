@@ -8,21 +8,17 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from sdvino.compress.recipes import Recipe
-from sdvino.compress.targets import get_target
+from sdvino.convert.estimate import Work
 from sdvino.convert.export import spooled
-from sdvino.convert.manifest import tool_versions, write_manifest
+from sdvino.convert.metadata import tool_versions, write_manifest
 from sdvino.convert.open_source import Source
 from sdvino.convert.processes import run_steps
-from sdvino.convert.progress import Progress
 from sdvino.convert.request import WorkPlan, recipe_from_plain, recipe_to_plain
 from sdvino.convert.source_passes import export_key, history_of, pass_steps, scheduled_after
 from sdvino.convert.state import STATE_FORMAT, Files, WorkFolder, describe_files, key_of
-from sdvino.convert.steps import Step, group
-from sdvino.convert.work import Work
+from sdvino.convert.steps import Progress, Step, group
 from sdvino.errors import OutputError, RequestError
 from sdvino.folder.index import ModelFolder
-from sdvino.folder.manifest import Accelerated
-from sdvino.runtime.acceleration import accelerate, isa_of
 
 _log = logging.getLogger("sdvino")
 
@@ -103,7 +99,7 @@ class Conversion:
         passes = [step for step, _ in self.steps() if step.kind == "pass"]
         if any(step not in left for step in passes):
             return True  # the next pass was wrong, which can be corrected
-        return not any(step.kind in ("frame", "export") for step in left)
+        return not any(step.kind in ("metadata", "export") for step in left)
 
     def recompress(self, recipe: Recipe, components: Sequence[str]) -> None:
         """Compress ``components`` again, as ``recipe`` has it; the recipe is the model's from here.
@@ -136,7 +132,7 @@ class Conversion:
             baked=self.plan.request.baking.to_manifest(),
             quality=self._quality,
             passes=history_of(self.work.path, self.plan.recipe),
-            accelerated=accelerated_for(self.plan),
+            target=self.plan.request.target if _eight_bits(self.plan) else None,
             trained=_trains(self.plan),
         )
         ModelFolder.open(self.work.model)  # what we would refuse to run is not delivered
@@ -159,11 +155,9 @@ class Conversion:
             )
 
 
-def accelerated_for(plan: WorkPlan) -> list[Accelerated]:
-    """Return what pays on the recipe's devices, or on the target; CPU is the target's."""
-    target = get_target(plan.request.target).name
-    devices = plan.recipe.devices if plan.recipe.devices else (target,)
-    return [accelerate(name, isa_of(target)).stored for name in devices]
+def _eight_bits(plan: WorkPlan) -> bool:
+    """Tell whether a component has activations in 8 bits."""
+    return any(plan.recipe.component(name).quantizes_activations for name in plan.components)
 
 
 def _trains(plan: WorkPlan) -> bool:
@@ -186,9 +180,9 @@ def steps_of(source: Source, plan: WorkPlan, origin: str) -> list[tuple[Step, st
     A step that was finished under the same key need not be done again.
     """
     size = {ours: source.bytes_of(theirs) for ours, theirs in source.components.items()}
-    framed = scheduled_after(source, plan.recipe).configs["scheduler"]
-    own = framed == source.configs["scheduler"]
-    steps = [(Step("frame"), origin if own else key_of(origin, framed))]
+    described = scheduled_after(source, plan.recipe).configs["scheduler"]
+    own = described == source.configs["scheduler"]
+    steps = [(Step("metadata"), origin if own else key_of(origin, described))]
     steps += pass_steps(source, plan, origin)
     exported = {name: export_key(source, plan, name, origin) for name in plan.components}
     for name in plan.components:

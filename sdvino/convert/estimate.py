@@ -1,18 +1,20 @@
-"""What a conversion will need: disk, memory and time, worked out and checked before it starts."""
+"""What a conversion will need (disk, memory, time), checked before it starts; how far it is."""
 
 from __future__ import annotations
 
 import logging
 import shutil
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from sdvino.compress.component_recipe import CALIBRATED
 from sdvino.compress.stepwise import PART_BYTES
 from sdvino.convert.request import WorkPlan
-from sdvino.convert.steps import Step
-from sdvino.convert.work import expected_seconds
+from sdvino.convert.steps import Progress, Step
 from sdvino.errors import OutputError, RequestError
+from sdvino.inputs.shown import gigabytes
 from sdvino.runtime.memory import MemoryStatus, memory_status
 
 _log = logging.getLogger("sdvino")
@@ -101,34 +103,34 @@ def check_needs(needs: Needs, folder: Path, status: MemoryStatus | None = None) 
     free = shutil.disk_usage(folder).free
     if free < needs.disk:
         raise OutputError(
-            f"Converting needs {_gigabytes(needs.disk)} on the disk of the target and"
-            f" {_gigabytes(free)} are free; free some space or choose another folder."
+            f"Converting needs {gigabytes(needs.disk)} on the disk of the target and"
+            f" {gigabytes(free)} are free; free some space or choose another folder."
         )
     status = memory_status() if status is None else status
     if status.total is not None and needs.memory > status.total * _USABLE_SHARE:
         raise RequestError(
-            f"This conversion needs about {_gigabytes(needs.memory)} of memory and the machine has"
-            f" {_gigabytes(status.total)}; choose a milder --recipe, such as int8-weights or fp16."
+            f"This conversion needs about {gigabytes(needs.memory)} of memory and the machine has"
+            f" {gigabytes(status.total)}; choose a milder --recipe, such as int8-weights or fp16."
         )
     if status.available is not None and needs.memory > status.available:
         _log.warning(
             "This needs about %s of memory and %s are free: it may be slow; close other programs.",
-            _gigabytes(needs.memory),
-            _gigabytes(status.available),
+            gigabytes(needs.memory),
+            gigabytes(status.available),
         )
 
 
 def _needs_of(step: Step, plan: WorkPlan) -> StepNeeds:
     seconds = expected_seconds(step, plan)
     size = step.bytes
-    if step.kind == "frame":
+    if step.kind == "metadata":
         return StepNeeds(step, "tokenizer and configs", seconds, _peak(_EXPORT, 0), 10_000_000)
     if step.kind == "export":
         rates = _EXPORT if plan.request.exporter == "sdvino" else _TRACE
         return StepNeeds(step, "half precision", seconds, _peak(rates, size), size, step.scratch)
     if step.kind == "calibrate":
         return _calibrating(step, plan, seconds)
-    if step.kind == "gather":
+    if step.kind == "record":
         return StepNeeds(step, "record inputs", seconds, _peak(_PASS, size), 50_000_000)
     if step.kind == "pass":
         row = plan.recipe.passes[int(step.component.partition("-")[0]) - 1]
@@ -169,5 +171,82 @@ def _pixels(plan: WorkPlan) -> int:
     return height * width
 
 
-def _gigabytes(size: int) -> str:
-    return f"{size / 1e9:,.1f} GB"
+# Seconds on a small laptop, per step and per gigabyte of half-precision weights; what matters most
+# is their ratios.
+_METADATA_SECONDS = 2.0
+_EXPORT_SECONDS = (1.0, 6.0)
+_COPY_SECONDS = (0.1, 1.0)
+_WEIGHTS_SECONDS = (2.0, 20.0)
+_EVALUATION_SECONDS = (0.01, 3.0)
+# NNCF, from statistics: nothing is evaluated any more.
+_QUANTIZE_SECONDS = (3.0, 40.0)
+# Loading a component in torch, and the evaluations of a pass in it.
+_PASS_SECONDS = (10.0, 150.0)
+_RECORDED = 40
+# Local quantization looks at every weight, and compiles and runs the component for many layers.
+_LOCAL_SECONDS = (60.0, 900.0)
+# A step that says nothing is shown to go on, but never as done.
+_LONGEST_GUESS = 0.9
+
+
+def expected_seconds(step: Step, plan: WorkPlan) -> float:
+    """Return the seconds that ``step`` is expected to take on a small laptop."""
+    once = _cost(_EVALUATION_SECONDS, step.bytes)
+    if step.kind == "metadata":
+        return _METADATA_SECONDS
+    if step.kind == "export":
+        return _cost(_EXPORT_SECONDS, step.bytes)
+    if step.kind == "calibrate":
+        return plan.calibration.evaluations * once
+    if step.kind == "record":
+        return _METADATA_SECONDS + _RECORDED * once
+    if step.kind == "pass":
+        row = plan.recipe.passes[int(step.component.partition("-")[0]) - 1]
+        return _cost(_PASS_SECONDS, step.bytes) + row.evaluations * once
+    treatment = plan.recipe.treatment(step.component)
+    if treatment == "fp16":
+        return _cost(_COPY_SECONDS, step.bytes)
+    if step.component not in plan.quantized:
+        return _cost(_WEIGHTS_SECONDS, step.bytes)
+    if not plan.recipe.component(step.component).quantizes_activations:
+        return _cost(_LOCAL_SECONDS, step.bytes)
+    samples = 0 if treatment in CALIBRATED else plan.calibration.unet_samples
+    return _cost(_QUANTIZE_SECONDS, step.bytes) + samples * once
+
+
+class Work:
+    """Turns the progress of a step into the progress of the whole."""
+
+    def __init__(self, steps: Sequence[Step], plan: WorkPlan, report: Progress) -> None:
+        """``steps`` are those that are left to do, in order."""
+        self._report = report
+        self._seconds = {step.name: expected_seconds(step, plan) for step in steps}
+        self._total = sum(self._seconds.values())
+        self._step = ""
+        self._said = self._shown = 0.0
+        self._since = time.monotonic()
+
+    def update(self, step: str, share: float) -> None:
+        """Report that ``step`` is done to ``share``, 0 to 1."""
+        self._step, self._said, self._since = step, share, time.monotonic()
+        self._show(share)
+
+    def tick(self) -> None:
+        """Report that time passes: a step that says nothing goes on as fast as expected."""
+        if self._step:
+            passed = (time.monotonic() - self._since) / self._seconds[self._step]
+            self._show(max(self._said, min(_LONGEST_GUESS, self._said + passed)))
+
+    def _show(self, share: float) -> None:
+        before = 0.0
+        for name, seconds in self._seconds.items():
+            if name == self._step:
+                whole = (before + share * seconds) / self._total
+                self._shown = max(self._shown, whole)
+                self._report(name, self._shown)
+                return
+            before += seconds
+
+
+def _cost(per: tuple[float, float], size: int) -> float:
+    return per[0] + per[1] * size / 1e9

@@ -17,7 +17,7 @@ import openvino as ov
 from sdvino.convert.open_source import Source
 from sdvino.convert.openvino_source import OpenVinoFolder, copy_component
 from sdvino.convert.source import DiffusersFolder
-from sdvino.errors import RequestError, SdvinoError
+from sdvino.errors import RequestError, SdvinoError, said_by
 from sdvino.graph.saving import save_graph
 from sdvino.nets.clip import clip
 from sdvino.nets.layers import UnknownNetwork
@@ -78,8 +78,9 @@ def export_component(
     try:
         save_graph(model, output / IR_NAME, name=component)
     except RuntimeError as error:
-        what = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise SdvinoError(f"The {component} of {source.name} cannot be saved: {what}") from error
+        raise SdvinoError(
+            f"The {component} of {source.name} cannot be saved: {said_by(error)}"
+        ) from error
     del model
     with contextlib.suppress(OSError):
         spool.unlink(missing_ok=True)

@@ -61,9 +61,6 @@ class Family:
     prediction_type: str = "epsilon"
     #: Pixels along a side that the published model was trained on.
     native_size: int
-    #: Channels of the latents, and what the UNet takes of them.
-    latent_channels: int = 4
-    unet_channels: int = 4
     #: Whether `sdvino generate` makes pictures with it.
     runs: bool = True
     #: What a picture takes when the source does not say.
@@ -148,7 +145,7 @@ _LCM: Mapping[str, Any] = {
     "scheduler": "lcm",
     "distilled": True,
 }
-_INPAINTING: Mapping[str, Any] = {"unet_channels": 9, "runs": False}
+_INPAINTING: Mapping[str, Any] = {"runs": False}
 _LCM_PIPELINE = "LatentConsistencyModelPipeline"
 _INPAINT_PIPELINE = "StableDiffusionInpaintPipeline"
 _XL_INPAINT_PIPELINE = "StableDiffusionXLInpaintPipeline"
@@ -222,11 +219,6 @@ TITLES = "Stable Diffusion 1.x, 2.x and XL, their turbo, LCM, small and inpainti
 def find_family(facts: Facts) -> Family:
     """Return the first family whose signs and words ``facts`` have."""
     return next(family for family in FAMILIES if _fits(family, facts))
-
-
-def get_family(name: str) -> Family:
-    """Return the family called ``name``; raises KeyError."""
-    return {family.name: family for family in FAMILIES}[name]
 
 
 def _fits(family: Family, facts: Facts) -> bool:

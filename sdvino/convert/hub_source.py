@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from sdvino.errors import ModelFolderError
-from sdvino.folder.hub import Report, fetch, is_hub_id, list_files, report_to_stderr
+from sdvino.folder.hub import Hub, fetch, is_hub_id, list_files
 from sdvino.folder.hub_files import check_size, is_cached, read_remote_header
 from sdvino.weights.safetensors import PICKLES
 
@@ -54,19 +54,11 @@ def is_hub_source(source: str) -> bool:
     return is_hub_id(split_file(source)[0])
 
 
-def download(
-    source: str,
-    *,
-    revision: str | None = None,
-    offline: bool = False,
-    max_download: int | None = None,
-    report: Report = report_to_stderr,
-) -> Path:
+def download(source: str, hub: Hub) -> Path:
     """Return the folder, or the single file, of the model ``source`` on the hub.
 
-    source: owner/name, or owner/name/FILE.safetensors. What is not there yet is downloaded to the
-    hub's cache, after ``report`` was told how much it is; a download that was cut off is resumed.
-    max_download: the most bytes that it may bring; None: 32 GB.
+    source: owner/name, or owner/name/FILE.safetensors. What is not there yet is downloaded, after
+    ``hub.report`` was told how much it is; a download that was cut off is resumed.
     Raises ModelFolderError when there is nothing to convert, RequestError when it is too large,
     SdvinoError when the hub cannot be reached and nothing was downloaded before.
     """
@@ -77,14 +69,7 @@ def download(
         chosen[:] = choose_files(model, file, names)
         return chosen
 
-    folder = fetch(
-        model,
-        choose,
-        revision=revision,
-        offline=offline,
-        max_download=max_download,
-        progress=report,
-    )
+    folder = fetch(model, choose, hub)
     if len(chosen) == 1 and chosen[0].endswith(".safetensors"):
         return folder / chosen[0]
     return folder
@@ -113,39 +98,30 @@ class Outline:
         return sum(size for name, size in self.weights.items() if name.startswith(f"{folder}/"))
 
 
-def look_up(
-    source: str,
-    *,
-    revision: str | None = None,
-    offline: bool = False,
-    max_download: int | None = None,
-    report: Report = report_to_stderr,
-) -> Path | Outline:
+def look_up(source: str, hub: Hub) -> Path | Outline:
     """Return what `download` would, without downloading weights; what is all here is a path.
 
     Of the model come its configurations and tokenizers, to the hub's cache; of a single file its
     header. Raises as `download` does.
     """
     model, file = split_file(source)
-    listing = list_files(model, revision=revision, offline=offline)
+    listing = list_files(model, hub)
     if listing is None:  # only what is here can be looked at
-        return download(source, revision=revision, offline=offline, report=report)
+        return download(source, replace(hub, max_download=None))
     chosen = choose_files(model, file, list(listing.sizes))
     # What converting would refuse is refused here.
-    check_size(listing, (n for n in chosen if not is_cached(listing, n)), max_download)
+    check_size(listing, (n for n in chosen if not is_cached(listing, n)), hub.max_download)
     heavy = {name: listing.most_bytes(name) for name in chosen if name.endswith(_HEAVY)}
     missing = frozenset(name for name in heavy if not is_cached(listing, name))
     # From here on the commit that was looked at is asked for: the revision may move on.
-    commit = listing.commit
+    hub = replace(hub, revision=listing.commit)
     if not missing:
-        return download(source, revision=commit, max_download=max_download, report=report)
+        return download(source, hub)
     small = [name for name in chosen if name not in heavy]
     if not small:
         header = read_remote_header(listing, chosen[0])
         return Outline(Path(model), heavy, missing, header)
-    folder = fetch(
-        model, lambda names: small, revision=commit, max_download=max_download, progress=report
-    )
+    folder = fetch(model, lambda names: small, hub)
     return Outline(folder, heavy, missing)
 
 

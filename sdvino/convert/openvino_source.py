@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,11 @@ import numpy as np
 import openvino as ov
 from openvino import opset13 as ops
 
-from sdvino.compress.ir import read_ir, save_ir
-from sdvino.convert.families import Family, find_family, read_facts, tokenizer_of
-from sdvino.diffusion.scheduler_config import SchedulerConfig
+from sdvino.convert.families import find_family, read_facts
+from sdvino.convert.source import SourceFolder, prediction_of
 from sdvino.errors import RequestError
 from sdvino.folder.index import ModelFolder
+from sdvino.graph.saving import read_ir, save_ir
 from sdvino.inputs.files import check_all_inside, read_json
 from sdvino.inputs.ir import quantizes_activations, read_xml
 
@@ -28,23 +28,12 @@ from sdvino.inputs.ir import quantizes_activations, read_xml
 _STORED = ("u8", "i8", "u4", "i4", "nf4")
 
 
-@dataclass(frozen=True, slots=True)
-class OpenVinoFolder:
-    """A checked OpenVINO folder whose components are in float, or have weights in fewer bits."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenVinoFolder(SourceFolder):
+    """A checked OpenVINO folder whose components are in float, or have weights in fewer bits.
 
-    path: Path
-    #: The model's name, never its path.
-    name: str
-    family: Family
-    model_index: Mapping[str, Any]
-    #: Component -> its config.json; scheduler, and vae as the decoder has it.
-    configs: Mapping[str, Mapping[str, Any]]
-    #: Component -> its .bin.
-    weights: Mapping[str, tuple[Path, ...]]
-    prediction_type: str
-    has_tiny_vae: bool
-    #: Component -> bytes of its .bin, where it is elsewhere yet (see DiffusersFolder.elsewhere).
-    elsewhere: Mapping[str, int] = field(default_factory=dict)
+    Its sub-folders are components; ``configs`` has vae, too, as the decoder has it.
+    """
 
     @classmethod
     def open(cls, path: Path, *, name: str | None = None) -> OpenVinoFolder:
@@ -117,9 +106,7 @@ class OpenVinoFolder:
             model_index=model_index,
             configs={**configs, "vae": configs["vae_decoder"], "scheduler": dict(scheduler)},
             weights=weights,
-            prediction_type=SchedulerConfig.from_dict(scheduler)
-            .for_sampler("ddim")
-            .prediction_type,
+            prediction_type=prediction_of(scheduler),
             has_tiny_vae="tiny_vae" in configs,
             elsewhere={} if elsewhere is None else elsewhere,
         )
@@ -130,26 +117,11 @@ class OpenVinoFolder:
         return {name: name for name in (*self.weights, *self.elsewhere)}
 
     @property
-    def tokenizers(self) -> tuple[str, ...]:
-        """Return the sub-folders of the tokenizers, one for each text encoder."""
-        return tuple(tokenizer_of(name) for name in self.family.text_encoders)
-
-    @property
     def latent_shape(self) -> tuple[int, int, int]:
         """Return (C, h, w) of the latents at the model's own size."""
         size = self.configs["unet"].get("sample_size")
         height, width = size if isinstance(size, list) else [64 if size is None else size] * 2
         return self.configs["vae"].get("latent_channels", 4), height, width
-
-    def folder(self, name: str) -> Path:
-        """Return where the sub-folder ``name`` stands."""
-        return self.path / name
-
-    def bytes_of(self, folder: str) -> int:
-        """Return the size of a component's weights."""
-        if folder in self.elsewhere:
-            return self.elsewhere[folder]
-        return sum(file.stat().st_size for file in self.weights[folder])
 
 
 def copy_component(source: OpenVinoFolder, component: str, output: Path) -> int:

@@ -159,7 +159,7 @@ def _check_folder(
                 f"{folder / 'config.json'} gives {key} as {str(config[key])[:40]}, which cannot be;"
                 " get the autoencoder again."
             )
-    files = weight_files(folder) if any(folder.glob("*.safetensors")) else []
+    files = weight_files(folder) if any(folder.glob("*.safetensors")) else ()
     found = component_tensors("vae", files)
     try:
         expected = tensors_of(config)

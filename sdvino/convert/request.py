@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,12 @@ from typing import Any
 from sdvino.compress.calibration import CalibrationPlan
 from sdvino.compress.recipe_file import from_toml, to_toml
 from sdvino.compress.recipes import Recipe, get_recipe
+from sdvino.compress.thresholds import GateSettings
 from sdvino.convert.baking import BakingRequest, bake
 from sdvino.convert.export import Exporter
-from sdvino.convert.gating import GateSettings
-from sdvino.convert.open_source import Source, open_source, outline_source
-from sdvino.errors import SdvinoError
+from sdvino.convert.open_source import Source, Told, open_source, outline_source
+from sdvino.errors import RequestError, SdvinoError
+from sdvino.folder.hub import Hub
 
 PLAN_FILE = "plan.json"
 
@@ -61,14 +63,7 @@ class Request:
         What a single file lacks goes below ``work``, once: workers open the source again. ``say``
         logs what of a LoRA fits nothing. Raises RequestError for a source that is none.
         """
-        source = open_source(
-            Path(self.source),
-            work,
-            tokenizer=None if self.tokenizer is None else Path(self.tokenizer),
-            prediction_type=self.prediction_type,
-            name=self.source_name,
-            own_vae=self.baking.vae is None,
-        )
+        source = open_source(Path(self.source), work, self._told)
         return bake(source, self.baking, say=say)
 
     def outline_source(self, work: Path) -> tuple[Source, int]:
@@ -79,15 +74,19 @@ class Request:
         source, download = outline_source(
             Path(self.source) if self.source else str(self.source_name),
             work,
-            revision=self.revision,
-            offline=self.offline,
-            max_download=self.max_download,
-            tokenizer=None if self.tokenizer is None else Path(self.tokenizer),
-            prediction_type=self.prediction_type,
-            name=self.source_name,
-            own_vae=self.baking.vae is None,
+            self._told,
+            Hub(revision=self.revision, offline=self.offline, max_download=self.max_download),
         )
         return bake(source, self.baking, say=False), download
+
+    @property
+    def _told(self) -> Told:
+        return Told(
+            name=self.source_name,
+            tokenizer=None if self.tokenizer is None else Path(self.tokenizer),
+            prediction_type=self.prediction_type,
+            own_vae=self.baking.vae is None,
+        )
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -177,3 +176,28 @@ def _field(name: str, value: Any) -> Any:
     if name in _NESTED and isinstance(value, Mapping):
         return _from_plain(_NESTED[name], value)
     return tuple(value) if isinstance(value, list) else value
+
+
+_COMPRESSING = ("nncf",)
+_DRAWING = ("matplotlib",)
+_TRAINING = ("torch", "diffusers", "transformers")
+_TRACING = (*_TRAINING, "optimum")
+
+
+def require_libraries(recipe: Recipe, exporter: Exporter, *, gated: bool) -> None:
+    """Raise RequestError unless the libraries that this conversion takes are installed.
+
+    They are looked for, not imported: the worker processes do that, and only what they need.
+    """
+    compresses = any(entry.mode != "fp16" for entry in recipe.components.values())
+    convert = [*_COMPRESSING, *(_DRAWING if gated else ())] if compresses else []
+    train = _TRACING if exporter != "sdvino" else _TRAINING if recipe.passes else ()
+    wanted: Mapping[str, Sequence[str]] = {"train": train, "convert": convert}
+    for extra, names in wanted.items():
+        missing = [name for name in names if importlib.util.find_spec(name) is None]
+        if missing:
+            raise RequestError(
+                f"This conversion needs libraries that are not here ({', '.join(missing)});"
+                f' install them with: pip install "sdvino[{extra}]"'
+                f"{', or choose --recipe fp16' if extra == 'convert' else ''}."
+            )

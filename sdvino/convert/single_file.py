@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from sdvino.convert.families import Family, find_family, read_facts, tokenizer_of
-from sdvino.convert.hints import Hints, read_hints
 from sdvino.errors import RequestError
-from sdvino.inputs.files import read_json
+from sdvino.inputs.files import read_bytes, read_json, write_json
 from sdvino.text.clip_vocabulary import END, Vocabulary
 from sdvino.weights.architecture import text_config, unet_config
 from sdvino.weights.autoencoder import read_kl
@@ -94,10 +93,6 @@ class SingleFile:
             hints=hints,
         )
 
-    def tensors_of(self, component: str) -> Tensors:
-        """Return the tensors of a component in diffusers' naming and the file's own types."""
-        return self.components[component]
-
     @property
     def tokens(self) -> int:
         """Return the number of tokens that the text encoders know."""
@@ -111,18 +106,18 @@ class SingleFile:
         if _start(folder, self._stamp(vocabulary)):
             return folder
         for component in {*self.components, "vae"}:
-            _write_json(folder / component / "config.json", self.configs[component])
+            write_json(folder / component / "config.json", self.configs[component])
         for component in self.family.text_encoders:
             open_clip = self.configs[component]["hidden_act"] == "gelu"
             pad = _OPEN_CLIP_PAD if open_clip else END
             vocabulary.write(folder / tokenizer_of(component), pad=pad)
-        _write_json(folder / "scheduler" / "scheduler_config.json", self.configs["scheduler"])
+        write_json(folder / "scheduler" / "scheduler_config.json", self.configs["scheduler"])
         if self.hints.steps is not None and self.family.distilled:
             suggested = {"num_inference_steps": self.hints.steps}
-            _write_json(folder / "sdvino.json", {"suggested": suggested})
+            write_json(folder / "sdvino.json", {"suggested": suggested})
         # The index last: with it the folder is complete.
         index = {**_index(self.family, self.configs), "_name_or_path": self.hints.names}
-        _write_json(folder / "model_index.json", index)
+        write_json(folder / "model_index.json", index)
         return folder
 
     def _stamp(self, vocabulary: Vocabulary) -> dict[str, Any]:
@@ -304,10 +299,80 @@ def _start(folder: Path, stamp: Mapping[str, Any]) -> bool:
     if folder.is_dir():
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
-    _write_json(path, stamp)
+    write_json(path, stamp)
     return False
 
 
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+_MAX_YAML_BYTES = 2**20
+_SIZES = range(256, 2049)
+
+
+@dataclass(frozen=True, slots=True)
+class Hints:
+    """What the surroundings of a checkpoint say; None where they say nothing."""
+
+    #: epsilon or v_prediction.
+    prediction_type: str | None
+    #: Pixels along a side that it was trained on.
+    native_size: int | None
+    #: Steps that a distilled model was made for.
+    steps: int | None
+    #: Trained with a noise schedule that ends in noise alone.
+    zero_snr: bool
+    #: File name and titles, for `Facts.names`.
+    names: str
+
+
+def read_hints(header: TensorFile, prediction_type: str | None = None) -> Hints:
+    """Collect the hints of a checkpoint; ``prediction_type`` is the person's word."""
+    told = header.metadata
+    keys = ("modelspec.title", "modelspec.architecture", "ss_base_model_version")
+    names = " ".join([header.path.stem, *(told.get(key, "")[:200] for key in keys)])
+    return Hints(
+        prediction_type=_prediction_type(header, names)
+        if prediction_type is None
+        else prediction_type,
+        native_size=_size(told.get("modelspec.resolution", "")),
+        steps=_steps(names),
+        zero_snr="ztsnr" in header.tensors,
+        names=names,
+    )
+
+
+def _prediction_type(header: TensorFile, names: str) -> str | None:
+    told = header.metadata.get("modelspec.prediction_type", "")
+    if told in ("v", "v_prediction") or "v_pred" in header.tensors:
+        return "v_prediction"
+    if told in ("epsilon", "eps"):
+        return "epsilon"
+    beside = _parameterization(header.path.with_suffix(".yaml"))
+    if beside is not None:
+        return beside
+    if re.search(r"v[-_. ]?pred|768[-_. ]?v\b|v2-?[01]?_768", names, re.IGNORECASE):
+        return "v_prediction"
+    if re.search(r"512[-_. ]?base|v2[-_.]?512|turbo|inpaint|eps[-_. ]?pred", names, re.IGNORECASE):
+        return "epsilon"
+    return None
+
+
+def _parameterization(path: Path) -> str | None:
+    """Return what the model's own .yaml says, if there is one; it is searched, not parsed."""
+    try:
+        text = read_bytes(path, limit=_MAX_YAML_BYTES).decode("utf-8", "replace")
+    except RequestError:
+        return None
+    match = re.search(r"^[ \t]*parameterization:[ \t]*[\"']?(v|eps)\b", text, re.MULTILINE)
+    if match is None:
+        return "epsilon" if re.search(r"^[ \t]*unet_config:", text, re.MULTILINE) else None
+    return "v_prediction" if match[1] == "v" else "epsilon"
+
+
+def _size(text: str) -> int | None:
+    match = re.fullmatch(r"\s*(\d{3,4})(?:x\d{3,4})?\s*", text)
+    size = 0 if match is None else int(match[1])
+    return size if size in _SIZES and size % 8 == 0 else None
+
+
+def _steps(names: str) -> int | None:
+    match = re.search(r"(?<!\d)([1-9]\d?)[-_ ]?steps?", names, re.IGNORECASE)
+    return None if match is None else int(match[1])

@@ -19,9 +19,9 @@ from sdvino.convert.families import (
 from sdvino.diffusion.scheduler_config import SchedulerConfig
 from sdvino.errors import RequestError
 from sdvino.inputs.files import check_all_inside, read_json
-from sdvino.weights.layouts.diffusers import component_tensors
+from sdvino.weights.layouts.diffusers import component_tensors, weight_files
 from sdvino.weights.lora import Lora
-from sdvino.weights.safetensors import PICKLES, TensorFile, Tensors
+from sdvino.weights.safetensors import Tensors
 
 # Sizes beyond these are no Stable Diffusion model, and would only eat memory.
 _LIMITS = {
@@ -41,29 +41,50 @@ _INPAINTING_CHANNELS = 9
 _Value = TypeVar("_Value")
 
 
-@dataclass(frozen=True, slots=True)
-class DiffusersFolder:
-    """A checked diffusers folder of a family that sdvino knows."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SourceFolder:
+    """A checked folder of a family that sdvino knows."""
 
     path: Path
-    #: The folder's name, never its path.
+    #: The model's name, never its path.
     name: str
     family: Family
     model_index: Mapping[str, Any]
     #: Sub-folder -> its config.json (scheduler: scheduler_config.json).
     configs: Mapping[str, Mapping[str, Any]]
-    #: Sub-folder -> its safetensors files.
+    #: Sub-folder -> its files of weights.
     weights: Mapping[str, tuple[Path, ...]]
     #: What the UNet predicts: epsilon, v_prediction or sample.
     prediction_type: str
     has_tiny_vae: bool
+    #: Sub-folder -> bytes of its weights, where they are elsewhere yet: such a source is an
+    #: outline, good for telling what a conversion would take.
+    elsewhere: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def tokenizers(self) -> tuple[str, ...]:
+        """Return the sub-folders of the tokenizers, one for each text encoder."""
+        return tuple(tokenizer_of(name) for name in self.family.text_encoders)
+
+    def folder(self, name: str) -> Path:
+        """Return where the sub-folder ``name`` stands."""
+        return self.path / name
+
+    def bytes_of(self, folder: str) -> int:
+        """Return the size of a sub-folder's weights."""
+        if folder in self.elsewhere:
+            return self.elsewhere[folder]
+        return sum(file.stat().st_size for file in self.weights[folder])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DiffusersFolder(SourceFolder):
+    """A checked diffusers folder."""
+
     #: Sub-folders that stand elsewhere than in ``path``.
     folders: Mapping[str, Path] = field(default_factory=dict)
     #: What is merged into the weights when a component is loaded.
     loras: tuple[Lora, ...] = ()
-    #: Sub-folder -> bytes of its weights, where they are elsewhere yet: such a source is an
-    #: outline, good for telling what a conversion would take.
-    elsewhere: Mapping[str, int] = field(default_factory=dict)
     #: Sub-folder -> its tensors, where they are in a file of another layout.
     packed: Mapping[str, Tensors] = field(default_factory=dict)
 
@@ -99,7 +120,6 @@ class DiffusersFolder:
         configs = {name: _read_config(path, name, "config.json") for name in folders}
         _check_configs(path, configs, text_encoders)
         configs["scheduler"] = _read_config(path, "scheduler", "scheduler_config.json")
-        scheduler = SchedulerConfig.from_dict(configs["scheduler"])
         for text_encoder in text_encoders:
             _check_tokenizer(path / tokenizer_of(text_encoder))
         own_name = path.resolve().name if name is None else name
@@ -117,8 +137,8 @@ class DiffusersFolder:
             configs=configs,
             weights={}
             if packed is not None
-            else {name: _find_weights(path / name) for name in folders if name not in away},
-            prediction_type=scheduler.for_sampler("ddim").prediction_type,
+            else {name: weight_files(path / name) for name in folders if name not in away},
+            prediction_type=prediction_of(configs["scheduler"]),
             has_tiny_vae=has_tiny_vae,
             elsewhere={part: away[part] for part in folders if part in away},
             packed={} if packed is None else packed,
@@ -129,11 +149,6 @@ class DiffusersFolder:
         """Return our components and the sub-folders that hold their weights."""
         tiny = {"tiny_vae": "tiny_vae"} if self.has_tiny_vae else {}
         return {**self.family.components, **tiny}
-
-    @property
-    def tokenizers(self) -> tuple[str, ...]:
-        """Return the sub-folders of the tokenizers, one for each text encoder."""
-        return tuple(tokenizer_of(name) for name in self.family.text_encoders)
 
     def folder(self, name: str) -> Path:
         """Return where the sub-folder ``name`` stands."""
@@ -156,7 +171,7 @@ class DiffusersFolder:
         source = self._with_config(name, read_json(folder / "config.json", f"{name}/config.json"))
         return replace(
             source,
-            weights={**source.weights, name: _find_weights(folder)},
+            weights={**source.weights, name: weight_files(folder)},
             folders={**source.folders, name: folder},
         )
 
@@ -192,11 +207,14 @@ class DiffusersFolder:
 
     def bytes_of(self, folder: str) -> int:
         """Return the size of a sub-folder's weights."""
-        if folder in self.elsewhere:
-            return self.elsewhere[folder]
-        if folder in self.packed:
+        if folder in self.packed and folder not in self.elsewhere:
             return sum(tensor.bytes for tensor in self.packed[folder].values())
-        return sum(file.stat().st_size for file in self.weights[folder])
+        return SourceFolder.bytes_of(self, folder)
+
+
+def prediction_of(scheduler: Mapping[str, Any]) -> str:
+    """Return what the UNet predicts by its scheduler_config.json; raises RequestError."""
+    return SchedulerConfig.from_dict(scheduler).for_sampler("ddim").prediction_type
 
 
 def _without(table: Mapping[str, _Value], name: str) -> dict[str, _Value]:
@@ -340,39 +358,3 @@ def _check_tokenizer(folder: Path) -> None:
             f"{folder} holds neither tokenizer.json nor vocab.json with merges.txt;"
             " download the source model again, complete."
         )
-
-
-def _find_weights(folder: Path) -> tuple[Path, ...]:
-    """Return the safetensors of one variant: the plain one, or else fp16's."""
-    files = sorted(folder.glob("*.safetensors"))
-    plain = [file for file in files if ".fp16" not in file.name and "non_ema" not in file.name]
-    half = [file for file in files if ".fp16" in file.name and "non_ema" not in file.name]
-    chosen = plain if plain else half
-    if chosen:
-        for file in chosen:
-            TensorFile.open(file)
-        _check_shards(folder, chosen)
-        return tuple(chosen)
-    if any(file.suffix.lower() in PICKLES for file in folder.glob("*")):
-        raise RequestError(
-            f"{folder} holds its weights as a pickle, which can run code when it is opened;"
-            " get the .safetensors version of the model."
-        )
-    raise RequestError(f"{folder} holds no .safetensors weights; download the source model again.")
-
-
-def _check_shards(folder: Path, files: Sequence[Path]) -> None:
-    """Check that every part that the index of the chosen variant lists is there."""
-    half = ".fp16" in files[0].name
-    names = {file.name for file in files}
-    for index in folder.glob("*.safetensors.index*.json"):
-        if (".fp16" in index.name) != half:
-            continue
-        table = read_json(index, f"{folder.name}/{index.name}").get("weight_map")
-        listed = set(map(str, table.values())) if isinstance(table, dict) else set()
-        missing = sorted(listed - names)
-        if missing:
-            raise RequestError(
-                f"{folder} has no {missing[0][:80]}, which {index.name} lists;"
-                " download the source model again, complete."
-            )

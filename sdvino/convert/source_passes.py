@@ -1,6 +1,6 @@
 """Passes over the source's weights as steps of a conversion.
 
-The step `gather` runs the source's own pipeline and writes what its components were called with to
+The step `record` runs the source's own pipeline and writes what its components were called with to
 inputs/; `pass 2-low_rank` makes passes/2-low_rank/COMPONENT of the folder that the pass before it
 made, or of the source. Export then takes the last one in the source's place.
 """
@@ -14,8 +14,9 @@ from typing import Any
 
 from sdvino.compress.calibration import CalibrationPlan
 from sdvino.compress.passes import SourcePass
+from sdvino.compress.prompts import evenly
 from sdvino.compress.recipes import Recipe
-from sdvino.convert.manifest import tool_versions
+from sdvino.convert.metadata import tool_versions
 from sdvino.convert.open_source import Source
 from sdvino.convert.openvino_source import OpenVinoFolder
 from sdvino.convert.request import WorkPlan
@@ -74,17 +75,16 @@ def name_of(recipe: Recipe, place: int) -> str:
 def plan_for_passes(plan: CalibrationPlan, unet_bytes: int) -> CalibrationPlan:
     """Return ``plan`` with as many inputs as passes need, and no more than it has."""
     most = _LARGE if unet_bytes >= _LARGE_UNET_BYTES else _SMALL
-    count = min(most["trajectories"], len(plan.prompts))
     return replace(
         plan,
-        prompts=tuple(plan.prompts[i * len(plan.prompts) // count] for i in range(count)),
+        prompts=tuple(evenly(plan.prompts, most["trajectories"])),
         strata=min(most["strata"], plan.strata),
         unet_samples=min(most["samples"], plan.unet_samples),
     )
 
 
-def gathering(plan: WorkPlan, source: Source) -> CalibrationPlan:
-    """Return what the step `gather` records: how the source is used, before any pass."""
+def recording(plan: WorkPlan, source: Source) -> CalibrationPlan:
+    """Return what the step `record` records: how the source is used, before any pass."""
     calibration = plan.calibration
     if suggested_after(plan.recipe):
         guidance = suggestions(source, {})["guidance_scale"]
@@ -116,8 +116,8 @@ def pass_steps(source: Source, plan: WorkPlan, origin: str) -> list[tuple[Step, 
     steps: list[tuple[Step, str]] = []
     basis = origin = key_of(origin, tool_versions(trained=True))
     if any(row.needs_inputs for row in rows):
-        basis = key_of(origin, asdict(gathering(plan, source)), sorted({r.component for r in rows}))
-        steps.append((Step("gather", "", source.bytes_of("unet")), basis))
+        basis = key_of(origin, asdict(recording(plan, source)), sorted({r.component for r in rows}))
+        steps.append((Step("record", "", source.bytes_of("unet")), basis))
     for place, row in enumerate(rows):
         key = key_of(basis, *done_to(row.component, rows[: place + 1]))
         size = source.bytes_of(row.component)

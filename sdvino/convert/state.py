@@ -31,8 +31,7 @@ from sdvino.convert.request import to_plain
 from sdvino.convert.staging import check_target, make_parents, remove_empty
 from sdvino.errors import OutputError, RequestError, SdvinoError
 from sdvino.folder.manifest import MANIFEST_FILE
-from sdvino.inputs.files import is_private, read_json, sha256_of
-from sdvino.runtime.locks import FileLock
+from sdvino.inputs.files import FileLock, is_private, read_json, sha256_of
 
 STATE_FORMAT = 1
 _STATE_FILE = "state.json"
@@ -133,7 +132,7 @@ class WorkFolder:
         What a pass has learnt is worth that before it is finished.
         """
         learnt = any((self.path / "learning").glob("*/*"))
-        return learnt or any(step != "frame" for step in self._steps)
+        return learnt or any(step != "metadata" for step in self._steps)
 
     def start_anew(self) -> None:
         """Forget every finished step and remove its files."""

@@ -1,4 +1,4 @@
-"""The steps of a conversion: what each needs, and how long it is expected to take."""
+"""The steps of a conversion: their names, and which share a process; progress."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-Kind = Literal["frame", "gather", "pass", "export", "calibrate", "compress"]
+Kind = Literal["metadata", "record", "pass", "export", "calibrate", "compress"]
 _KINDS: tuple[Kind, ...] = get_args(Kind)
 
 # Steps of components smaller than this share a process: importing libraries takes as long as their
@@ -74,10 +74,18 @@ def _family(step: Step, small: bool) -> str:
         return "train"
     if small:
         return "small"
-    if step.kind in ("frame", "export"):
+    if step.kind in ("metadata", "export"):
         return "networks"
-    return "torch" if step.kind in ("gather", "pass") else step.kind
+    return "torch" if step.kind in ("record", "pass") else step.kind
 
 
 #: Called with the name of a step and the share of it done, 0 to 1.
 StepProgress = Callable[[str, float], None]
+
+
+#: Called with what is being done and the share of the whole conversion done, 0 to 1.
+Progress = Callable[[str, float], None]
+
+
+def silent(what: str, share: float) -> None:
+    """Show nothing."""

@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from sdvino.convert.metadata import is_distilled, is_historic
 from sdvino.convert.open_source import Source
-from sdvino.convert.scheduler import is_distilled, is_historic
 from sdvino.diffusion.scheduler_config import sampler_from_config
 from sdvino.errors import RequestError
 from sdvino.folder.manifest import MANIFEST_FILE

@@ -33,8 +33,8 @@ from typing import Any, TextIO
 from sdvino.convert.request import WorkPlan
 from sdvino.convert.state import Files, files_under
 from sdvino.convert.steps import Step
-from sdvino.errors import RequestError, SdvinoError
-from sdvino.runtime.locks import FileLock
+from sdvino.errors import RequestError, SdvinoError, said_by
+from sdvino.inputs.files import FileLock
 
 _LOCK_FILE = "worker-lock"
 
@@ -118,21 +118,21 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _frame(
+def _metadata(
     plan: WorkPlan, work: Path, component: str, output: Path, progress: Callable[[float], None]
 ) -> None:
-    from sdvino.convert.frame import write_frame
+    from sdvino.convert.metadata import write_metadata
     from sdvino.convert.source_passes import scheduled_after
 
-    write_frame(scheduled_after(plan.open_source(work), plan.recipe), output)
+    write_metadata(scheduled_after(plan.open_source(work), plan.recipe), output)
 
 
-def _gather(
+def _record(
     plan: WorkPlan, work: Path, component: str, output: Path, progress: Callable[[float], None]
 ) -> None:
-    from sdvino.train.steps import gather
+    from sdvino.train.steps import record_inputs
 
-    gather(plan, plan.open_source(work), output, progress)
+    record_inputs(plan, plan.open_source(work), output, progress)
 
 
 def _pass(
@@ -147,7 +147,7 @@ def _export(
     plan: WorkPlan, work: Path, component: str, output: Path, progress: Callable[[float], None]
 ) -> None:
     from sdvino.convert.export import export_component
-    from sdvino.convert.frame import write_component_config
+    from sdvino.convert.metadata import write_component_config
     from sdvino.convert.source import DiffusersFolder
     from sdvino.convert.source_passes import with_passes
     from sdvino.runtime.mapped import pages_dropped
@@ -164,9 +164,9 @@ def _export(
 def _calibrate(
     plan: WorkPlan, work: Path, component: str, output: Path, progress: Callable[[float], None]
 ) -> None:
+    from sdvino.compress.calibration import save_samples
     from sdvino.compress.component_recipe import CALIBRATED
     from sdvino.compress.folder import calibrate
-    from sdvino.compress.samples import save_samples
     from sdvino.runtime.mapped import pages_dropped
 
     measured = {
@@ -191,9 +191,9 @@ def _compress(
         return
     import openvino as ov
 
+    from sdvino.compress.calibration import load_samples
     from sdvino.compress.folder import compress_component
     from sdvino.compress.local_report import write_plan
-    from sdvino.compress.samples import load_samples
     from sdvino.compress.statistics import Statistics, has_statistics
     from sdvino.compress.targets import get_target
     from sdvino.graph.saving import given_names, save_graph
@@ -238,8 +238,8 @@ def _link(file: Path, copy: Path) -> None:
 #: Kind of step -> what does it, and where its output goes: a folder that it replaces, or, with a
 #: slash at the end, a folder that it adds to.
 STEPS: Mapping[str, tuple[StepFunction, Callable[[str], list[str]]]] = {
-    "frame": (_frame, lambda component: ["model/", "float/"]),
-    "gather": (_gather, lambda component: ["inputs/"]),
+    "metadata": (_metadata, lambda component: ["model/", "float/"]),
+    "record": (_record, lambda component: ["inputs/"]),
     "pass": (_pass, lambda component: [f"passes/{component}"]),
     "export": (_export, lambda component: [f"float/{component}"]),
     "calibrate": (_calibrate, lambda component: ["calibration/"]),
@@ -269,8 +269,7 @@ def _describe(error: BaseException, step: str) -> dict[str, Any]:
         described["type"] = "OSError"
         described["arguments"] = [error.errno, error.strerror, error.filename]
     else:
-        what = f"{type(error).__name__}: {error}".splitlines()[0]
-        described["message"] = f"The step `{step}` failed: {what}"
+        described["message"] = f"The step `{step}` failed: {said_by(error)}"
     return described
 
 

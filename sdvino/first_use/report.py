@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from sdvino.first_use.store import LIMIT_VARIABLE, ConvertedModels, Entry, names_of
 from sdvino.folder.hub import Report
-from sdvino.inputs.sizes import shown_seconds, shown_size
+from sdvino.inputs.shown import shown_seconds, shown_size
 
 if TYPE_CHECKING:
     from sdvino.convert.api import Outlook

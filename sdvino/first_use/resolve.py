@@ -14,30 +14,29 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sdvino.errors import ModelFolderError, OutputError, RequestError, SdvinoError
 from sdvino.first_use.report import above_bar, announcement, progress_bar, trim
 from sdvino.first_use.sources import HubSource, LocalSource, find_on_hub
 from sdvino.first_use.store import FOLDER_VARIABLE, ConvertedModels, Entry
 from sdvino.folder.hub import (
+    Hub,
     NotConverted,
     NotDownloaded,
-    Report,
     fetch,
     local_model,
     not_found,
-    report_to_stderr,
     resolve_model,
     runnable_files,
 )
 from sdvino.folder.index import INDEX_FILE, ModelFolder
-from sdvino.inputs.sizes import shown_size
+from sdvino.inputs.shown import shown_size
 from sdvino.runtime.cache import cache_key
 
 if TYPE_CHECKING:
+    from sdvino.compress.thresholds import GateSettings
     from sdvino.convert.api import Outlook
-    from sdvino.convert.gating import GateSettings
 
 Source = LocalSource | HubSource
 #: Changed when what is converted today should not be found any more.
@@ -52,10 +51,8 @@ class _Asked:
 
     recipe: str | Path | None
     gate: bool
-    offline: bool
-    max_download: int | None
     quiet: bool
-    report: Report
+    hub: Hub
 
     @property
     def recipes(self) -> tuple[str | Path, ...]:
@@ -70,7 +67,7 @@ class _Asked:
         """Return how the result is compared."""
         if not self.gate:
             return None
-        from sdvino.convert.gating import GateSettings
+        from sdvino.compress.thresholds import GateSettings
 
         return GateSettings()
 
@@ -89,12 +86,9 @@ def resolve(
     *,
     recipe: str | Path | None = None,
     gate: bool = False,
-    revision: str | None = None,
     cache_dir: str | Path | None = None,
-    offline: bool = False,
-    max_download: int | None = None,
     quiet: bool = False,
-    report: Report = report_to_stderr,
+    **hub: Any,
 ) -> Path:
     """Return the model folder of ``model``, downloaded and converted when need be.
 
@@ -103,8 +97,9 @@ def resolve(
     or a hub id of one (owner/name, owner/name/FILE.safetensors) is converted into the user's cache,
     once: it is known by its content, on the hub by its commit, and found again wherever it is.
     recipe: as in `sdvino.convert.api.convert`; None takes int8 where NNCF is installed, else fp16.
-    gate: compare the result with the uncompressed model. quiet: without a bar. report: told, in a
-    line each, what is downloaded, converted and dropped.
+    gate: compare the result with the uncompressed model. quiet: without a bar. cache_dir and
+    ``hub``: fields of `sdvino.folder.hub.Hub`; its report is told, in a line each, what is
+    downloaded, converted and dropped.
 
     Raises RequestError, before anything is written, for what cannot be converted and for a recipe
     beside a model that needs none; OutputError for a cache that cannot be written, or too small a
@@ -118,17 +113,11 @@ def resolve(
         from sdvino.compress.recipes import get_recipe
 
         get_recipe(recipe)  # before anything is downloaded
-    asked = _Asked(
-        recipe=recipe,
-        gate=gate,
-        offline=offline,
-        max_download=max_download,
-        quiet=quiet,
-        report=report,
-    )
+    how = Hub(cache_dir=None if cache_dir is None else Path(cache_dir), **hub)
+    asked = _Asked(recipe=recipe, gate=gate, quiet=quiet, hub=how)
     if path is not None:
-        return _converted(LocalSource(path.absolute(), revision), asked)
-    found = _on_hub(str(model), revision, cache_dir, asked)
+        return _converted(LocalSource(path.absolute(), how.revision), asked)
+    found = _on_hub(str(model), asked)
     return found if isinstance(found, Path) else _converted(found, asked)
 
 
@@ -165,9 +154,7 @@ def _check_unasked(model: object, recipe: str | Path | None, gate: bool) -> None
         )
 
 
-def _on_hub(
-    model: str, revision: str | None, cache_dir: str | Path | None, asked: _Asked
-) -> Path | HubSource:
+def _on_hub(model: str, asked: _Asked) -> Path | HubSource:
     """Return the folder of an OpenVINO model on the hub, or what there is to convert.
 
     Where the hub cannot be reached and nothing is here, what an earlier conversion made will do.
@@ -187,36 +174,21 @@ def _on_hub(
     try:
         with contextlib.suppress(NotConverted):
             if alone:
-                return fetch(
-                    model,
-                    choose,
-                    revision=revision,
-                    cache_dir=cache_dir,
-                    offline=asked.offline,
-                    max_download=asked.max_download,
-                    progress=asked.report,
-                )
-        return find_on_hub(
-            model,
-            revision=revision,
-            cache_dir=cache_dir,
-            offline=asked.offline,
-            max_download=asked.max_download,
-            report=asked.report,
-        )
+                return fetch(model, choose, asked.hub)
+        return find_on_hub(model, asked.hub)
     except NotDownloaded:
-        found = _made_before(model, revision, asked)
+        found = _made_before(model, asked)
         if found is None:
             raise
         return found
 
 
-def _made_before(model: str, revision: str | None, asked: _Asked) -> Path | None:
+def _made_before(model: str, asked: _Asked) -> Path | None:
     """Return what was converted of a model on the hub, last used at last, as it is asked for."""
     store = ConvertedModels()
     for entry in reversed(store.entries()):
         made = entry.made
-        if made.hub == model and revision in (made.revision, made.commit):
+        if made.hub == model and asked.hub.revision in (made.revision, made.commit):
             found = _ready(store, made.source, asked)
             if found is not None:
                 return found
@@ -231,7 +203,7 @@ def _converted(source: Source, asked: _Asked) -> Path:
         with tempfile.TemporaryDirectory(prefix="sdvino-") as scratch:
             _look_ahead(source, asked, Path(scratch) / "model")
         if source.unread > _LONG_BYTES:
-            asked.report(
+            asked.hub.report(
                 f"Reading {source.name} ({shown_size(source.unread)}) to know it by its content."
             )
     known = source.key()
@@ -244,7 +216,7 @@ def _ready(store: ConvertedModels, source: str, asked: _Asked) -> Path | None:
     for key in asked.keys(source):
         entry = store.entry(key)
         if entry is not None and store.use(entry) and _is_sound(entry):
-            trim(store, entry, asked.report)
+            trim(store, entry, asked.hub.report)
             return entry.model
     return None
 
@@ -260,14 +232,14 @@ def _convert(source: Source, known: str, store: ConvertedModels, asked: _Asked) 
     _check_room(outlook, store.root)
 
     def waiting() -> None:
-        asked.report(f"Another process is converting {source.name}; waiting until it is done.")
+        asked.hub.report(f"Another process is converting {source.name}; waiting until it is done.")
 
     with store.converting(key, source.made(outlook.recipe.name, known), waiting) as entry:
         if entry.complete and _is_sound(entry):  # by that other process
             store.use(entry)
             return entry.model
         store.discard(entry)
-        asked.report(_announcement(source, outlook, entry, store, asked))
+        asked.hub.report(_announcement(source, outlook, entry, store, asked))
         request = source.request(recipe, asked.gate_settings)
         with progress_bar(quiet=asked.quiet) as show:
             run(
@@ -276,7 +248,7 @@ def _convert(source: Source, known: str, store: ConvertedModels, asked: _Asked) 
                 overwrite=False,
                 fresh=False,
                 progress=show,
-                say=above_bar(asked.report),
+                say=above_bar(asked.hub.report),
             )
         if source.key() != known:
             store.discard(entry)
@@ -284,7 +256,7 @@ def _convert(source: Source, known: str, store: ConvertedModels, asked: _Asked) 
         store.use(entry)
     if asked.gate:  # the same without is of no use any more
         _remove_uncompared(store, entry, asked)
-    trim(store, entry, asked.report)
+    trim(store, entry, asked.hub.report)
     return entry.model
 
 

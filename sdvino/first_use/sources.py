@@ -7,19 +7,18 @@ model on the hub by its commit and the files chosen from it. What they are calle
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sdvino.errors import RequestError
 from sdvino.first_use.store import Made
 from sdvino.folder.hub import (
+    Hub,
     NotDownloaded,
-    Report,
     fetch,
     list_files,
     names_in,
-    report_to_stderr,
     snapshot_here,
 )
 from sdvino.folder.hub_files import note_commit
@@ -30,7 +29,7 @@ from sdvino.text.vocabulary import MAX_FILE_BYTES
 from sdvino.weights.safetensors import open_tensors
 
 if TYPE_CHECKING:
-    from sdvino.convert.gating import GateSettings
+    from sdvino.compress.thresholds import GateSettings
     from sdvino.convert.request import Request
 
 #: What of a diffusers folder converting reads.
@@ -110,15 +109,11 @@ class HubSource:
     name: str
     #: owner/name.
     model: str
-    #: As it was asked for, and the commit that it stands for.
-    revision: str | None
+    #: How the hub is asked, and the commit that the revision stands for.
+    hub: Hub
     commit: str
     #: The files that converting reads -> bytes.
     sizes: Mapping[str, int | None]
-    cache_dir: Path | None = None
-    offline: bool = False
-    max_download: int | None = None
-    report: Report = field(default=report_to_stderr)
 
     #: Nothing has to be read to know which it is.
     unread = 0
@@ -134,7 +129,7 @@ class HubSource:
             recipe=recipe,
             source=source,
             hub=self.name,
-            revision=self.revision,
+            revision=self.hub.revision,
             commit=self.commit,
         )
 
@@ -142,15 +137,15 @@ class HubSource:
         """Return the request to look ahead with; only what is small is downloaded for it."""
         from sdvino.convert.api import make_request
 
-        if self.cache_dir is not None:  # looking ahead knows no other cache than the hub's own
+        if self.hub.cache_dir is not None:  # looking ahead knows no other cache than the hub's own
             return self.request(recipe, gate)
         return make_request(
             self.name,
             recipe=recipe,
             gate=gate,
             revision=self.commit,
-            offline=self.offline,
-            max_download=self.max_download,
+            offline=self.hub.offline,
+            max_download=self.hub.max_download,
             download=False,
         )
 
@@ -158,16 +153,8 @@ class HubSource:
         """Return the request to convert by, once everything is downloaded."""
         from sdvino.convert.api import make_request
 
-        folder = fetch(
-            self.model,
-            self._choose,
-            revision=self.commit,
-            cache_dir=self.cache_dir,
-            offline=self.offline,
-            max_download=self.max_download,
-            progress=self.report,
-        )
-        note_commit(folder, self.revision)
+        folder = fetch(self.model, self._choose, replace(self.hub, revision=self.commit))
+        note_commit(folder, self.hub.revision)
         # A single file is all that is chosen, or the index of a folder is among it.
         path = folder / next(iter(self.sizes)) if len(self.sizes) == 1 else folder
         return replace(make_request(path, recipe=recipe, gate=gate), source_name=self.name)
@@ -176,15 +163,7 @@ class HubSource:
         return list(self.sizes)
 
 
-def find_on_hub(
-    name: str,
-    *,
-    revision: str | None,
-    cache_dir: str | Path | None,
-    offline: bool,
-    max_download: int | None,
-    report: Report,
-) -> HubSource:
+def find_on_hub(name: str, hub: Hub) -> HubSource:
     """Return what there is to convert of the model ``name`` on the hub.
 
     name: owner/name, or owner/name/FILE.safetensors. Raises ModelFolderError where there is
@@ -193,12 +172,11 @@ def find_on_hub(
     from sdvino.convert.hub_source import choose_files, split_file
 
     model, file = split_file(name)
-    cache = None if cache_dir is None else Path(cache_dir)
-    listing = list_files(model, revision=revision, offline=offline)
+    listing = list_files(model, hub)
     if listing is not None:
         commit, sizes = listing.commit, dict(listing.sizes)
     else:
-        folder = snapshot_here(model, revision=revision, cache_dir=cache)
+        folder = snapshot_here(model, hub)
         if folder is None:
             raise NotDownloaded(
                 f"{model} was not downloaded before, and the hub is out of reach; connect once, or"
@@ -206,17 +184,8 @@ def find_on_hub(
             )
         commit = folder.name
         sizes = {name: (folder / name).stat().st_size for name in names_in(folder)}
-    return HubSource(
-        name=name,
-        model=model,
-        revision=revision,
-        commit=commit,
-        sizes={name: sizes[name] for name in choose_files(model, file, list(sizes))},
-        cache_dir=cache,
-        offline=offline,
-        max_download=max_download,
-        report=report,
-    )
+    chosen = {name: sizes[name] for name in choose_files(model, file, list(sizes))}
+    return HubSource(name=name, model=model, hub=hub, commit=commit, sizes=chosen)
 
 
 def _digests() -> Path:

@@ -25,11 +25,9 @@ from typing import Any
 
 from sdvino.errors import OutputError, SdvinoError
 from sdvino.folder.manifest import MANIFEST_FILE
-from sdvino.inputs.files import is_private, read_json, replace_file
-from sdvino.inputs.names import user_path
-from sdvino.inputs.sizes import parse_size
+from sdvino.inputs.files import FileLock, is_private, read_json, replace_file, user_path
+from sdvino.inputs.shown import parse_size
 from sdvino.runtime.cache import default_cache_dir
-from sdvino.runtime.locks import FileLock
 
 #: The variables that say where converted models are kept, and how many bytes they may take.
 FOLDER_VARIABLE, LIMIT_VARIABLE = "SDVINO_MODELS_DIR", "SDVINO_MODELS_LIMIT"

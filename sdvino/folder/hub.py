@@ -10,7 +10,9 @@ import errno
 import re
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from sdvino.errors import ModelFolderError, RequestError, SdvinoError
 from sdvino.folder.hub_files import (
@@ -21,7 +23,7 @@ from sdvino.folder.hub_files import (
     note_commit,
     read_listing,
 )
-from sdvino.inputs.names import user_path
+from sdvino.inputs.files import user_path
 from sdvino.inputs.shown import lines
 from sdvino.settings import COMPONENTS
 
@@ -53,23 +55,43 @@ def report_to_stderr(message: str) -> None:
     sys.stderr.write(f"sdvino: {lines(message)}\n")
 
 
-def resolve_model(
-    model: str | Path | None,
-    *,
-    revision: str | None = None,
-    cache_dir: str | Path | None = None,
-    offline: bool = False,
-    max_download: int | None = None,
-    progress: Report = report_to_stderr,
-) -> Path:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hub:
+    """How the hub is asked. Raises RequestError for what is no revision."""
+
+    #: Branch, tag or commit; None: the main one.
+    revision: str | None = None
+    #: Where downloads are kept; None: the hub's own cache.
+    cache_dir: Path | None = None
+    #: Ask nobody: what is in the cache will do. HF_HUB_OFFLINE says so too.
+    offline: bool = False
+    #: The most bytes that a download may bring; None: 32 GB.
+    max_download: int | None = None
+    #: Told, in a line, the size of what is about to be downloaded.
+    report: Report = report_to_stderr
+
+    def __post_init__(self) -> None:
+        revision = self.revision
+        if revision is not None and (_REVISION.fullmatch(revision) is None or ".." in revision):
+            raise RequestError(
+                f"{revision[:80]!r} is no revision; give a branch, a tag or a commit."
+            )
+
+    @property
+    def is_asked(self) -> bool:
+        """Whether there is to be a connection."""
+        from huggingface_hub import constants
+
+        return not (self.offline or constants.HF_HUB_OFFLINE)
+
+
+def resolve_model(model: str | Path | None, **hub: Any) -> Path:
     """Return the folder of ``model``, downloading it when need be.
 
     None is the bundled demo model; a folder is returned as it is (an existing one goes before a hub
-    id of the same name); ``owner/name`` is a ready-made OpenVINO model on the hub, at ``revision``
-    (branch, tag or commit), kept in ``cache_dir`` or the hub's own cache, from which it comes when
-    ``offline``, when HF_HUB_OFFLINE is set, or when the hub cannot be reached. A download that was
-    cut off is resumed. ``max_download`` is the most bytes that it may bring; None: 32 GB.
-    ``progress`` is told, in a line, the size of what is about to be downloaded.
+    id of the same name); ``owner/name`` is a ready-made OpenVINO model on the hub, asked as the
+    fields of `Hub` say, and from the cache when it cannot be reached. A download that was cut off
+    is resumed.
 
     Raises ModelFolderError when there is no such model or it is not an OpenVINO one, RequestError
     when it is too large, OutputError when the disk is too small for it, SdvinoError when the hub
@@ -83,15 +105,7 @@ def resolve_model(
     name = str(model)
     if not is_hub_id(name):
         raise not_found(name)
-    return fetch(
-        name,
-        lambda names: runnable_files(name, names),
-        revision=revision,
-        cache_dir=cache_dir,
-        offline=offline,
-        max_download=max_download,
-        progress=progress,
-    )
+    return fetch(name, lambda names: runnable_files(name, names), Hub(**hub))
 
 
 def local_model(model: str | Path) -> Path | None:
@@ -120,24 +134,35 @@ def is_hub_id(text: str) -> bool:
     return _HUB_ID.fullmatch(text) is not None and ".." not in text and "--" not in text
 
 
-def fetch(
-    model: str,
-    choose: Choose,
-    *,
-    revision: str | None = None,
-    cache_dir: str | Path | None = None,
-    offline: bool = False,
-    max_download: int | None = None,
-    progress: Report = report_to_stderr,
-) -> Path:
+def fetch(model: str, choose: Choose, hub: Hub) -> Path:
     """Return the folder of those files of the repository ``model`` that ``choose`` picks.
 
-    The rest is as in `resolve_model`.
+    Raises as `resolve_model` does.
     """
-    _check_revision(revision)
-    limit = download_limit(max_download)
-    cache = None if cache_dir is None else Path(cache_dir)
-    return _from_hub(model, choose, revision, cache, offline, limit, progress)
+    limit = download_limit(hub.max_download)
+    if not hub.is_asked:
+        complaint = f"{model} was not downloaded before, and sdvino is offline"
+        return _from_cache(model, choose, hub, complaint)
+    listing: Listing | None = None
+    try:
+        listing = read_listing(model, hub.revision)
+        wanted = list(dict.fromkeys(choose(list(listing.sizes))))
+        folder = download(listing, wanted, hub.cache_dir, limit, hub.report)
+        # Only now: what is here of the commit before is whole, and this was not until now.
+        note_commit(folder, hub.revision)
+        return folder
+    except network_errors() as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EACCES, errno.EROFS):
+            raise
+        complaint = (
+            f"The hub cannot be reached ({type(error).__name__}), and {model} was not downloaded"
+            " before"
+        )
+        folder = _from_cache(model, choose, hub, complaint, error)
+        if listing is not None and folder.name == listing.commit:  # what just broke off
+            raise _not_here(complaint, hub.revision) from error
+        hub.report("The hub cannot be reached; using the copy that was downloaded before.")
+        return folder
 
 
 def bundled_model() -> Path:
@@ -151,95 +176,41 @@ def bundled_model() -> Path:
     )
 
 
-def list_files(model: str, *, revision: str | None = None, offline: bool = False) -> Listing | None:
+def list_files(model: str, hub: Hub) -> Listing | None:
     """Return what the repository ``model`` holds; None when offline, or the hub is out of reach.
 
-    Raises ModelFolderError when there is no such model, RequestError for no revision.
+    Raises ModelFolderError when there is no such model.
     """
-    from huggingface_hub import constants
-
-    _check_revision(revision)
-    if offline or constants.HF_HUB_OFFLINE:
+    if not hub.is_asked:
         return None
     try:
-        return read_listing(model, revision)
+        return read_listing(model, hub.revision)
     except network_errors():
         return None
 
 
-def snapshot_here(
-    model: str, *, revision: str | None = None, cache_dir: str | Path | None = None
-) -> Path | None:
+def snapshot_here(model: str, hub: Hub) -> Path | None:
     """Return the folder of what was downloaded of ``model`` before, called as its commit is."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
         return Path(
-            snapshot_download(model, revision=revision, cache_dir=cache_dir, local_files_only=True)
+            snapshot_download(
+                model, revision=hub.revision, cache_dir=hub.cache_dir, local_files_only=True
+            )
         )
     except LocalEntryNotFoundError:
         return None
 
 
-def _check_revision(revision: str | None) -> None:
-    if revision is not None and (_REVISION.fullmatch(revision) is None or ".." in revision):
-        raise RequestError(f"{revision[:80]!r} is no revision; give a branch, a tag or a commit.")
-
-
-def _from_hub(
-    model: str,
-    choose: Choose,
-    revision: str | None,
-    cache_dir: Path | None,
-    offline: bool,
-    limit: int,
-    progress: Report,
-) -> Path:
-    from huggingface_hub import constants
-
-    if offline or constants.HF_HUB_OFFLINE:
-        return _from_cache(
-            model,
-            choose,
-            revision,
-            cache_dir,
-            f"{model} was not downloaded before, and sdvino is offline",
-        )
-    listing: Listing | None = None
-    try:
-        listing = read_listing(model, revision)
-        wanted = list(dict.fromkeys(choose(list(listing.sizes))))
-        folder = download(listing, wanted, cache_dir, limit, progress)
-        # Only now: what is here of the commit before is whole, and this was not until now.
-        note_commit(folder, revision)
-        return folder
-    except network_errors() as error:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EACCES, errno.EROFS):
-            raise
-        complaint = (
-            f"The hub cannot be reached ({type(error).__name__}), and {model} was not downloaded"
-            " before"
-        )
-        folder = _from_cache(model, choose, revision, cache_dir, complaint, error)
-        if listing is not None and folder.name == listing.commit:  # what just broke off
-            raise _not_here(complaint, revision) from error
-        progress("The hub cannot be reached; using the copy that was downloaded before.")
-        return folder
-
-
 def _from_cache(
-    model: str,
-    choose: Choose,
-    revision: str | None,
-    cache_dir: Path | None,
-    complaint: str,
-    cause: Exception | None = None,
+    model: str, choose: Choose, hub: Hub, complaint: str, cause: Exception | None = None
 ) -> Path:
     """Return what was downloaded before; raises SdvinoError with ``complaint`` if nothing was."""
-    folder = snapshot_here(model, revision=revision, cache_dir=cache_dir)
+    folder = snapshot_here(model, hub)
     if folder is None:
-        raise _not_here(complaint, revision) from cause
+        raise _not_here(complaint, hub.revision) from cause
     choose(names_in(folder))
     return folder
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 from sdvino.errors import ModelFolderError, OutputError, RequestError, SdvinoError
-from sdvino.inputs.sizes import shown_size
+from sdvino.inputs.shown import shown_size
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi

@@ -15,7 +15,7 @@ from typing import Any
 
 from sdvino.errors import ModelFolderError
 from sdvino.families import FAMILIES, PIPELINE_KINDS, SPECIAL_UNETS, PipelineKind
-from sdvino.folder.components import ComponentFiles, read_component
+from sdvino.folder.components import ComponentFiles, Sizes, read_component
 from sdvino.folder.manifest import (
     MANIFEST_FILE,
     MAX_AROUND_BYTES,
@@ -24,7 +24,6 @@ from sdvino.folder.manifest import (
     Suggested,
     files_around,
 )
-from sdvino.folder.sizes import Sizes
 from sdvino.inputs.digests import wrong_file
 from sdvino.inputs.files import check_inside, open_file, read_json, sha256_of
 from sdvino.settings import COMPONENTS

@@ -7,13 +7,13 @@ import math
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from sdvino.errors import ModelFolderError
 from sdvino.inputs.files import read_json, sha256_of
-from sdvino.settings import COMPONENTS, SAMPLERS, Precision, SamplerName
+from sdvino.settings import COMPONENTS, SAMPLERS, SamplerName
 
 MANIFEST_FILE = "sdvino.json"
 MANIFEST_FORMAT = 1
@@ -58,20 +58,6 @@ class ManifestComponent:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Accelerated:
-    """What pays on a device, by `sdvino.runtime.acceleration`: defaults for runs on one like it."""
-
-    #: As `--device` takes it: CPU, GPU, HETERO:GPU,CPU ...
-    device: str
-    #: Its kind: avx2, avx2-vnni, gpu ...
-    kind: str
-    #: Arithmetic of float layers; None: the device's own choice.
-    precision: Precision | None = None
-    #: Graph rewrites by name; unknown ones are left out.
-    rewrites: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
     """The content of `sdvino.json`."""
 
@@ -89,8 +75,8 @@ class Manifest:
     baked: Mapping[str, Any] = field(default_factory=dict)
     #: What was done to the weights before they were exported, in order, with figures.
     passes: tuple[Mapping[str, Any], ...] = ()
-    #: What pays on the devices that it was made for.
-    accelerated: tuple[Accelerated, ...] = ()
+    #: The kind of machine that its 8-bit activations are made for; None: there are none.
+    target: str | None = None
     #: Tool to version.
     versions: Mapping[str, str] = field(default_factory=dict)
 
@@ -126,7 +112,7 @@ class Manifest:
             suggested=_suggested(value.get("suggested", {})),
             baked=_get(value, "baked", dict, {}),
             passes=_passes(value),
-            accelerated=tuple(map(_accelerated, _get(value, "accelerated", list, []))),
+            target=_get(value, "target", str, None),
             versions={
                 str(tool): str(version)
                 for tool, version in _get(value, "versions", dict, {}).items()
@@ -158,11 +144,7 @@ class Manifest:
             },
             **({"baked": dict(self.baked)} if self.baked else {}),
             **({"passes": [dict(entry) for entry in self.passes]} if self.passes else {}),
-            **(
-                {"accelerated": [_plain(entry) for entry in self.accelerated]}
-                if self.accelerated
-                else {}
-            ),
+            **({} if self.target is None else {"target": self.target}),
             "versions": dict(self.versions),
         }
 
@@ -226,27 +208,6 @@ def _suggested(value: object) -> Suggested:
         num_inference_steps=steps,
         guidance_scale=None if guidance is None else float(guidance),
         scheduler=scheduler,
-    )
-
-
-def _plain(entry: Accelerated) -> dict[str, Any]:
-    return {**asdict(entry), "rewrites": list(entry.rewrites)}
-
-
-def _accelerated(entry: object) -> Accelerated:
-    if not isinstance(entry, dict):
-        raise _wrong("has an `accelerated` that holds no objects")
-    precision = _get(entry, "precision", str, None)
-    rewrites = _get(entry, "rewrites", list, [])
-    if precision is not None and precision not in get_args(Precision):
-        raise _wrong(f"has a precision {precision[:80]!r} that this sdvino does not have")
-    if not all(isinstance(name, str) for name in rewrites):
-        raise _wrong("has `rewrites` that are no names")
-    return Accelerated(
-        device=_get(entry, "device", str),
-        kind=_get(entry, "kind", str),
-        precision=precision,
-        rewrites=tuple(rewrites),
     )
 
 

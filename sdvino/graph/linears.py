@@ -12,7 +12,7 @@ import numpy as np
 import openvino as ov
 from openvino import opset13 as ops
 
-from sdvino.graph.walk import consumers, is_constant, view_constant
+from sdvino.graph.walk import bias_of, consumers, stored_constant, view_constant
 
 _EIGHT_BITS = (ov.Type.i8, ov.Type.u8)
 _ARITHMETIC = {"Multiply": ops.multiply, "Subtract": ops.subtract}
@@ -72,11 +72,12 @@ def _replace(node: ov.Node, source: ov.Node) -> None:
     name, last = node.get_friendly_name(), node
     result = ops.convolution(source, weights, [1, 1], [0, 0], [0, 0], [1, 1])
     result.set_friendly_name(name)
+    port = bias_of(node)
+    bias = None if port is None else port.get_source_output()
+    if port is not None and bias is not None and _by_channel(bias, channels):
+        result = ops.add(result, ops.reshape(bias, [1, channels, 1, 1], False))
+        last = port.get_node()
     following = _only_reader(last)
-    bias = None if following is None else _bias(following, channels)
-    if following is not None and bias is not None:
-        result, last = ops.add(result, bias), following
-        following = _only_reader(last)
     if following is not None and following.get_type_name() == "Gelu":
         result = ops.gelu(result, following.get_attributes()["approximation_mode"])
         last = following
@@ -90,16 +91,10 @@ def _only_reader(node: ov.Node) -> ov.Node | None:
     return readers[0] if len(readers) == 1 else None
 
 
-def _bias(node: ov.Node, channels: int) -> ov.Output | None:
-    """Return what ``node`` adds to every token, as [1, C, 1, 1]; None unless it does."""
-    if node.get_type_name() != "Add":
-        return None
-    for port in node.input_values():
-        if is_constant(port):
-            shape = list(port.get_shape())
-            if shape and shape[-1] == int(np.prod(shape)) == channels:
-                return ops.reshape(port, [1, channels, 1, 1], False).output(0)
-    return None
+def _by_channel(port: ov.Output, channels: int) -> bool:
+    """Return whether ``port`` has one number for each channel of tokens [B, N, C]."""
+    shape = list(port.get_shape())
+    return bool(shape) and shape[-1] == int(np.prod(shape)) == channels
 
 
 def _weights_known(port: ov.Output) -> bool:
@@ -117,11 +112,9 @@ def _weights_known(port: ov.Output) -> bool:
 
 def _known_beside(port: ov.Output) -> bool:
     """Return whether ``port`` is one number, or one for each row or each number of the weights."""
-    node = port.get_node()
-    if node.get_type_name() == "Convert":
-        node = node.input_value(0).get_node()
-    shape = list(node.get_output_shape(0))
-    return node.get_type_name() == "Constant" and (len(shape) == 2 or shape in ([], [1]))
+    node = stored_constant(port)
+    shape = [] if node is None else list(node.get_output_shape(0))
+    return node is not None and (len(shape) == 2 or shape in ([], [1]))
 
 
 def _as_pixel(port: ov.Output) -> ov.Output:

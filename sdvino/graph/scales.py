@@ -12,7 +12,7 @@ import openvino as ov
 from numpy.typing import NDArray
 from openvino import opset13 as ops
 
-from sdvino.graph.walk import consumers, is_constant
+from sdvino.graph.walk import consumers, is_constant, stored_constant
 
 Array = NDArray[np.float32]
 
@@ -128,10 +128,8 @@ def _alone(weights: ov.Output, scaled: ov.Node) -> bool:
 
 def _values(port: ov.Output) -> Array | None:
     """Return the numbers of a constant, or of one kept in half precision; None for others."""
-    node = port.get_node()
-    if node.get_type_name() == "Convert":
-        node = node.input_value(0).get_node()
-    if node.get_type_name() != "Constant" or not node.get_element_type().is_real():
+    node = stored_constant(port)
+    if node is None or not node.get_element_type().is_real():
         return None
     return np.asarray(node.get_data(), np.float32)
 

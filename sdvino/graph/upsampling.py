@@ -17,7 +17,7 @@ import openvino as ov
 from numpy.typing import NDArray
 from openvino import opset13 as ops
 
-from sdvino.graph.walk import consumers, is_constant
+from sdvino.graph.walk import bias_of, stored_constant
 
 _PHASES = tuple((row, column) for row in (0, 1) for column in (0, 1))
 #: What the name of a phase has behind that of its convolution.
@@ -83,13 +83,8 @@ def _is_doubling(node: ov.Node) -> bool:
 
 def _floats(port: ov.Output) -> NDArray[Any] | None:
     """Return the weights at ``port``, stored in f32 or f16; None for others."""
-    node = port.get_node()
-    if node.get_type_name() == "Convert":
-        node = node.input_value(0).get_node()
-    if node.get_type_name() != "Constant" or node.get_element_type() not in (
-        ov.Type.f32,
-        ov.Type.f16,
-    ):
+    node = stored_constant(port)
+    if node is None or node.get_element_type() not in (ov.Type.f32, ov.Type.f16):
         return None
     values: NDArray[Any] = node.get_data()
     return values
@@ -101,8 +96,7 @@ def _split(node: ov.Node) -> None:
     weights = _floats(node.input_value(1))
     assert weights is not None
     name, last = node.get_friendly_name(), node
-    readers = consumers(node.output(0))
-    bias = _bias(readers[0], len(weights)) if len(readers) == 1 else None
+    bias = bias_of(node, len(weights))
     phases = []
     for row, column in _PHASES:
         kernel = summed(summed(weights.astype(np.float32), row, 2), column, 3)
@@ -114,11 +108,11 @@ def _split(node: ov.Node) -> None:
         )
         phase.set_friendly_name(f"{name}{_MARK}{row}{column}")
         if bias is not None:  # the convolution's kernel adds it
-            phase = ops.add(phase, bias)
+            phase = ops.add(phase, bias.get_source_output())
             phase.set_friendly_name(f"{name}{_MARK}{row}{column}/bias")
         phases.append(phase)
     if bias is not None:
-        last = readers[0]
+        last = bias.get_node()
     together = ops.concat(phases, 1)
     together.set_friendly_name(f"{name}{_MARK}s")
     result = ops.depth_to_space(together, "blocks_first", 2)
@@ -135,13 +129,3 @@ def summed(weights: NDArray[np.float32], phase: int, axis: int) -> NDArray[np.fl
     first, middle, last = np.split(weights, 3, axis)
     pair = (first, middle + last) if phase == 0 else (first + middle, last)
     return np.concatenate(pair, axis)
-
-
-def _bias(node: ov.Node, channels: int) -> ov.Output | None:
-    """Return the constant [1, C, 1, 1] that ``node`` adds; None unless it does."""
-    if node.get_type_name() != "Add":
-        return None
-    for port in node.input_values():
-        if is_constant(port) and list(port.get_shape()) == [1, channels, 1, 1]:
-            return port
-    return None

@@ -1,15 +1,19 @@
-"""Ways through a graph that several rewrites take."""
+"""What several rewrites do with a graph: walk through it, fix its shapes, look at its constants."""
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import openvino as ov
 from numpy.typing import NDArray
 from openvino import opset13 as ops
+
+from sdvino.errors import ModelFolderError
+from sdvino.graph.protocol import find_input
 
 #: Operations between a stored weight and its use: conversion, zero point, scale, shape.
 _WEIGHT_DEPTH = 6
@@ -58,6 +62,36 @@ def is_constant(port: ov.Output, depth: int = _WEIGHT_DEPTH) -> bool:
     if node.get_type_name() == "Parameter" or (sources and depth == 0):
         return False
     return all(is_constant(source, depth - 1) for source in sources)
+
+
+def stored_constant(port: ov.Output) -> ov.Node | None:
+    """Return the constant that ``port`` is, as it is or converted; None where it is no constant."""
+    node = port.get_node()
+    if node.get_type_name() == "Convert":
+        node = node.input_value(0).get_node()
+    return node if node.get_type_name() == "Constant" else None
+
+
+def bias_of(node: ov.Node, channels: int | None = None) -> ov.Input | None:
+    """Return which input of the only reader of ``node`` is a constant that it adds; None for none.
+
+    With ``channels`` alone one of the shape [1, C, 1, 1], as convolutions have it.
+    """
+    readers = consumers(node.output(0))
+    if len(readers) != 1 or readers[0].get_type_name() != "Add":
+        return None
+    for port in readers[0].inputs():
+        value = port.get_source_output()
+        if is_constant(value) and (
+            channels is None or list(value.get_shape()) == [1, channels, 1, 1]
+        ):
+            return port
+    return None
+
+
+def by_name(model: ov.Model) -> dict[str, ov.Node]:
+    """Return the operations of ``model`` by name."""
+    return {op.get_friendly_name(): op for op in model.get_ops()}
 
 
 def view_constant(node: ov.Node, values: NDArray[Any]) -> ov.Output:
@@ -116,3 +150,73 @@ def new_input(port: ov.Output, name: str) -> ov.Node:
     parameter = ops.parameter(port.get_partial_shape(), port.get_element_type(), name=name)
     parameter.output(0).set_names({name})
     return parameter
+
+
+def reshape_static(model: ov.Model, shapes: Mapping[str, Sequence[int]]) -> None:
+    """Give the inputs of ``model`` named in ``shapes`` fixed shapes, in place; exact.
+
+    For a UNet: ``sample`` [B, C, h, w], ``encoder_hidden_states`` [B, 77, D], ``timestep`` [1] or
+    []; a shape that differs from the input's own rank only by a leading 1 is fitted to it.
+    Raises ModelFolderError for an input that is not there or a shape that the graph does not take.
+    """
+    wanted: dict[ov.Output, ov.PartialShape] = {}
+    for name, shape in shapes.items():
+        port = find_input(model, name)
+        wanted[port] = ov.PartialShape(_fit(port.get_partial_shape(), list(shape)))
+    try:
+        model.reshape(wanted)
+    except RuntimeError as error:
+        text = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())
+        raise ModelFolderError(
+            f"The model does not take inputs of the shapes {text};"
+            " its files do not fit what its configuration says."
+        ) from error
+
+
+def _fit(declared: ov.PartialShape, shape: list[int]) -> list[int]:
+    """Add or drop a leading 1 where the graph declares a scalar as [1], or [1] as a scalar."""
+    if declared.rank.is_dynamic:
+        return shape
+    rank = declared.rank.get_length()
+    if rank == 1 and not shape:
+        return [1]
+    if rank == 0 and shape == [1]:
+        return []
+    return shape
+
+
+#: Elements that operations on constants alone may add to what is in the file: 256 MB of floats.
+#: Stable Diffusion's graphs add a few thousand (masks, positions, frequencies).
+MOST_ADDED = 2**26
+
+
+def check_folding(model: ov.Model, name: str) -> None:
+    """Raise ModelFolderError when ``model`` would fill the memory before it has been given a thing.
+
+    OpenVINO computes what depends on constants alone once, and keeps it: a Broadcast or Tile of one
+    number, a few bytes of XML, can become any number of gigabytes. ``name`` is the component's.
+    """
+    known: set[str] = set()
+    added = 0
+    for node in model.get_ordered_ops():
+        count = node.get_input_size()
+        kind = node.get_type_name()
+        if kind == "Constant" or (kind == "ShapeOf" and node.get_input_partial_shape(0).is_static):
+            known.add(node.get_name())
+        elif count and all(
+            node.input_value(i).get_node().get_name() in known for i in range(count)
+        ):
+            known.add(node.get_name())
+            sources = node.input_values()
+            given = max(_elements(source) for source in sources)
+            added += sum(max(0, _elements(output) - given) for output in node.outputs())
+            if added > MOST_ADDED:
+                raise ModelFolderError(
+                    f"The graph of the {name} makes constants of over {MOST_ADDED:,} numbers out of"
+                    " small ones, which no model does; get the model again."
+                )
+
+
+def _elements(output: ov.Output) -> int:
+    shape = output.get_partial_shape()
+    return math.prod(shape.to_shape()) if shape.is_static else 0

@@ -10,14 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import openvino as ov
 from numpy.typing import NDArray
 from openvino import opset13 as ops
 
-from sdvino.graph.walk import consumers, is_constant
+from sdvino.graph.walk import bias_of, consumers, stored_constant
 
 _LEVELS = 256
 #: What -128 ... 127 has for its zero; OpenVINO stores it as signed numbers, which need none.
@@ -169,12 +168,11 @@ def _add_to_bias(node: ov.Node, rounding: _Rounding) -> None:
     weights, scales = known
     sums = weights.reshape(len(weights), -1).sum(1, dtype=np.int32)
     lacking = (rounding.low * sums * scales.astype(np.float64)).reshape(1, -1, 1, 1)
-    readers = consumers(node.output(0))
-    bias = _bias(readers[0], len(weights)) if len(readers) == 1 else None
-    if bias is not None:
-        index, values = bias
-        total = ops.constant((values + lacking).astype(np.float32))
-        readers[0].input(index).replace_source_output(total.output(0))
+    bias = bias_of(node, len(weights))
+    values = None if bias is None else stored_constant(bias.get_source_output())
+    if bias is not None and values is not None:
+        total = ops.constant((values.get_data() + lacking).astype(np.float32))
+        bias.replace_source_output(total.output(0))
         return
     targets, names = node.output(0).get_target_inputs(), node.output(0).get_names()
     together = ops.add(node, ops.constant(lacking.astype(np.float32)))
@@ -182,17 +180,3 @@ def _add_to_bias(node: ov.Node, rounding: _Rounding) -> None:
         target.replace_source_output(together.output(0))
     node.output(0).set_names(set())
     together.output(0).set_names(names)
-
-
-def _bias(node: ov.Node, channels: int) -> tuple[int, NDArray[Any]] | None:
-    """Return which input of ``node`` is a constant [1, C, 1, 1] that it adds, and its values."""
-    if node.get_type_name() != "Add":
-        return None
-    for index, port in enumerate(node.input_values()):
-        if is_constant(port) and list(port.get_shape()) == [1, channels, 1, 1]:
-            constant = port.get_node()
-            if constant.get_type_name() == "Convert":
-                constant = constant.input_value(0).get_node()
-            if constant.get_type_name() == "Constant":
-                return index, constant.get_data()
-    return None

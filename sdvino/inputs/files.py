@@ -1,13 +1,18 @@
-"""Files that somebody else wrote: regular ones alone, read within limits, inside their folder."""
+"""Files that somebody else wrote: regular ones alone, read within limits, inside their folder.
+
+Their names as people give them, lists of prompts, and locks on our own.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import secrets
 import stat
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -102,20 +107,17 @@ def read_json(
     what: str,
     *,
     limit: int = MAX_JSON_BYTES,
-    error: type[RequestError] = ModelFolderError,
-    remedy: str = _GET_AGAIN,
 ) -> dict[str, Any]:
     """Return the JSON object in ``path``, plain as `sdvino.inputs.plain` has it.
 
-    Raises ``error`` as `open_file` does, and for what is not JSON or no object.
+    Raises ModelFolderError as `open_file` does, and for what is not JSON or no object.
     """
-    raw = read_bytes(path, what, limit=limit, error=error, remedy=remedy)
     try:
-        value = parse_json(raw)
+        value = parse_json(read_bytes(path, what, limit=limit))
     except NotPlain as problem:
-        raise error(f"{what} is not valid JSON ({problem}); {remedy}.") from problem
+        raise ModelFolderError(f"{what} is not valid JSON ({problem}); {_GET_AGAIN}.") from problem
     if not isinstance(value, dict):
-        raise error(f"{what} does not hold a JSON object; {remedy}.")
+        raise ModelFolderError(f"{what} does not hold a JSON object; {_GET_AGAIN}.")
     return value
 
 
@@ -179,6 +181,12 @@ def replace_file(path: Path, content: str | bytes) -> None:
             temporary.unlink()
 
 
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write ``value`` to ``path``, its keys sorted; folders are made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
 def _check_regular(told: os.stat_result, name: str, error: type[RequestError]) -> None:
     if stat.S_ISDIR(told.st_mode):
         raise error(f"{name} is a folder; a file is wanted there.")
@@ -188,3 +196,78 @@ def _check_regular(told: os.stat_result, name: str, error: type[RequestError]) -
 
 def _size(limit: int) -> str:
     return f"{limit // 2**20} MB" if limit >= 2**20 else f"{limit:,} bytes"
+
+
+class FileLock:
+    """A lock on the file ``path``, which is made when it is not there; raises OSError."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("a+b")
+
+    def acquire(self, *, wait: bool) -> bool:
+        """Take the lock, waiting for its holder or not; tell whether it was taken."""
+        try:
+            if sys.platform == "win32":
+                import msvcrt
+
+                self._file.seek(0)
+                mode = msvcrt.LK_LOCK if wait else msvcrt.LK_NBLCK
+                msvcrt.locking(self._file.fileno(), mode, 1)
+            else:
+                import fcntl
+
+                fcntl.flock(self._file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except OSError:
+            self._file.close()
+            return False
+        return True
+
+    def release(self) -> None:
+        """Give the lock back."""
+        with contextlib.suppress(OSError):
+            self._file.close()
+
+
+def user_path(text: str | Path) -> Path:
+    """Return the path that a person named, its ``~`` expanded; it need not exist.
+
+    Raises RequestError for a home folder that is not known, and for a name that no file can have.
+    """
+    if "\0" in str(text):
+        raise RequestError("A name of a file holds a zero byte; give another name.")
+    try:
+        path = Path(text).expanduser()
+    except RuntimeError as error:
+        raise RequestError(
+            f"The home folder of {str(text)[:80]!r} is not known here; write the whole path."
+        ) from error
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        pass
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise RequestError(
+            f"{str(path)[:80]!r} is no name that a file can have ({reason}); give another name."
+        ) from error
+    return path
+
+
+#: Bytes of a list; a prompt has some hundred.
+MAX_BYTES = 4 * 2**20
+
+
+def read_prompts(path: Path) -> tuple[str, ...]:
+    """Return the prompts in the UTF-8 text file ``path``; empty lines and `#` lines are skipped.
+
+    A line ends at a line feed, with or without a carriage return before it, and at nothing else.
+    Raises RequestError for a file that is none, is over `MAX_BYTES`, or holds no prompt.
+    """
+    text = read_text(
+        path, limit=MAX_BYTES, error=RequestError, remedy="give a text file with a prompt a line"
+    )
+    lines = (line.strip() for line in text.split("\n"))
+    prompts = tuple(line for line in lines if line and not line.startswith("#"))
+    if not prompts:
+        raise RequestError(f"{path} holds no prompt; write one on each line.")
+    return prompts

@@ -62,7 +62,7 @@ class IrSummary:
     quantized: bool
 
 
-def read_ir(xml: Path, weights: Path, what: str) -> IrSummary:
+def summarize_ir(xml: Path, weights: Path, what: str) -> IrSummary:
     """Look through the IR ``xml`` with its ``weights``; ``what`` names it in messages.
 
     Raises ModelFolderError when the XML is not an IR, is damaged, declares a document type (the way

@@ -27,8 +27,7 @@ from typing import Any, TypeVar
 import openvino as ov
 
 from sdvino.errors import RequestError, SdvinoError
-from sdvino.inputs.files import is_private, read_json, replace_file, sha256_of
-from sdvino.runtime.locks import FileLock
+from sdvino.inputs.files import FileLock, is_private, read_json, replace_file, sha256_of
 
 _log = logging.getLogger("sdvino")
 _CHECKSUMS = "checksums.json"

@@ -14,7 +14,7 @@ import openvino as ov
 from numpy.typing import NDArray
 
 from sdvino.errors import DeviceError, ModelFolderError, SdvinoError
-from sdvino.graph.folding import check_folding
+from sdvino.graph.walk import check_folding
 from sdvino.inputs.digests import digest_of, wrong_file
 from sdvino.inputs.ir import quantizes_activations, read_xml
 from sdvino.runtime.cache import CompiledCache, default_cache_dir, graph_key
@@ -159,17 +159,6 @@ class Component:
         with self._lock:
             self._compiled = None
             self._requests = threading.local()
-
-    def prewarm(self) -> None:
-        """Load, and run once on zeros where every shape is fixed: the first run allocates."""
-        ports = self.compiled.inputs
-        if all(port.get_partial_shape().is_static for port in ports):
-            self.infer(
-                {
-                    key: np.zeros(tuple(port.get_shape()), dtype)
-                    for port, (key, dtype) in zip(ports, self._input_ports, strict=True)
-                }
-            )
 
     def infer(self, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
         """Run the graph on ``inputs``, arrays by any of a tensor's names; loads when need be.

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, cast
 from sdvino.errors import ModelFolderError
 from sdvino.folder.index import ModelFolder
 from sdvino.graph.segments import BEGINNING, DEEP, END
-from sdvino.graph.shapes import reshape_static
 from sdvino.graph.text_states import give_states
 from sdvino.graph.vae import decoder_to_float, decoder_to_pixels, encoder_from_pixels
+from sdvino.graph.walk import reshape_static
 from sdvino.runtime.compiling import Edit
 from sdvino.runtime.component import Component
 from sdvino.runtime.guard import Guard

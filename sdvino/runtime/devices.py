@@ -13,7 +13,9 @@ from sdvino.runtime.core import device_facts, shared_core
 from sdvino.runtime.defaults import cpu_defaults
 from sdvino.runtime.memory import MemoryStatus, memory_status
 from sdvino.runtime.profile import Profile, ProfileStore, machine_name
+from sdvino.runtime.rewrites import rewrites_for
 from sdvino.runtime.topology import CpuReport, read_cpu
+from sdvino.settings import DeviceSettings
 
 #: Property of a GPU or NPU -> how the report calls it, and how the value is written.
 _FACTS: dict[str, tuple[str, Callable[[Any], str]]] = {
@@ -135,6 +137,11 @@ def _defaults(core: ov.Core, device: str) -> dict[str, str]:
         chosen = facts.precision_for(device, component, eight_bits=eight_bits)
         if chosen.precision is not None:
             found[title] = f"{chosen.precision} ({chosen.why})"
+    for title, component in (("UNet", "unet"), ("VAE", "vae_decoder")):
+        precision = facts.precision_for(device, component, eight_bits=True).precision
+        rewrites = rewrites_for(component, DeviceSettings(), precision, {device: facts})
+        if rewrites:
+            found[f"rewrites of the {title}"] = ", ".join(rewrites)
     return found
 
 

@@ -22,6 +22,7 @@ from sdvino.runtime.component import Component
 from sdvino.runtime.defaults import safer
 from sdvino.runtime.profile import Fallback, ProfileMemory
 from sdvino.settings import DeviceSettings
+from sdvino.weights.numbers import relative_error
 
 Array = NDArray[Any]
 
@@ -71,16 +72,6 @@ def _flat(colours: Array) -> bool:
     """Return whether each channel of ``colours``, [pixels, 3], spans at most one level."""
     level = 1.0 if colours.dtype == np.uint8 else 1.0 / 255.0
     return bool(np.all(np.ptp(colours.astype(np.float32, copy=False), axis=0) <= level))
-
-
-def relative_error(result: Array, reference: Array) -> float:
-    """Return |result - reference| / |reference|; infinity where ``result`` holds no numbers."""
-    if not np.isfinite(result).all():
-        return float("inf")
-    reference = reference.astype(np.float64)
-    length = float(np.linalg.norm(reference))
-    error = float(np.linalg.norm(result.astype(np.float64) - reference))
-    return error / length if length else (0.0 if error == 0.0 else float("inf"))
 
 
 class Guard:

@@ -1,4 +1,4 @@
-"""How much memory a picture needs, and how much there is."""
+"""How much memory a picture needs, how much there is, and how much was held at most."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from typing import Any
 
 from sdvino.errors import RequestError
 from sdvino.folder.index import ModelFolder
+from sdvino.inputs.shown import gigabytes
 from sdvino.runtime.topology import read_text
 
 _log = logging.getLogger("sdvino")
 
 #: Python, OpenVINO and their libraries, and what the C library keeps of freed memory.
-_PROCESS_BYTES = 200 * 10**6
+PROCESS_BYTES = 200 * 10**6
 #: What the CPU plugin holds for a byte of weights (docs/memory.md): one copy packed for the kernels
 #: where it takes them as they are, and one folded to float32 before that where it does not.
 _PACKED = 1.05
@@ -41,20 +42,6 @@ class MemoryStatus:
     own: int = 0
 
 
-def estimate_memory(
-    folder: ModelFolder, height: int, width: int, *, batch: int = 1, tile: int | None = None
-) -> int:
-    """Estimate the bytes that a picture of ``height`` x ``width`` pixels takes at its peak.
-
-    All components are counted as loaded, with activations in float32. ``tile`` is the side, in
-    pixels, of the tiles that the autoencoder works in; None: the whole picture at once.
-    Nothing is allocated.
-    """
-    weights = held_bytes(folder, *folder.components)
-    maps = max(decoder_bytes(folder, height, width, tile), unet_bytes(folder, height, width, batch))
-    return int(_PROCESS_BYTES + weights + batch * picture_bytes(height, width) + maps)
-
-
 def held_bytes(folder: ModelFolder, *parts: str) -> int:
     """Estimate the bytes that ``parts`` take while they are loaded; those not there take none."""
     irs = [folder.components[part].ir for part in parts if part in folder.components]
@@ -72,11 +59,6 @@ def _copies(kind: str, convolution: bool, quantized: bool) -> float:
     return _FOLDED.get(kind, _PACKED)
 
 
-def process_bytes() -> int:
-    """Estimate what the process takes without any model."""
-    return _PROCESS_BYTES
-
-
 def picture_bytes(height: int, width: int) -> int:
     """Return the bytes of a picture in 8 bits and in float."""
     return height * width * 3 * 5
@@ -88,7 +70,7 @@ def decoder_bytes(folder: ModelFolder, height: int, width: int, tile: int | None
     return side[0] * side[1] * _width_at_full_size(folder) * 4 * _LIVE_MAPS
 
 
-def unet_bytes(folder: ModelFolder, height: int, width: int, batch: int = 1) -> int:
+def unet_bytes(folder: ModelFolder, height: int, width: int) -> int:
     """Estimate the UNet's activations for a picture of ``height`` x ``width`` pixels."""
     factor = folder.vae_scale_factor
     latents = (height // factor) * (width // factor)
@@ -96,7 +78,7 @@ def unet_bytes(folder: ModelFolder, height: int, width: int, batch: int = 1) -> 
     blocks = config.get("block_out_channels")
     channels = blocks[0] if isinstance(blocks, list) and blocks and _plain(blocks[0]) else 320
     # Skip connections keep every level's maps until the way up: some ten of the widest level's.
-    return batch * latents * channels * 4 * 10 + _attention_bytes(config, latents)
+    return latents * channels * 4 * 10 + _attention_bytes(config, latents)
 
 
 def _attention_bytes(config: Mapping[str, Any], latents: int) -> int:
@@ -245,7 +227,7 @@ class _MemoryStatusEx(ctypes.Structure):
     )
 
 
-class ProcessMemoryCounters(ctypes.Structure):
+class _ProcessMemoryCounters(ctypes.Structure):
     """PROCESS_MEMORY_COUNTERS of the Windows API."""
 
     _fields_ = (
@@ -267,15 +249,48 @@ def _windows_status() -> MemoryStatus:
     status.length = ctypes.sizeof(status)
     if not kernel.GlobalMemoryStatusEx(ctypes.byref(status)):
         return MemoryStatus(None, None)
-    counters = ProcessMemoryCounters()
+    counters = _windows_counters()
+    own = 0 if counters is None else int(counters.working_set)
+    return MemoryStatus(int(status.total), int(status.available), own)
+
+
+def _windows_counters() -> _ProcessMemoryCounters | None:
+    """Return what this process holds; None where no one says."""
+    if sys.platform != "win32":
+        return None
+    kernel = ctypes.WinDLL("kernel32")
+    counters = _ProcessMemoryCounters()
     counters.size = ctypes.sizeof(counters)
     kernel.GetCurrentProcess.restype = ctypes.c_void_p
     process = ctypes.c_void_p(kernel.GetCurrentProcess())
     known = kernel.K32GetProcessMemoryInfo(process, ctypes.byref(counters), counters.size)
-    own = int(counters.working_set) if known else 0
-    return MemoryStatus(int(status.total), int(status.available), own)
+    return counters if known else None
 
 
-def gigabytes(size: int) -> str:
-    """Return ``size`` bytes as people say it."""
-    return f"{size / 1e9:,.1f} GB"
+def peak_memory() -> int | None:
+    """Return the peak of this process's resident memory in bytes; None where no one says.
+
+    Mapped pages of files count as soon as they are in memory: VmHWM on Linux, the peak working set
+    on Windows, ru_maxrss elsewhere.
+    """
+    if sys.platform == "win32":
+        counters = _windows_counters()
+        return None if counters is None else int(counters.peak_working_set)
+    if sys.platform.startswith("linux"):
+        return linux_peak(read_text("/proc/self/status") or "")
+    try:
+        import resource
+    except ImportError:
+        return None
+    peak = int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def linux_peak(status: str) -> int | None:
+    """Read VmHWM from the text of a process's /proc/PID/status; None where it has none."""
+    for line in status.splitlines():
+        name, _, value = line.partition(":")
+        words = value.split()
+        if name == "VmHWM" and words and words[0].isdigit():
+            return int(words[0]) * 1024
+    return None

@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 
 from sdvino.errors import RequestError
 from sdvino.folder.index import ModelFolder
+from sdvino.inputs.shown import gigabytes
 from sdvino.runtime.memory import (
+    PROCESS_BYTES,
     decoder_bytes,
-    gigabytes,
     held_bytes,
     picture_bytes,
-    process_bytes,
     unet_bytes,
 )
 
@@ -75,7 +75,7 @@ def measure_parts(folder: ModelFolder, height: int, width: int, *, tiny: bool = 
     if not tiny:
         sides += [side for side in TILES if side * factor < max(height, width)]
     return PartSizes(
-        process=process_bytes() + picture_bytes(height, width),
+        process=PROCESS_BYTES + picture_bytes(height, width),
         text=held_bytes(folder, *folder.kind.text_encoders),
         unet=held_bytes(folder, "unet"),
         decoder=held_bytes(folder, "tiny_vae" if tiny else "vae_decoder"),

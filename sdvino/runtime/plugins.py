@@ -13,7 +13,7 @@ from pathlib import Path
 import openvino as ov
 
 from sdvino.errors import DeviceError
-from sdvino.inputs.names import user_path
+from sdvino.inputs.files import user_path
 from sdvino.runtime.core import shared_core, short_reason
 
 #: Devices that OpenVINO itself brings, or makes of others.

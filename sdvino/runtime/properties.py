@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from sdvino.errors import DeviceError
-from sdvino.runtime.acceleration import channel_norms, linear_kernel
 from sdvino.runtime.defaults import PrecisionDefault, cpu_defaults, default_precision
-from sdvino.runtime.topology import CpuReport, bf16_is_fast
-from sdvino.settings import DeviceSettings
+from sdvino.runtime.topology import CpuReport, bf16_is_fast, cpu_class
+from sdvino.settings import DeviceSettings, LinearKernel
 
 _VIRTUAL = ("AUTO", "HETERO")
 #: Devices whose properties are known; others are plugins of vendors.
@@ -152,6 +151,15 @@ def precision_in(properties: Mapping[str, Any]) -> str | None:
     return asked.pop() if len(asked) == 1 else None
 
 
+def linear_kernel(isa: Collection[str]) -> LinearKernel:
+    """Return how a processor with the instruction sets ``isa`` runs linear layers in 8 bits.
+
+    Without VNNI OpenVINO has no kernel for their products; convolutions are twice as fast
+    (measured).
+    """
+    return "convolution" if cpu_class(isa) == "avx2" else "matmul"
+
+
 def convolves_linears(settings: DeviceSettings, facts: Mapping[str, DeviceFacts]) -> bool:
     """Return whether linear layers in 8 bits are to run as convolutions.
 
@@ -167,9 +175,14 @@ def norms_by_channel(
 ) -> bool:
     """Return whether the group norms of ``component`` are to run as means of channels.
 
-    ``precision`` is what floats are computed in. A UNet's gain nothing (measured).
+    ``precision`` is what floats are computed in. It pays where linear layers are convolutions too,
+    and in the autoencoder alone: a UNet's norms gain nothing (measured).
     """
-    return component in _AUTOENCODER and precision == "f32" and _on_all_cpus(facts, channel_norms)
+    return (
+        component in _AUTOENCODER
+        and precision == "f32"
+        and _on_all_cpus(facts, lambda isa: cpu_class(isa) == "avx2")
+    )
 
 
 def cpus_alone(facts: Mapping[str, DeviceFacts]) -> bool:

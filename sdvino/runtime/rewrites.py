@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import openvino as ov
 
@@ -27,12 +27,27 @@ def rewrite_for(
 ) -> None:
     """Rewrite ``model``, in place, into what runs fastest where ``facts`` are of; exact.
 
-    ``component`` is what the model is of, ``precision`` what its floats are computed in. A second
-    time it changes nothing.
+    The arguments are those of `rewrites_for`. A second time it changes nothing.
     """
+    for rewrite in rewrites_for(component, settings, precision, facts).values():
+        rewrite(model)
+
+
+def rewrites_for(
+    component: str,
+    settings: DeviceSettings,
+    precision: str | None,
+    facts: Mapping[str, DeviceFacts],
+) -> dict[str, Callable[[ov.Model], object]]:
+    """Return the rewrites of the graph of ``component``, in order, by what they do.
+
+    ``precision`` is what its floats are computed in, ``facts`` are of the hardware.
+    """
+    found: dict[str, Callable[[ov.Model], object]] = {}
     if convolves_linears(settings, facts):
-        linears_to_convolutions(model)
+        found["8-bit linears as convolutions"] = linears_to_convolutions
     if cpus_alone(facts):
-        zero_points_to_biases(model)
+        found["zero points in biases"] = zero_points_to_biases
     if norms_by_channel(component, precision, facts):
-        group_norms_to_channels(model)
+        found["group norms by channel"] = group_norms_to_channels
+    return found

@@ -11,10 +11,10 @@ import math
 import os
 import struct
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 _CPU = "/sys/devices/system/cpu"
 _CGROUP = "/sys/fs/cgroup"
@@ -31,6 +31,15 @@ _ISA = {
     "AMX-FP16": ("amx_fp16",),
     "NEON": ("asimd",),
     "dot product": ("asimddp",),
+}
+CpuClass = Literal["avx2", "avx2-vnni", "avx512-vnni", "amx", "arm"]
+#: Instruction set -> class of processors; the first that is there counts.
+_CLASSES: Mapping[str, CpuClass] = {
+    "AMX-INT8": "amx",
+    "AVX512-VNNI": "avx512-vnni",
+    "AVX-VNNI": "avx2-vnni",
+    "AVX2": "avx2",
+    "NEON": "arm",
 }
 #: oneDNN's variable, which keeps its kernels (most of OpenVINO's on a CPU) to an instruction set,
 #: and what of the flags above each value leaves; others leave everything. Source: oneDNN's "CPU
@@ -94,6 +103,14 @@ class CpuReport:
     def isa(self) -> tuple[str, ...]:
         """The instruction sets that matter here, by their usual names."""
         return tuple(name for name, flags in _ISA.items() if self.flags.issuperset(flags))
+
+
+def cpu_class(isa: Collection[str]) -> CpuClass:
+    """Return the class of a processor with the instruction sets ``isa`` (see `CpuReport.isa`).
+
+    Where they cannot be told (Windows does not say whether there is VNNI), avx2.
+    """
+    return next((name for flag, name in _CLASSES.items() if flag in isa), "avx2")
 
 
 def bf16_is_fast(cpu: CpuReport | None) -> bool:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from typing import Any
 
-from sdvino.runtime.profile import Profile
+from sdvino.folder.index import ModelFolder
+from sdvino.runtime.guard import Guard
+from sdvino.runtime.profile import Profile, ProfileMemory, ProfileStore, profile_key
 from sdvino.settings import COMPONENTS, DeviceSettings, RunSettings
 
+_log = logging.getLogger("sdvino")
 #: Fields that were measured together: whoever chooses one of them chooses for all.
 _TOGETHER = ("num_threads", "num_streams", "core_type", "pinning", "hyper_threading")
 #: Component -> whose measurements serve it when it was not measured itself.
@@ -17,6 +21,28 @@ _LIKE = {
     "vae_encoder": "vae_decoder",
     "tiny_vae": "vae_decoder",
 }
+
+
+def tuned_run(
+    folder: ModelFolder, settings: RunSettings, *, profile: bool = True
+) -> tuple[RunSettings, Guard]:
+    """Return the settings to run ``folder`` with, and what watches over its numbers.
+
+    With ``profile``, what `sdvino tune` found on this machine is put where ``settings`` leave a
+    choice, which the log says once, and what the guard learns is kept for later runs.
+    """
+    if not profile:
+        return settings, Guard()
+    memory = ProfileMemory(ProfileStore(), profile_key(folder), folder.name)
+    found = memory.profile
+    tuned = apply_profile(settings, found) if found.components else settings
+    if tuned != settings:
+        _log.warning(
+            "Using the profile that `sdvino tune` measured for %s on %s; --no-profile ignores it.",
+            found.name,
+            found.tuned,
+        )
+    return tuned, Guard(memory)
 
 
 def apply_profile(settings: RunSettings, profile: Profile) -> RunSettings:

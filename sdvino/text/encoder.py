@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import NDArray
 
 from sdvino.errors import ModelFolderError, SdvinoError
 from sdvino.graph.protocol import InferenceComponent
@@ -28,19 +28,13 @@ class EncodedPrompt:
     #: The words that did not fit; '' when all did.
     dropped: str
 
-    @property
-    def hidden_state(self) -> NDArray[np.float32]:
-        """The state that was asked for first."""
-        return next(iter(self.states.values()))
-
 
 class TextEncoder:
     """A compiled text encoder with its tokenizer. Each prompt is encoded once and remembered.
 
     ``component`` takes ``input_ids`` and gives the outputs named in ``states``, perhaps
-    ``pooler_output`` (or ``text_embeds``) too. ``ids_dtype`` is what its input wants, int64 or
-    int32. ``vocab_size`` is the number of rows of its embedding, where known: a tokenizer with
-    more ids is refused.
+    ``pooler_output`` (or ``text_embeds``) too. ``vocab_size`` is the number of rows of its
+    embedding, where known: a tokenizer with more ids is refused.
     """
 
     def __init__(
@@ -49,7 +43,6 @@ class TextEncoder:
         tokenizer: ClipTokenizer,
         *,
         states: Sequence[str] = ("last_hidden_state",),
-        ids_dtype: DTypeLike = np.int64,
         vocab_size: int | None = None,
         cached: int = CACHED_PROMPTS,
     ) -> None:
@@ -61,21 +54,13 @@ class TextEncoder:
         self.tokenizer = tokenizer
         self._component = component
         self._states = tuple(states)
-        self._ids_dtype = np.dtype(ids_dtype)
         self._cached = cached
         self._cache: OrderedDict[str, EncodedPrompt] = OrderedDict()
-
-    def encode(self, prompt: str) -> NDArray[np.float32]:
-        """Return the first of the states of ``prompt``: float32 [1, max_length, D], read only.
-
-        Raises RequestError for a prompt that is no text, SdvinoError when the encoder fails.
-        """
-        return self.encode_prompt(prompt).hidden_state
 
     def encode_prompt(self, prompt: str) -> EncodedPrompt:
         """Return the states of ``prompt``, its pooled state and the words that did not fit.
 
-        Raises as `encode` does.
+        Raises RequestError for a prompt that is no text, SdvinoError when the encoder fails.
         """
         known = self._cache.get(prompt)
         if known is None:
@@ -89,7 +74,7 @@ class TextEncoder:
 
     def _run(self, prompt: str) -> EncodedPrompt:
         tokens = self.tokenizer.encode(prompt)
-        outputs = self._component.infer({"input_ids": tokens.ids.astype(self._ids_dtype)})
+        outputs = self._component.infer({"input_ids": tokens.ids})
         for name in self._states:
             if name not in outputs:
                 raise ModelFolderError(

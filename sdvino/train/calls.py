@@ -70,12 +70,6 @@ def call(module: Any, inputs: Inputs) -> Any:
         return module(**values).last_hidden_state
 
 
-def spread(inputs: Sequence[Inputs], most: int) -> list[Inputs]:
-    """Return up to ``most`` of ``inputs``, evenly from the whole list."""
-    count = min(most, len(inputs))
-    return [inputs[i * len(inputs) // count] for i in range(count)]
-
-
 def outputs_of(module: Any, inputs: Sequence[Inputs]) -> list[Any]:
     """Return the output of each call."""
     return [call(module, sample) for sample in inputs]

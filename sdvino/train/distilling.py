@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,11 +16,10 @@ from sdvino.convert.state import check_ours, describe_files
 from sdvino.convert.suggestions import TRAINED_STEPS, suggestions
 from sdvino.errors import Cancelled, OutputError, RequestError
 from sdvino.folder.manifest import MANIFEST_FILE
-from sdvino.inputs.files import read_json
+from sdvino.inputs.files import FileLock, read_json, write_json
 from sdvino.nets.structure import Structure
-from sdvino.runtime.locks import FileLock
-from sdvino.train.distillation.curves import LOG_FILE, PLOT_FILE
 from sdvino.train.distillation.engine import Distilled, Material, Progress, distill_unet
+from sdvino.train.distillation.loop import LOG_FILE, PLOT_FILE
 from sdvino.train.distillation.models import Models, check_fits
 from sdvino.train.distillation.pictures import find_pictures
 from sdvino.train.distillation.settings import DistillSettings
@@ -212,12 +210,12 @@ def _write(
     scheduler = settings.scheduler_after(source.configs["scheduler"])
     if settings.few_steps:
         index["scheduler"] = ["diffusers", scheduler["_class_name"]]
-    _write_json(folder / "model_index.json", index)
-    _write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
+    write_json(folder / "model_index.json", index)
+    write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
     hints = {**suggestions(source, {}), **settings.suggested_after()}
     trained = {TRAINED_STEPS: settings.student_steps} if settings.few_steps else {}
-    _write_json(folder / MANIFEST_FILE, {"suggested": hints, **trained})
-    _write_json(folder / RECORD_FILE, {**found.figures, "teacher": source.name})
+    write_json(folder / MANIFEST_FILE, {"suggested": hints, **trained})
+    write_json(folder / RECORD_FILE, {**found.figures, "teacher": source.name})
     for name in (LOG_FILE, PLOT_FILE):
         if (found.folder / name).is_file():
             shutil.copyfile(found.folder / name, folder / name)
@@ -228,8 +226,3 @@ def _copy(source: Path, folder: Path) -> None:
     for file in source.iterdir():
         if file.is_file() and file.suffix in _KEPT_SUFFIXES:
             shutil.copyfile(file, folder / file.name)
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")

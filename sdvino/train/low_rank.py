@@ -21,8 +21,16 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from sdvino.compress.layer_names import chosen, compile_patterns
-from sdvino.compress.passes import Outcome, Pass, SourcePass, Surroundings, check_share
+from sdvino.compress.passes import (
+    Context,
+    Outcome,
+    Pass,
+    Share,
+    SourcePass,
+    check_share,
+    chosen,
+    compile_patterns,
+)
 from sdvino.errors import RequestError
 from sdvino.train.calls import Inputs, call
 
@@ -94,13 +102,7 @@ class LowRank(SourcePass):
                 )
         return SourcePass.refusal(self, earlier)
 
-    def run(
-        self,
-        module: Any,
-        structure: Structure,
-        around: Surroundings,
-        progress: Callable[[float], None],
-    ) -> Outcome:
+    def run(self, module: Any, structure: Structure, around: Context, progress: Share) -> Outcome:
         """Make the layers of ``module`` thin, in place; see `SourcePass.run`."""
         return make_low_rank(module, structure, self, around.inputs, progress)
 

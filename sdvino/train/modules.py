@@ -8,7 +8,6 @@ a weight is read. Without it a folder is a plain one of diffusers.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from functools import partial
@@ -20,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdvino.errors import RequestError
-from sdvino.inputs.files import read_json
+from sdvino.inputs.files import read_json, write_json
 from sdvino.nets.structure import STRUCTURE_FILE, Structure, within, wrong
 from sdvino.weights.layouts.diffusers import component_tensors, weight_files
 from sdvino.weights.numbers import FLOATS, as_float32, check_finite, of_array
@@ -117,9 +116,7 @@ def save_component(
     ``config`` is the component's own, of diffusers. A tensor that half precision cannot hold stays
     in float32.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(dict(config), indent=2, sort_keys=True) + "\n"
-    (folder / "config.json").write_text(text, encoding="utf-8")
+    write_json(folder / "config.json", dict(config))
     structure.write(folder)
     write_weights(folder / WEIGHTS_FILE, module.state_dict(), dtype)
 

@@ -12,8 +12,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, get_args
 
-from sdvino.compress.layer_names import chosen, compile_patterns
-from sdvino.compress.passes import Outcome, Pass, SourcePass, Surroundings, check_share
+from sdvino.compress.passes import (
+    Context,
+    Outcome,
+    Pass,
+    Share,
+    SourcePass,
+    check_share,
+    chosen,
+    compile_patterns,
+)
 from sdvino.errors import RequestError
 from sdvino.settings import check_choice
 from sdvino.train.magnitude import (
@@ -90,13 +98,7 @@ class Prune(SourcePass):
             )
         return SourcePass.refusal(self, earlier)
 
-    def run(
-        self,
-        module: Any,
-        structure: Structure,
-        around: Surroundings,
-        progress: Callable[[float], None],
-    ) -> Outcome:
+    def run(self, module: Any, structure: Structure, around: Context, progress: Share) -> Outcome:
         """Prune ``module`` in place; see `SourcePass.run`."""
         if self.method == "magnitude":
             figures = prune_magnitude(

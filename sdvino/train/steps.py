@@ -1,4 +1,4 @@
-"""The steps of a conversion that take torch: `gather` and `pass`, each in a process of its own.
+"""The steps of a conversion that take torch: `record` and `pass`, each in a process of its own.
 
 See `sdvino.convert.source_passes` for what they are given and leave behind.
 """
@@ -6,27 +6,35 @@ See `sdvino.convert.source_passes` for what they are given and leave behind.
 from __future__ import annotations
 
 import gc
+import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from sdvino.compress.passes import Origin, Surroundings
-from sdvino.compress.prompts import prompts_of
+from sdvino.compress.calibration import load_samples, save_samples
+from sdvino.compress.passes import Context, Origin, SourcePass
+from sdvino.compress.prompts import evenly, prompts_of
 from sdvino.compress.quiet import quiet
-from sdvino.compress.samples import load_samples, save_samples
 from sdvino.convert.open_source import Source
 from sdvino.convert.openvino_source import OpenVinoFolder
 from sdvino.convert.request import WorkPlan
 from sdvino.convert.source import DiffusersFolder
-from sdvino.convert.source_passes import INPUTS, LEARNING, done_to, gathering, passed_folder
+from sdvino.convert.source_passes import (
+    HISTORY_FILE,
+    INPUTS,
+    LEARNING,
+    done_to,
+    passed_folder,
+    recording,
+)
 from sdvino.convert.state import describe_files, key_of
 from sdvino.convert.suggestions import suggestions
-from sdvino.errors import SdvinoError
+from sdvino.errors import RequestError, SdvinoError
 from sdvino.nets.structure import Structure
-from sdvino.train.apply import apply_pass
-from sdvino.train.modules import load_component, load_module
+from sdvino.train.calls import operations, outputs_of, relative_error
+from sdvino.train.modules import load_component, load_module, save_component
 from sdvino.train.source_inputs import TorchPipeline, record
 from sdvino.weights.lora_merge import merge
 
@@ -34,7 +42,9 @@ from sdvino.weights.lora_merge import merge
 _UNUSED = ("peft", "scipy", "sklearn", "torchvision")
 
 
-def gather(plan: WorkPlan, source: Source, output: Path, progress: Callable[[float], None]) -> None:
+def record_inputs(
+    plan: WorkPlan, source: Source, output: Path, progress: Callable[[float], None]
+) -> None:
     """Write what the components with passes are called with as ``output``/COMPONENT.npz."""
     wanted = sorted({row.component for row in plan.recipe.passes})
     folder = _diffusers(source)
@@ -45,10 +55,10 @@ def gather(plan: WorkPlan, source: Source, output: Path, progress: Callable[[flo
             modules,
             folder.folder("tokenizer"),
             folder.configs["scheduler"],
-            guided=gathering(plan, source).branches == 2,
+            guided=recording(plan, source).branches == 2,
             decodes="vae" in wanted,
         )
-    calls = record(pipeline, gathering(plan, source), wanted, progress)
+    calls = record(pipeline, recording(plan, source), wanted, progress)
     for name, samples in calls.items():
         save_samples(output / f"{name}.npz", samples)
 
@@ -75,7 +85,7 @@ def run_pass(
             module = _load(source, row.component)
         else:
             module = load_component(earlier, row.component)
-    around = Surroundings(inputs=inputs, origin=_origin(plan, source, work, place))
+    around = Context(inputs=inputs, origin=_origin(plan, source, work, place))
     apply_pass(
         row,
         module,
@@ -135,3 +145,61 @@ def import_models() -> None:
     finally:
         for name in absent:
             del sys.modules[name]
+
+
+# Calls that the change of the output is measured on.
+_SAMPLES = 4
+
+
+def apply_pass(
+    row: SourcePass,
+    module: Any,
+    structure: Structure,
+    config: Mapping[str, Any],
+    around: Context,
+    output: Path,
+    progress: Callable[[float], None] = lambda share: None,
+) -> dict[str, Any]:
+    """Do ``row`` to ``module``, changed in place, and write the component and its figures.
+
+    ``output``/COMPONENT takes what `sdvino.train.modules.load_component` loads,
+    ``output``/history.json what is returned: the row, weights and operations before and after,
+    and how far the output moved on the inputs of ``around``, where there are any.
+    Raises RequestError when the row does not fit the component.
+    """
+    samples = evenly(around.inputs, _SAMPLES)
+    before = _figures(row.component, module, config, structure)
+    references = outputs_of(module, samples)
+    try:
+        found = row.run(module, structure, around, lambda share: progress(0.05 + 0.85 * share))
+    except RequestError as error:
+        raise RequestError(f"{row.what} of {row.component}: {error}") from error
+    after = _figures(row.component, found.module, config, found.structure)
+    moved = relative_error(outputs_of(found.module, samples), references) if samples else None
+    save_component(found.module, output / row.component, config=config, structure=found.structure)
+    history = {
+        "kind": row.kind,
+        "component": row.component,
+        "what": row.what,
+        "settings": row.told(),
+        "before": before,
+        "after": after,
+        "output_error": None if moved is None else round(moved, 5),
+        "figures": found.figures,
+    }
+    (output / HISTORY_FILE).write_text(json.dumps(history, indent=1) + "\n", encoding="utf-8")
+    return history
+
+
+def _figures(
+    component: str, module: Any, config: Mapping[str, Any], structure: Structure
+) -> dict[str, int]:
+    """Return weights, those that are not zero, and operations of one call at its own size."""
+    parameters = list(module.parameters())
+    with quiet():
+        counts = operations(component, config, structure)
+    return {
+        "parameters": sum(one.numel() for one in parameters),
+        "nonzero": sum(int(one.count_nonzero()) for one in parameters),
+        "operations": sum(counts.values()),
+    }

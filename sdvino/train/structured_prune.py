@@ -17,18 +17,11 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from sdvino.compress.layer_names import chosen
-from sdvino.compress.passes import Outcome
+from sdvino.compress.passes import Outcome, chosen
+from sdvino.compress.prompts import evenly
 from sdvino.errors import RequestError
 from sdvino.nets.structure import Structure
-from sdvino.train.calls import (
-    Inputs,
-    call,
-    operations,
-    outputs_of,
-    relative_error,
-    spread,
-)
+from sdvino.train.calls import Inputs, call, operations, outputs_of, relative_error
 from sdvino.train.magnitude import Scope
 from sdvino.train.modules import can_pass, gap_for
 
@@ -129,7 +122,7 @@ def prune_blocks(
     counts = operations("unet", dict(module.config), structure)
     candidates = _candidates(module, keep)
     saved = {name: _below(name, counts) for name in candidates}
-    samples = spread(inputs, _DAMAGE_SAMPLES)
+    samples = evenly(inputs, _DAMAGE_SAMPLES)
     references = outputs_of(module, samples)
     damage: dict[str, float] = {}
     for name, block in candidates.items():

@@ -6,9 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import get_args
 
-from sdvino.runtime.acceleration import linear_kernel
 from sdvino.runtime.defaults import cpu_defaults
-from sdvino.runtime.properties import DeviceFacts
+from sdvino.runtime.properties import DeviceFacts, linear_kernel
 from sdvino.runtime.topology import CpuReport
 from sdvino.settings import CoreType, DeviceSettings, GuidanceMode, LinearKernel, Precision
 from sdvino.tuning.search import Axis, Candidate

@@ -15,7 +15,7 @@ from sdvino.outputs import StepEvent, Timings
 from sdvino.pipeline import StableDiffusionPipeline
 from sdvino.request import GenerationRequest, ResolvedRequest
 from sdvino.runtime.core import shared_core
-from sdvino.runtime.peak import peak_memory
+from sdvino.runtime.memory import peak_memory
 from sdvino.settings import DeviceSettings, RunSettings, SamplerSettings
 
 MAX_PICTURES = 100

@@ -17,12 +17,13 @@ from sdvino.outputs import Array
 from sdvino.runtime.component import Component
 from sdvino.runtime.components import Components
 from sdvino.runtime.core import device_facts, shared_core
-from sdvino.runtime.guard import CANARY_TOLERANCE, problem_of, relative_error
+from sdvino.runtime.guard import CANARY_TOLERANCE, problem_of
 from sdvino.runtime.profile import TUNED_FIELDS, Fallback, TunedComponent
 from sdvino.runtime.properties import normalize_device
 from sdvino.settings import DeviceSettings, GuidanceMode, RunSettings
 from sdvino.tuning.axes import Choice, axes, guidance_modes
 from sdvino.tuning.search import Axis, Found, Trial, search
+from sdvino.weights.numbers import relative_error
 
 #: Component -> its part of the time that is left when its turn comes.
 _SHARES = {"unet": 0.7, "vae_decoder": 0.7, "text_encoder": 1.0}

@@ -5,7 +5,8 @@ What is made of a tensor is a tensor again: nothing is read before it is asked f
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Any, TypeAlias
 
@@ -96,6 +97,31 @@ def is_finite(tensor: Tensor) -> bool:
 def first_not_finite(tensors: Tensors) -> str | None:
     """Return the name of a tensor that holds NaN or infinity, None without one."""
     return next((name for name, tensor in tensors.items() if not is_finite(tensor)), None)
+
+
+def relative_error(result: NDArray[Any], reference: NDArray[Any]) -> float:
+    """Return the norm of the difference over the norm of ``reference``; shapes must agree.
+
+    0 where both are zero; infinity where only the reference is, or where a value is no number.
+    """
+    if result.shape != reference.shape:
+        raise ValueError(f"Cannot compare shapes {result.shape} and {reference.shape}.")
+    wanted = np.asarray(reference, np.float64)
+    above = float(np.linalg.norm(np.asarray(result, np.float64) - wanted))
+    below = float(np.linalg.norm(wanted))
+    if not math.isfinite(above):
+        return math.inf
+    if below == 0.0:
+        return 0.0 if above == 0.0 else math.inf
+    return above / below
+
+
+def mean_relative_error(
+    results: Iterable[NDArray[Any]], references: Iterable[NDArray[Any]]
+) -> float:
+    """Return the root mean square of `relative_error` over pairs."""
+    errors = [relative_error(*pair) for pair in zip(results, references, strict=True)]
+    return math.sqrt(float(np.mean(np.square(errors))))
 
 
 def check_finite(tensors: Tensors, what: object) -> None:

@@ -13,8 +13,7 @@ from sdvino.cli.bench import parse_size
 from sdvino.cli.main import main
 from sdvino.errors import RequestError
 from sdvino.outputs import Timings
-from sdvino.runtime.memory import memory_status
-from sdvino.runtime.peak import linux_peak, peak_memory
+from sdvino.runtime.memory import linux_peak, memory_status, peak_memory
 from sdvino.settings import DeviceSettings, RunSettings
 from sdvino.tuning.bench import PARTS, BenchReport, breakdown, with_cache
 
@@ -104,7 +103,7 @@ def test_the_peak_of_a_process() -> None:
     assert before is not None
     assert before >= memory_status().own > 0
     code = (
-        "from sdvino.runtime.peak import peak_memory; one = peak_memory();"
+        "from sdvino.runtime.memory import peak_memory; one = peak_memory();"
         "held = b'x' * 80_000_000; print(peak_memory() - one)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

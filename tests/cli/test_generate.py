@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from sdvino.cli.main import main
+from sdvino.compress.targets import get_target
 from sdvino.image.picture import read_picture_settings
 from sdvino.settings import FAST
 
@@ -150,6 +151,7 @@ def test_info_of_the_demo_model(capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["info", "--verify"]) == 0
     out = capfd.readouterr().out
     assert "128 x 128" in out
+    assert "made for: avx2\n" in out
     assert "unet" in out
 
 
@@ -158,6 +160,8 @@ def test_devices_lists_the_cpu(capfd: pytest.CaptureFixture[str]) -> None:
     out = capfd.readouterr().out
     assert "CPU" in out
     assert "memory" in out
+    assert "rewrites of the UNet: " in out
+    assert f"--target {get_target('auto').name} " in out
 
 
 @pytest.mark.slow

@@ -14,17 +14,24 @@ import pytest
 from openvino import opset13 as ops
 
 from sdvino.compress.float_layers import short_name
-from sdvino.compress.gate import run_gate
-from sdvino.compress.gate_plan import GatePlan, Speed, components_only, fit_plan
-from sdvino.compress.gate_prompts import GATE_PROMPTS, held_back
-from sdvino.compress.ir import read_ir, save_ir
-from sdvino.compress.prompts import GENERAL_PROMPTS
+from sdvino.compress.gate import Gate
+from sdvino.compress.prompts import GATE_PROMPTS, GENERAL_PROMPTS, held_back
 from sdvino.compress.recipes import Recipe, get_recipe
 from sdvino.compress.report import REPORT_FILE, write_report
-from sdvino.compress.thresholds import LIMITS, Thresholds, default_thresholds
+from sdvino.compress.thresholds import (
+    LIMITS,
+    GatePlan,
+    GateSettings,
+    Speed,
+    Thresholds,
+    components_only,
+    default_thresholds,
+    fit_plan,
+)
 from sdvino.compress.verdict import Verdict, quality_line
 from sdvino.errors import RequestError
 from sdvino.folder.manifest import Manifest, Suggested
+from sdvino.graph.saving import read_ir, save_ir
 from sdvino.runtime.network import PiecedUnet
 from tests.conftest import SHAPES
 from tests.tiny_folder import (
@@ -116,15 +123,19 @@ class Folders:
 
     def judge(self, recipe: str = "int8-weights", **options: Any) -> Verdict:
         given: dict[str, Any] = {
-            "minutes": 60.0,
+            "settings": GateSettings(minutes=60.0),
             "prompts": PROMPTS,
             "suggested": SUGGESTED,
+            "thresholds": LIMITED,
             **options,
         }
-        given.setdefault("thresholds", LIMITED)
-        return run_gate(
-            self.float, self.model, get_recipe(recipe), recompress=self.recompress, **given
-        )
+        return Gate(
+            float_folder=self.float,
+            folder=self.model,
+            recipe=get_recipe(recipe),
+            recompress=self.recompress,
+            **given,
+        ).run()
 
 
 @pytest.fixture(scope="module")
@@ -192,14 +203,14 @@ def test_nothing_compressed_is_nothing_to_judge(sound: tuple[Folders, Verdict]) 
 
 def test_the_same_folder_twice_is_perfect(sound: tuple[Folders, Verdict]) -> None:
     folders, _ = sound
-    verdict = run_gate(
-        folders.float,
-        folders.float,
-        get_recipe("int8-weights"),
+    verdict = Gate(
+        float_folder=folders.float,
+        folder=folders.float,
+        recipe=get_recipe("int8-weights"),
         recompress=folders.recompress,
         prompts=PROMPTS,
         suggested=SUGGESTED,
-    )
+    ).run()
     assert verdict.passed is True
     assert verdict.comparison is not None
     assert set(verdict.comparison.components.values()) == {0.0}
@@ -291,15 +302,21 @@ def test_random_weights_are_judged_on_components_alone(tmp_path: Path) -> None:
 
 
 def test_no_time_is_no_verdict(sound: tuple[Folders, Verdict]) -> None:
-    verdict = sound[0].judge(minutes=1e-7)
+    verdict = sound[0].judge(settings=GateSettings(minutes=1e-7))
     assert verdict.passed is None
     assert "--gate-minutes" in verdict.note
 
 
-@pytest.mark.parametrize("options", [{"prompts": ()}, {"prompts": (" ",)}, {"minutes": 0.0}])
+@pytest.mark.parametrize("options", [{"prompts": ()}, {"prompts": (" ",)}])
 def test_bad_requests(sound: tuple[Folders, Verdict], options: dict[str, Any]) -> None:
     with pytest.raises(RequestError):
         sound[0].judge(**options)
+
+
+@pytest.mark.parametrize("minutes", [0.0, -1.0, float("nan"), 1e9])
+def test_bad_minutes(minutes: float) -> None:
+    with pytest.raises(RequestError, match="--gate-minutes"):
+        GateSettings(minutes=minutes)
 
 
 @pytest.mark.slow
@@ -391,5 +408,5 @@ def test_thresholds_follow_the_most_compressed_part() -> None:
     assert found.components["unet"] == LIMITS["int8-weights"].error
     assert default_thresholds(mixed, ("unet",), min_psnr=33.0).psnr == 33.0
     with pytest.raises(RequestError, match="--min-psnr"):
-        default_thresholds(mixed, ("unet",), min_psnr=-1.0)
+        GateSettings(min_psnr=-1.0)
     assert Thresholds().components == {}

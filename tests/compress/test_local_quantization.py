@@ -27,13 +27,13 @@ from sdvino.compress.targets import get_target
 from sdvino.compress.weight_coding import Coding, Distribution
 from sdvino.compress.weight_graph import (
     WeightLayer,
-    find,
     put_encoded,
     read_weights,
     weight_bytes,
     weight_layers,
 )
 from sdvino.errors import RequestError
+from sdvino.graph.walk import by_name
 from tests.compress import nets
 
 SAMPLES = nets.samples()
@@ -109,7 +109,7 @@ def test_every_kind_of_layer_computes_with_what_was_written(
         "grouped",
         "deconvolution",
     ]
-    nodes, expected_bytes = find(model), weight_bytes(model)
+    nodes, expected_bytes = by_name(model), weight_bytes(model)
     for layer in layers:
         if layer.takes(coding):
             before = read_weights(nodes[layer.name], layer)
@@ -142,7 +142,7 @@ def run(model: ov.Model) -> Any:
 )
 def test_the_plugin_keeps_linears_and_embeddings_small(coding: Coding, stored: str) -> None:
     model = network()
-    nodes = find(model)
+    nodes = by_name(model)
     for layer in weight_layers(model):
         if layer.takes(coding):
             put_encoded(nodes[layer.name], layer, coding)
@@ -268,7 +268,9 @@ def test_activations_of_eight_bit_layers() -> None:
         "unet", nets.attention_network(), recipe, SAMPLES, VNNI, planned=plans.append
     )
     found = dict(zip((c.facts.layer.name for c in plans[0].layers), bits_of(plans[0]), strict=True))
-    inputs = {name: find(model)[name].input_value(0).get_node().get_type_name() for name in found}
+    inputs = {
+        name: by_name(model)[name].input_value(0).get_node().get_type_name() for name in found
+    }
     fragile = {name: bits for name, bits in found.items() if is_fragile("unet", name)}
     assert fragile
     sturdy = {name: bits for name, bits in found.items() if name not in fragile}

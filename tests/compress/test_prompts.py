@@ -6,7 +6,7 @@ import pytest
 
 from sdvino.compress.prompts import GENERAL_PROMPTS, check_prompts
 from sdvino.errors import RequestError
-from sdvino.inputs.prompts import read_prompts
+from sdvino.inputs.files import read_prompts
 
 
 def test_the_general_list_is_varied() -> None:

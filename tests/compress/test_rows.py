@@ -5,8 +5,7 @@ import sys
 import pytest
 
 from sdvino.compress.component_recipe import ComponentRecipe
-from sdvino.compress.quantize_row import Quantize
-from sdvino.compress.recipe_file import from_toml, to_toml
+from sdvino.compress.recipe_file import Quantize, from_toml
 from sdvino.compress.recipes import Recipe, get_recipe
 from sdvino.errors import RequestError
 from sdvino.settings import COMPONENTS
@@ -50,17 +49,3 @@ def test_rows_that_cannot_be_are_refused(row: str, said: str) -> None:
     with pytest.raises(RequestError, match=said) as caught:
         recipe(f"kind = 'quantize'\n{row}")
     assert "\n" not in str(caught.value)
-
-
-def test_rows_name_the_devices_to_accelerate_for() -> None:
-    found = recipe("kind = 'accelerate'", "kind = 'accelerate'\ndevice = 'HETERO:GPU,CPU'")
-    assert found.devices == ("CPU", "HETERO:GPU,CPU")
-    assert from_toml(to_toml(found)) == found
-    for rows, said in (
-        (["device = 'the moon'"], "'the moon' is no device"),
-        (["device = 'HETERO'"], "such as HETERO:GPU,CPU"),
-        (["device = 3"], "write a string"),
-        (["device = 'GPU'", "device = 'gpu'"], "accelerated already"),
-    ):
-        with pytest.raises(RequestError, match=said):
-            recipe(*(f"kind = 'accelerate'\n{row}" for row in rows))

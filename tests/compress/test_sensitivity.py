@@ -17,8 +17,8 @@ from sdvino.compress.float_layers import (
     short_name,
 )
 from sdvino.compress.sensitivity import LayerError, Sensitivity, measure_sensitivity, run_model
-from sdvino.compress.similarity import relative_error
 from sdvino.errors import SdvinoError
+from sdvino.weights.numbers import relative_error
 
 Array = NDArray[np.float32]
 WIDTH = 8

@@ -9,7 +9,8 @@ from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from sdvino.compress.similarity import WINDOW, psnr, relative_error, ssim
+from sdvino.compress.similarity import WINDOW, psnr, ssim
+from sdvino.weights.numbers import relative_error
 
 Levels = NDArray[np.uint8]
 PICTURES = arrays(np.uint8, (13, 14, 3))

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from sdvino.compress.targets import TARGETS, detect, get_target
+from sdvino.compress.targets import TARGETS, detect, get_target, target_of
 from sdvino.errors import RequestError
 
 
@@ -40,3 +40,11 @@ def test_auto_is_a_processor_of_the_table() -> None:
 def test_an_unknown_target_is_refused_with_the_known_ones() -> None:
     with pytest.raises(RequestError, match="auto, avx2, avx2-vnni"):
         get_target("sse")
+
+
+def test_devices_that_a_model_is_made_for() -> None:
+    found = {
+        name: target_of(name, ("AVX2", "AVX-VNNI")) for name in ("CPU", "GPU.1", "NPU", "FPGA")
+    }
+    names = {device: None if target is None else target.name for device, target in found.items()}
+    assert names == {"CPU": "avx2-vnni", "GPU.1": "gpu", "NPU": None, "FPGA": None}

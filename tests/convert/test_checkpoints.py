@@ -91,7 +91,7 @@ def test_every_weight_lands_where_diffusers_puts_it(
     vocabulary = find_vocabulary(checkpoint.folder / "tokenizer", tokens=file.tokens)
     folder = file.outline(tmp_path, vocabulary)
     for component in file.components:
-        expected, found = load(checkpoint.folder / component), file.tensors_of(component)
+        expected, found = load(checkpoint.folder / component), file.components[component]
         assert set(found) == set(expected)
         for name, tensor in expected.items():
             assert found[name].dtype == "F16"
@@ -118,7 +118,7 @@ def test_other_precisions_are_read(
         n: t.to(kind) if t.is_floating_point() else t for n, t in load_file(checkpoint.file).items()
     }
     save_file(state, tmp_path / "model.safetensors")
-    found = SingleFile.open(tmp_path / "model.safetensors").tensors_of("unet")
+    found = SingleFile.open(tmp_path / "model.safetensors").components["unet"]
     for name, tensor in load(checkpoint.folder / "unet").items():
         assert torch.equal(torch.from_numpy(as_float32(found[name])), tensor.to(kind).float())
 

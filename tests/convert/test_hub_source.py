@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from sdvino.convert.hub_source import choose_files, is_hub_source, split_file
-from sdvino.convert.open_source import open_source, outline_source
+from sdvino.convert.open_source import Told, open_source, outline_source
 from sdvino.convert.openvino_source import OpenVinoFolder
 from sdvino.convert.source import DiffusersFolder
 from sdvino.errors import ModelFolderError, RequestError
@@ -131,12 +131,12 @@ def run_in_process(
 OPEN = """
 import sys
 from pathlib import Path
-from sdvino.convert.open_source import open_source
+from sdvino.convert.open_source import Told, open_source
 from sdvino.errors import SdvinoError
 for source in sys.argv[3:]:
     try:
         tokenizer = Path(sys.argv[2]) if sys.argv[2] else None
-        found = open_source(source, Path(sys.argv[1]), tokenizer=tokenizer)
+        found = open_source(source, Path(sys.argv[1]), Told(tokenizer=tokenizer))
         print(found.name, found.family.name, found.path)
     except SdvinoError as error:
         print(type(error).__name__, error)
@@ -309,8 +309,8 @@ def test_outlines_are_the_sources_without_their_weights(
 
     file = tmp_path / "model.safetensors"
     write(file, shapes_of("sd1"))
-    outlined, download = outline_source(file, tmp_path / "a", tokenizer=clip_folder)
-    opened = open_source(file, tmp_path / "b", tokenizer=clip_folder)
+    outlined, download = outline_source(file, tmp_path / "a", Told(tokenizer=clip_folder))
+    opened = open_source(file, tmp_path / "b", Told(tokenizer=clip_folder))
     assert download == 0
     assert not list((tmp_path / "a").rglob("*.safetensors"))
     assert (outlined.name, outlined.configs) == (opened.name, opened.configs)

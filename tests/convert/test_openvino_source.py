@@ -9,11 +9,11 @@ import openvino as ov
 import pytest
 from openvino import opset13 as ops
 
-from sdvino.compress.ir import read_ir
 from sdvino.convert.open_source import open_source
 from sdvino.convert.openvino_source import OpenVinoFolder, copy_component, restore_weights
 from sdvino.convert.suggestions import suggestions
 from sdvino.errors import RequestError
+from sdvino.graph.saving import read_ir
 from tests.tiny_folder import make_tiny_folder
 
 RNG = np.random.default_rng(5)

@@ -96,7 +96,7 @@ def test_interrupted_after_a_pass_it_goes_on_to_the_same_model(
     plan = WorkPlan.read(kept)
     for name in ("inputs", "passes", "tmp"):
         (again / name).mkdir()
-    for step in ("gather", *PASSES):
+    for step in ("record", *PASSES):
         run_step(plan, again, step, lambda share: None)
     for file in sorted((again / "passes").rglob("*")):
         if file.is_file():
@@ -141,7 +141,7 @@ def check_unet(folder: ModelFolder, passed: Path, inputs: Path) -> None:
 def test_a_dry_run_tells_the_passes(source: Path, tmp_path: Path, recipe: Path) -> None:
     outlook = look_ahead(make_request(source, recipe=recipe), tmp_path / "model")
     steps = [needs.step.name for needs in outlook.steps]
-    assert steps[:5] == ["frame", "gather", *PASSES]
+    assert steps[:5] == ["metadata", "record", *PASSES]
     assert [needs.what for needs in outlook.steps[2:5]] == [
         "prune heads 50% unet",
         "prune magnitude 30% text_encoder",
@@ -162,7 +162,7 @@ def test_other_passes_are_another_export_and_those_before_stay(
 
     one, other = keys(RECIPE), keys(RECIPE.replace("budget = 0.7", "budget = 0.6"))
     same = {name for name in one if one[name] == other.get(name)}
-    assert {"frame", "gather", "pass 1-prune", "pass 2-prune", "export text_encoder"} <= same
+    assert {"metadata", "record", "pass 1-prune", "pass 2-prune", "export text_encoder"} <= same
     assert not same & {"pass 3-low_rank", "export unet", "compress unet"}
     plain = keys("[unet]\nmode = 'int8-weights'\n")
     assert plain["export vae_decoder"] == one["export vae_decoder"]

@@ -146,7 +146,7 @@ def test_the_work_folder_is_told_when_its_plan_is_gone(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="No such file"):
         run_steps(
             tmp_path,
-            [Step("frame")],
+            [Step("metadata")],
             progress=lambda step, share: None,
             finished=lambda step, files: None,
             tick=lambda: None,
@@ -208,19 +208,19 @@ def test_what_is_planted_in_a_work_folder_is_not_run(tmp_path: Path) -> None:
     with pytest.raises(OSError, match=r"plan\.json"):
         run_steps(
             tmp_path,
-            [Step("frame")],
+            [Step("metadata")],
             progress=lambda *_: None,
             finished=lambda *_: None,
             tick=lambda: None,
         )
     assert not (tmp_path / "PLANTED").exists()
-    assert "Traceback" not in (tmp_path / "logs" / "frame.txt").read_text()
+    assert "Traceback" not in (tmp_path / "logs" / "metadata.txt").read_text()
 
 
 def test_empty_entries_of_the_path_are_not_the_current_folder(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(["", "relative", ""]))
-    path = processes._environment([Step("frame")])["PYTHONPATH"].split(os.pathsep)
+    path = processes._environment([Step("metadata")])["PYTHONPATH"].split(os.pathsep)
     assert path[1:] == [str(Path.cwd() / "relative")]
     assert all(Path(entry).is_absolute() for entry in path)

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from sdvino.convert.scheduler import GENAI_SCHEDULERS, portable_scheduler
+from sdvino.convert.metadata import GENAI_SCHEDULERS, portable_scheduler
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from sdvino.convert.api import make_request
-from sdvino.convert.open_source import OUTLINE, open_source
+from sdvino.convert.open_source import OUTLINE, Told, open_source
 from sdvino.convert.single_file import SingleFile
 from sdvino.convert.source import DiffusersFolder
 from sdvino.errors import RequestError
@@ -113,13 +113,13 @@ def test_the_weights_stay_in_the_file(tmp_path: Path) -> None:
     )
     file = SingleFile.open(path)
     assert set(file.components) == {"text_encoder", "unet", "vae"}
-    tensors = file.tensors_of("unet")
+    tensors = file.components["unet"]
     assert {tensor.dtype for tensor in tensors.values()} == {"F32"}
     out = tensors["conv_out.weight"].read()
     assert (out == 2.5).all()
     assert not out.flags.owndata
     # One matrix of the file, three of the model's.
-    query = file.tensors_of("text_encoder")["text_model.encoder.layers.0.self_attn.q_proj.weight"]
+    query = file.components["text_encoder"]["text_model.encoder.layers.0.self_attn.q_proj.weight"]
     assert query.shape == query.read().shape == (64, 64)
     source = open_source(path, tmp_path / "work")
     assert isinstance(source, DiffusersFolder)
@@ -194,7 +194,7 @@ def test_weights_that_are_not_numbers_are_refused(tmp_path: Path, component: str
     }[component]
     path = write(tmp_path / "a.safetensors", shapes_of("sd1"), values={name: np.nan})
     with pytest.raises(RequestError, match="not numbers"):
-        check_finite(SingleFile.open(path).tensors_of(component), component)
+        check_finite(SingleFile.open(path).components[component], component)
 
 
 def without(prefix: str) -> Callable[[Shapes], Shapes]:
@@ -275,7 +275,7 @@ def test_small_floats_are_weights(tmp_path: Path, dtype: str) -> None:
         table[name] = {"dtype": dtype, "shape": shape, "data_offsets": [place, end]}
         place = end
     file = SingleFile.open(write_header(tmp_path / "a.safetensors", table, bytes(place)))
-    assert {tensor.dtype for tensor in file.tensors_of("unet").values()} == {dtype}
+    assert {tensor.dtype for tensor in file.components["unet"].values()} == {dtype}
 
 
 def test_integers_for_weights_are_refused(tmp_path: Path) -> None:
@@ -297,7 +297,7 @@ def test_a_single_file_becomes_a_checked_folder(
 ) -> None:
     path = write(tmp_path / "my model.safetensors", shapes_of("sd2"))
     work = tmp_path / "work"
-    folder = open_source(path, work, tokenizer=clip_folder)
+    folder = open_source(path, work, Told(tokenizer=clip_folder))
     assert isinstance(folder, DiffusersFolder)
     assert folder.name == "my model"
     assert folder.path == work / OUTLINE
@@ -309,8 +309,9 @@ def test_a_single_file_becomes_a_checked_folder(
 @pytest.mark.parametrize("option", ["tokenizer", "prediction_type", "revision"])
 def test_options_that_mean_nothing_here_are_refused(source: Path, option: str) -> None:
     value: Any = {"tokenizer": source, "prediction_type": "epsilon", "revision": "main"}[option]
+    revision, told = (value, {}) if option == "revision" else (None, {option: value})
     with pytest.raises(RequestError, match="leave the option out"):
-        open_source(source, source / "work", **{option: value})
+        open_source(source, source / "work", Told(**told), revision=revision)
 
 
 @pytest.mark.parametrize("name", ["nothing", "no/such/folder", "a b/c", "x/" * 50])

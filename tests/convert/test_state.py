@@ -187,7 +187,7 @@ def link(work: Path) -> None:
 
 def linked_log(work: Path) -> None:
     (work / "logs").mkdir(parents=True)
-    (work / "logs" / "frame.txt").symlink_to(work.parent / "precious")
+    (work / "logs" / "metadata.txt").symlink_to(work.parent / "precious")
 
 
 def writable(work: Path) -> None:

@@ -10,15 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sdvino.compress.calibration import CalibrationPlan
+from sdvino.compress.calibration import CalibrationPlan, load_samples, save_samples
 from sdvino.compress.recipes import get_recipe
-from sdvino.compress.samples import load_samples, save_samples
-from sdvino.convert.estimate import check_needs, work_out
+from sdvino.convert.estimate import Work, check_needs, expected_seconds, work_out
 from sdvino.convert.export import spooled
 from sdvino.convert.request import Request, WorkPlan
 from sdvino.convert.source import DiffusersFolder
 from sdvino.convert.steps import Step, group
-from sdvino.convert.work import Work, expected_seconds
 from sdvino.errors import OutputError, RequestError, SdvinoError
 from sdvino.runtime.memory import MemoryStatus
 from sdvino.weights.safetensors import Tensor, open_tensors, write_tensors
@@ -53,13 +51,18 @@ def plan_of(recipe: str) -> WorkPlan:
 def steps_like_sd15() -> list[Step]:
     exports = [Step("export", name, size * MEGABYTE) for name, size in SIZES.items()]
     compressions = [Step("compress", name, size * MEGABYTE) for name, size in SIZES.items()]
-    return [Step("frame"), *exports, Step("calibrate", "", SIZES["unet"] * MEGABYTE), *compressions]
+    return [
+        Step("metadata"),
+        *exports,
+        Step("calibrate", "", SIZES["unet"] * MEGABYTE),
+        *compressions,
+    ]
 
 
 def test_a_large_component_has_a_process_of_its_own() -> None:
     names = [[step.name for step in batch] for batch in group(steps_like_sd15())]
     assert names == [
-        ["frame", "export text_encoder"],
+        ["metadata", "export text_encoder"],
         ["export unet"],
         ["export vae_decoder", "export vae_encoder"],
         ["calibrate"],
@@ -73,16 +76,16 @@ def test_small_passes_and_exports_share_a_process_but_not_with_training() -> Non
     passes = [Step("pass", name, 15 * MEGABYTE) for name in ("1-prune", "2-distill", "3-low_rank")]
     exports = [Step("export", "unet", 15 * MEGABYTE), Step("export", "text_encoder", 5 * MEGABYTE)]
     ends = [Step("calibrate", "", 15 * MEGABYTE), Step("compress", "unet", 15 * MEGABYTE)]
-    steps = [Step("frame"), Step("gather"), *passes, *exports, *ends]
+    steps = [Step("metadata"), Step("record"), *passes, *exports, *ends]
     assert [[step.name for step in batch] for batch in group(steps)] == [
-        ["frame", "gather", "pass 1-prune"],
+        ["metadata", "record", "pass 1-prune"],
         ["pass 2-distill"],
         ["pass 3-low_rank", "export unet", "export text_encoder", "calibrate", "compress unet"],
     ]
     large = Step("compress", "vae_decoder", 400 * MEGABYTE)
     assert [[step.name for step in batch] for batch in group([*steps, large])] == [
-        ["frame"],
-        ["gather", "pass 1-prune"],
+        ["metadata"],
+        ["record", "pass 1-prune"],
         ["pass 2-distill"],
         ["pass 3-low_rank"],
         ["export unet", "export text_encoder"],

@@ -51,7 +51,7 @@ def test_a_folder_goes_before_a_hub_id(tmp_path: Path, monkeypatch: pytest.Monke
 )
 def test_what_is_neither_folder_nor_id(name: str) -> None:
     with pytest.raises(ModelFolderError, match="hub id") as caught:
-        resolve_model(name, progress=fail_on_report)
+        resolve_model(name, report=fail_on_report)
     assert len(str(caught.value)) < 400
 
 
@@ -68,7 +68,7 @@ def test_the_bundled_model_is_the_default() -> None:
 
 def test_offline_the_cache_answers(tmp_path: Path) -> None:
     folder = hub_cache(tmp_path)
-    found = resolve_model("owner/name", cache_dir=tmp_path, offline=True, progress=fail_on_report)
+    found = resolve_model("owner/name", cache_dir=tmp_path, offline=True, report=fail_on_report)
     assert found == folder
     (folder / "sdvino.json").unlink()
     assert ModelFolder.open(found).name == "owner/name"

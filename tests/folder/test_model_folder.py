@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from sdvino.errors import ModelFolderError
 from sdvino.folder.index import ModelFolder
 from sdvino.folder.manifest import Manifest, ManifestComponent, Suggested
-from sdvino.inputs.ir import read_ir
+from sdvino.inputs.ir import summarize_ir
 from tests.conftest import SHAPES
 from tests.tiny_folder import edit_json, make_tiny_folder, write_json
 
@@ -294,7 +294,7 @@ def test_a_damaged_ir_is_refused_or_read(ir: Path, cut: float, noise: bytes, dro
     size = (ir / "openvino_model.bin").stat().st_size
     # Whatever else is wrong with it, nothing but our own exception comes out.
     with contextlib.suppress(ModelFolderError):
-        assert read_ir(xml, ir / "openvino_model.bin", "unet").weights_end <= size
+        assert summarize_ir(xml, ir / "openvino_model.bin", "unet").weights_end <= size
 
 
 MANIFEST = Manifest(
@@ -304,6 +304,7 @@ MANIFEST = Manifest(
     components={"unet": ManifestComponent(precision="int8", bytes=3, sha256={"a.bin": "0" * 64})},
     quality={"psnr": 35.5},
     suggested=Suggested(num_inference_steps=20, guidance_scale=4.0, scheduler="euler"),
+    target="avx2-vnni",
     versions={"openvino": "2026.4.1"},
 )
 
@@ -346,6 +347,7 @@ def test_a_manifest_needs_little() -> None:
         ("suggested", {"guidance_scale": "7"}, "guidance_scale"),
         ("suggested", {"guidance_scale": 1e6}, "guidance_scale"),
         ("suggested", {"scheduler": "magic"}, "magic"),
+        ("target", 3, "target"),
         ("versions", [], "versions"),
     ],
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import openvino as ov
@@ -13,7 +13,8 @@ import pytest
 from sdvino import StableDiffusionPipeline
 from sdvino.errors import ModelFolderError
 from sdvino.folder.index import ModelFolder
-from sdvino.runtime.memory import estimate_memory, held_bytes
+from sdvino.runtime.memory import held_bytes
+from sdvino.runtime.memory_plan import measure_parts
 from tests.tiny_folder import (
     POOLED,
     SIZE_WIDTH,
@@ -62,11 +63,9 @@ def test_optimums_name_and_diffusers_name(name: str, folder: Path) -> None:
 
 def test_memory_counts_the_second_text_encoder(folder: Path) -> None:
     model = ModelFolder.open(folder)
-    others = {name: part for name, part in model.components.items() if name != "text_encoder_2"}
-    without = estimate_memory(replace(model, components=others), 128, 128)
-    second = held_bytes(model, "text_encoder_2")
-    assert second > 0
-    assert estimate_memory(model, 128, 128) == without + second
+    both = measure_parts(model, 128, 128).text
+    assert both == held_bytes(model, "text_encoder") + held_bytes(model, "text_encoder_2")
+    assert both > held_bytes(model, "text_encoder")
 
 
 @dataclass(frozen=True)

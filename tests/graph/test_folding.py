@@ -6,7 +6,7 @@ import pytest
 from openvino import opset13 as ops
 
 from sdvino.errors import ModelFolderError
-from sdvino.graph.folding import MOST_ADDED, check_folding
+from sdvino.graph.walk import MOST_ADDED, check_folding
 
 SIDE = 2**14  # its square is over the limit
 

@@ -27,11 +27,10 @@ from sdvino.graph.segments import (
     keep_segment,
     segment_count,
 )
-from sdvino.graph.shapes import reshape_static
 from sdvino.graph.text_keys import TEXT, give_text_keys, is_text_key, take_text_keys
 from sdvino.graph.timestep import float_timestep
 from sdvino.graph.tokens import thin_keys
-from sdvino.graph.walk import freeze_shapes
+from sdvino.graph.walk import freeze_shapes, reshape_static
 from tests.conftest import SHAPES
 from tests.graph.exported import Compiled, some_latents, torch_pipeline, xml
 

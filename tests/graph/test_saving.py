@@ -12,8 +12,7 @@ import openvino as ov
 import pytest
 from openvino import opset13 as ops
 
-from sdvino.compress.ir import read_ir, save_ir
-from sdvino.graph.saving import given_names, name_by_position, save_graph
+from sdvino.graph.saving import given_names, name_by_position, read_ir, save_graph, save_ir
 
 LAYER = "__module.mid_block.conv/aten::_convolution/Convolution"
 

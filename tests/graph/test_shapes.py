@@ -6,7 +6,7 @@ import pytest
 from openvino import opset13 as ops
 
 from sdvino.errors import ModelFolderError
-from sdvino.graph.shapes import reshape_static
+from sdvino.graph.walk import reshape_static
 from tests.graph.exported import Compiled, read, some_latents
 
 SHAPES = {"sample": [2, 4, 8, 16], "encoder_hidden_states": [2, 77, 16], "timestep": [1]}

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from openvino import opset13 as ops
 
 from sdvino.compress.float_layers import compressed_layers, operation_names, restored
-from sdvino.compress.similarity import relative_error
 from sdvino.graph.upsampling import split_like, split_upsampling, summed
+from sdvino.weights.numbers import relative_error
 from tests.graph.exported import xml
 
 INPUTS, OUTPUTS = 6, 5

@@ -11,8 +11,8 @@ from diffusers.image_processor import VaeImageProcessor
 from numpy.typing import NDArray
 
 from sdvino.errors import ModelFolderError, RequestError, SdvinoError
-from sdvino.graph.shapes import reshape_static
 from sdvino.graph.vae import decoder_to_float, decoder_to_pixels, encoder_from_pixels
+from sdvino.graph.walk import reshape_static
 from sdvino.image.autoencoder import VaeDecoder, VaeEncoder
 from sdvino.image.tiling import to_levels
 from sdvino.runtime.component import Component

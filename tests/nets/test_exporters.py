@@ -10,9 +10,9 @@ import openvino as ov
 import pytest
 from numpy.typing import NDArray
 
-from sdvino.compress.similarity import relative_error
 from sdvino.convert.export import EXPORTERS, IR_NAME, export_component
 from sdvino.convert.source import DiffusersFolder
+from sdvino.weights.numbers import relative_error
 from tests.convert.miniatures import Miniatures
 from tests.nets.test_networks import compile_model
 

@@ -11,7 +11,6 @@ import pytest
 from numpy.typing import NDArray
 from synthetic_architectures import ARCHITECTURES
 
-from sdvino.compress.similarity import relative_error
 from sdvino.errors import RequestError
 from sdvino.nets.clip import clip
 from sdvino.nets.layers import UnknownNetwork
@@ -20,6 +19,7 @@ from sdvino.nets.tiny_vae import tiny_vae
 from sdvino.nets.unet import unet
 from sdvino.nets.vae import vae_decoder, vae_encoder
 from sdvino.train.modules import apply
+from sdvino.weights.numbers import relative_error
 from sdvino.weights.safetensors import Tensor
 
 MINIATURES = [name for name in ARCHITECTURES if name.startswith("tiny-")]

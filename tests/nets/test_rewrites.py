@@ -9,20 +9,19 @@ import numpy as np
 import openvino as ov
 import pytest
 
-from sdvino.compress.similarity import relative_error
 from sdvino.graph.geglu import split_projections
 from sdvino.graph.saving import save_graph
 from sdvino.graph.segments import cut_at_skip, segment_count
-from sdvino.graph.shapes import reshape_static
 from sdvino.graph.text_keys import give_text_keys
 from sdvino.graph.text_states import give_states, state_name
 from sdvino.graph.timestep import float_timestep
 from sdvino.graph.tokens import thin_keys
 from sdvino.graph.upsampling import split_upsampling
-from sdvino.graph.walk import freeze_shapes
+from sdvino.graph.walk import freeze_shapes, reshape_static
 from sdvino.nets.clip import clip
 from sdvino.nets.unet import unet
 from sdvino.nets.vae import vae_decoder
+from sdvino.weights.numbers import relative_error
 from tests.nets.test_networks import (
     config_of,
     run,

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from sdvino.inputs.files import FileLock
 from sdvino.runtime.cache import CompiledCache, cache_key, default_cache_dir
-from sdvino.runtime.locks import FileLock
 
 
 class Compiler:

@@ -20,7 +20,7 @@ import pytest
 from openvino import opset13 as ops
 
 from sdvino.errors import ModelFolderError
-from sdvino.graph.shapes import reshape_static
+from sdvino.graph.walk import reshape_static
 from sdvino.inputs.files import sha256_of
 from sdvino.runtime import compiling
 from sdvino.runtime.cache import _write_checksums

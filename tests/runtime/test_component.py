@@ -18,8 +18,8 @@ import pytest
 from openvino import opset13 as ops
 
 from sdvino.errors import DeviceError, ModelFolderError, SdvinoError
-from sdvino.graph.shapes import reshape_static
 from sdvino.graph.timestep import float_timestep
+from sdvino.graph.walk import reshape_static
 from sdvino.runtime.component import Component
 from sdvino.runtime.core import short_reason
 from sdvino.settings import DeviceSettings
@@ -97,7 +97,7 @@ def test_it_computes_the_same_on_a_gpu(folder: Path) -> None:
 def test_load_and_unload(folder: Path) -> None:
     unet = make(folder)
     assert not unet.loaded
-    unet.prewarm()
+    unet.load()
     assert unet.loaded
     first = unet.infer(INPUTS)["out_sample"].copy()
     unet.unload()

@@ -15,9 +15,10 @@ import pytest
 
 from sdvino.errors import SdvinoError
 from sdvino.runtime.component import Component
-from sdvino.runtime.guard import CANARY_TOLERANCE, Guard, problem_of, relative_error
+from sdvino.runtime.guard import CANARY_TOLERANCE, Guard, problem_of
 from sdvino.runtime.profile import ProfileKey, ProfileMemory, ProfileStore
 from sdvino.settings import DeviceSettings
+from sdvino.weights.numbers import relative_error
 from tests.runtime.test_component import INPUTS, expected, prepare
 from tests.tiny_folder import make_tiny_folder
 

@@ -13,10 +13,11 @@ from sdvino.folder.index import ModelFolder
 from sdvino.runtime.memory import (
     MemoryStatus,
     check_memory,
-    estimate_memory,
+    decoder_bytes,
     held_bytes,
     linux_status,
     memory_status,
+    unet_bytes,
 )
 from tests.tiny_folder import edit_json, make_tiny_folder
 
@@ -34,11 +35,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> ModelFolder:
 
 
 def test_a_larger_picture_needs_more(folder: ModelFolder) -> None:
-    sizes = [estimate_memory(folder, side, side) for side in (64, 512, 1024, 4096)]
-    assert sizes == sorted(set(sizes))
-    assert estimate_memory(folder, 512, 512, batch=4) > sizes[1]
-    assert estimate_memory(folder, 1024, 1024, tile=512) < sizes[2]
-    assert sizes[0] < GB
+    for measure in (unet_bytes, decoder_bytes):
+        sizes = [measure(folder, side, side) for side in (64, 512, 1024, 4096)]
+        assert sizes == sorted(set(sizes))
+        assert sizes[0] < GB
+    whole = decoder_bytes(folder, 1024, 1024)
+    assert decoder_bytes(folder, 1024, 1024, 512) < whole
 
 
 def test_attention_over_every_latent_needs_most(tmp_path: Path) -> None:
@@ -47,7 +49,7 @@ def test_attention_over_every_latent_needs_most(tmp_path: Path) -> None:
     needed = []
     for kinds in (["DownBlock2D"] * 2, ["DownBlock2D", "AttnDownBlock2D"], ["AttnDownBlock2D"]):
         edit_json(path / "unet" / "config.json", down_block_types=kinds)
-        needed.append(estimate_memory(ModelFolder.open(path), 4096, 4096))
+        needed.append(unet_bytes(ModelFolder.open(path), 4096, 4096))
     assert needed == sorted(set(needed))
     assert needed[-1] > (4096 // 8) ** 4 * 4
 
@@ -57,7 +59,7 @@ def test_the_weights_count(folder: ModelFolder) -> None:
     weights = part.bin.stat().st_size
     assert held_bytes(folder, "unet") > weights
     assert held_bytes(folder, "unet", "no such part") == held_bytes(folder, "unet")
-    assert estimate_memory(folder, 64, 64) > held_bytes(folder, *folder.components)
+    assert held_bytes(folder, *folder.components) > held_bytes(folder, "unet")
 
 
 def test_what_the_cpu_folds_is_held_twice(folder: ModelFolder) -> None:
@@ -75,10 +77,10 @@ def test_what_the_cpu_folds_is_held_twice(folder: ModelFolder) -> None:
 
 
 def test_an_absurd_size_is_refused(folder: ModelFolder) -> None:
-    needed = estimate_memory(folder, 10**7, 10**7)
+    needed = unet_bytes(folder, 10**7, 10**7)
     with pytest.raises(RequestError, match=r"memory.*smaller"):
         check_memory(needed)
-    check_memory(estimate_memory(folder, 64, 64))
+    check_memory(unet_bytes(folder, 64, 64))
 
 
 def test_what_the_process_holds_is_not_counted_twice(caplog: pytest.LogCaptureFixture) -> None:

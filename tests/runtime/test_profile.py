@@ -19,9 +19,11 @@ from sdvino.runtime.profile import (
     model_hash,
     profile_key,
 )
-from sdvino.runtime.tuned import apply_profile
+from sdvino.runtime.properties import DeviceFacts, compile_properties, precision_in
+from sdvino.runtime.topology import CpuReport
+from sdvino.runtime.tuned import apply_profile, tuned_run
 from sdvino.settings import DeviceSettings, RunSettings
-from tests.tiny_folder import make_tiny_folder
+from tests.tiny_folder import edit_json, make_tiny_folder
 
 KEY = ProfileKey(machine="i7; 4+8 cores; Linux", openvino="2026.4", model="ab" * 32)
 FALLBACK = Fallback(
@@ -209,3 +211,28 @@ def test_a_damaged_profile_is_set_aside_and_said_once(
     assert [file.name for file in tmp_path.iterdir()] == [f"{path.stem}.damaged"]
     assert store.write(Profile(key=KEY, name="new"))
     assert store.read(KEY).name == "new"
+
+
+def test_a_remembered_f32_stands_on_amx(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where an older sdvino wrote bf16 into the manifest, which nobody chose."""
+    monkeypatch.setenv("SDVINO_CACHE_DIR", str(tmp_path / "cache"))
+    path = make_tiny_folder(tmp_path / "model")
+    stored = [{"device": "CPU", "kind": "amx", "precision": "bf16", "rewrites": []}]
+    edit_json(path / "sdvino.json", accelerated=stored)
+    folder = ModelFolder.open(path)
+    store = ProfileStore()
+    flags = frozenset({"avx2", "avx512_vnni", "amx_int8", "amx_bf16"})
+    for module in ("profile", "core", "topology"):
+        read_cpu = f"sdvino.runtime.{module}.read_cpu"
+        monkeypatch.setattr(read_cpu, lambda: CpuReport(performance_cores=4, flags=flags))
+    store.write(Profile(key=profile_key(folder), name="x", fallbacks={"unet": FALLBACK}))
+    settings, guard = tuned_run(folder, OPEN)
+    names = frozenset({"PERFORMANCE_HINT", "NUM_STREAMS", "INFERENCE_PRECISION_HINT"})
+    amx = DeviceFacts(supported=names, capabilities=frozenset({"FP32", "BF16"}), amx=True)
+
+    def precision(part: str) -> str | None:
+        chosen = guard.settings(part, settings.for_component(part))
+        return precision_in(compile_properties(chosen, "CPU", {"CPU": amx}, part))
+
+    assert precision("unet") == "f32"
+    assert precision("vae_decoder") == "bf16"

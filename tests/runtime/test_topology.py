@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from sdvino.runtime.topology import (
     CpuReport,
     cgroup_quota,
+    cpu_class,
     linux_cpu,
     parse_cpu_list,
     read_cpu,
@@ -197,6 +198,13 @@ def test_a_limit_that_takes_nothing_is_none() -> None:
 def test_this_machine_within_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
     assert set(read_cpu().isa) <= {"AVX2", "NEON", "dot product"}
+
+
+def test_the_class_of_a_processor() -> None:
+    assert cpu_class(("AVX2", "AVX-512", "AVX512-VNNI", "AMX-INT8")) == "amx"
+    assert cpu_class(("AVX2", "AVX-VNNI")) == "avx2-vnni"
+    assert cpu_class(("NEON", "dot product")) == "arm"
+    assert cpu_class(()) == "avx2"
 
 
 def test_this_machine() -> None:

@@ -50,7 +50,7 @@ def test_what_passes_leave_is_a_source(tmp_path: Path, capsys: pytest.CaptureFix
         parameter.numel() for parameter in load_component(out / "unet", "unet").parameters()
     )
     done = json.loads(told.read_text(encoding="utf-8"))
-    assert list(done["cpu_seconds"]) == ["gather", "pass 1-prune", "pass 2-low_rank"]
+    assert list(done["cpu_seconds"]) == ["record", "pass 1-prune", "pass 2-low_rank"]
     history = done["passes"]
     assert count == history[-1]["after"]["parameters"] < history[0]["before"]["parameters"]
     for file in source.rglob("*"):

@@ -41,8 +41,8 @@ from bench_tables import (
     table,
 )
 from bench_worker import Measured, Watch
+from graph_coverage import planned_layers
 
-from sdvino.compress.coverage import planned_layers
 from sdvino.folder.index import ModelFolder
 
 BY_NAME = {metric.name: metric for metric in METRICS}

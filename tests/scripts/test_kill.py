@@ -104,19 +104,19 @@ def test_how_a_killed_run_must_end(
 
 
 def test_the_phase_of_a_conversion_is_read_from_its_folder(tmp_path: Path) -> None:
-    target, steps = tmp_path / "model", ["frame", "export unet"]
+    target, steps = tmp_path / "model", ["metadata", "export unet"]
     work = tmp_path / ".model.sdvino-partial"
 
     def phase(since: float = 0.0) -> str:
         return kill.conversion_phase(target, steps, since)
 
     assert phase() == "start"
-    write(work, {"state.json": b'{"steps": {"frame": {}}}'})
+    write(work, {"state.json": b'{"steps": {"metadata": {}}}'})
     assert phase() == "start"
     (work / "tmp" / "export-unet").mkdir(parents=True)
     assert phase() == "export unet"
     assert phase(since=time.time() + 60) == "start"  # of a run before
-    write(work, {"state.json": b'{"steps": {"frame": {}, "export unet": {}}}'})
+    write(work, {"state.json": b'{"steps": {"metadata": {}, "export unet": {}}}'})
     assert phase() == "end"
 
 

@@ -27,9 +27,10 @@ def test_states_are_those_of_diffusers(tokenizer: ClipTokenizer) -> None:
         with torch.no_grad():
             expected, _ = torch_pipeline().encode_prompt(prompt, "cpu", 1, False)
         encoded = encoder.encode_prompt(prompt)
-        assert encoded.hidden_state.dtype == np.float32
-        assert encoded.hidden_state.shape == (1, 77, 16)
-        np.testing.assert_allclose(encoded.hidden_state, expected.numpy(), atol=1e-5)
+        state = encoded.states["last_hidden_state"]
+        assert state.dtype == np.float32
+        assert state.shape == (1, 77, 16)
+        np.testing.assert_allclose(state, expected.numpy(), atol=1e-5)
         assert encoded.pooled is not None
         assert encoded.pooled.shape == (1, 16)
         assert bool(encoded.dropped) == (len(prompt) > 300)
@@ -53,31 +54,30 @@ class Counting:
 def test_each_prompt_is_encoded_once(tokenizer: ClipTokenizer) -> None:
     component = Counting()
     encoder = TextEncoder(component, tokenizer, cached=2)
-    first = encoder.encode("red")
-    encoder.encode("blue")
-    assert encoder.encode("red") is first
+    first = encoder.encode_prompt("red")
+    encoder.encode_prompt("blue")
+    assert encoder.encode_prompt("red") is first
     assert component.calls == 2
-    encoder.encode("green")  # puts out blue, which was used longest ago
-    assert encoder.encode("red") is first
+    encoder.encode_prompt("green")  # puts out blue, which was used longest ago
+    assert encoder.encode_prompt("red") is first
     assert component.calls == 3
-    encoder.encode("blue")
+    encoder.encode_prompt("blue")
     assert component.calls == 4
 
 
 def test_states_outlive_the_buffer_and_cannot_be_written(tokenizer: ClipTokenizer) -> None:
     encoder = TextEncoder(Counting(), tokenizer)
-    first = encoder.encode("red")
-    encoder.encode("blue")
+    first = encoder.encode_prompt("red").states["last_hidden_state"]
+    encoder.encode_prompt("blue")
     np.testing.assert_array_equal(first, 1.0)
     with pytest.raises(ValueError, match="read-only"):
         first[...] = 0
 
 
-@pytest.mark.parametrize("dtype", [np.int64, np.int32])
-def test_ids_have_the_type_that_the_graph_wants(tokenizer: ClipTokenizer, dtype: Any) -> None:
+def test_ids_are_int64(tokenizer: ClipTokenizer) -> None:
     component = Counting()
-    encoded = TextEncoder(component, tokenizer, ids_dtype=dtype).encode_prompt("red")
-    assert component.dtypes == [np.dtype(dtype)]
+    encoded = TextEncoder(component, tokenizer).encode_prompt("red")
+    assert component.dtypes == [np.dtype(np.int64)]
     assert encoded.pooled is None
 
 
@@ -97,7 +97,7 @@ class Broken:
 
 def test_outputs_that_cannot_be_used_are_named(tokenizer: ClipTokenizer) -> None:
     with pytest.raises(ModelFolderError, match="last_hidden_state"):
-        TextEncoder(Broken({"logits": np.zeros(1)}), tokenizer).encode("red")
+        TextEncoder(Broken({"logits": np.zeros(1)}), tokenizer).encode_prompt("red")
     nan = np.full((1, 77, 4), np.nan, np.float32)
     with pytest.raises(SdvinoError, match="f32"):
-        TextEncoder(Broken({"last_hidden_state": nan}), tokenizer).encode("red")
+        TextEncoder(Broken({"last_hidden_state": nan}), tokenizer).encode_prompt("red")

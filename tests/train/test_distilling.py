@@ -19,7 +19,7 @@ from sdvino.compress.recipe_file import from_toml
 from sdvino.convert.api import _decide, convert, make_request
 from sdvino.convert.request import WorkPlan
 from sdvino.convert.source import DiffusersFolder
-from sdvino.convert.source_passes import gathering
+from sdvino.convert.source_passes import recording
 from sdvino.convert.state import work_path
 from sdvino.convert.suggestions import trained_steps
 from sdvino.convert.worker import run_step
@@ -29,6 +29,7 @@ from sdvino.nets.structure import Structure
 from sdvino.train.distillation.settings import DistillSettings
 from sdvino.train.distilling import distill, work_folder
 from sdvino.train.modules import apply, load_component, save_component
+from tests.tiny_folder import edit_json
 
 SMALL: dict[str, Any] = {
     "iterations": 6,
@@ -199,10 +200,10 @@ def test_what_a_recipe_makes_of_steps_the_model_suggests(source: Path, tmp_path:
     assert hints == {"num_inference_steps": 4, "guidance_scale": 1.0, "scheduler": "ddim"}
     assert plan.calibration.few_steps == (4,)
     # What comes before the distillation is measured as the source is used.
-    gathered = gathering(plan, opened)
-    assert gathered.guidance_scale == 7.5
-    assert gathered.few_steps == ()
-    assert gathered.branches == 2
+    recorded = recording(plan, opened)
+    assert recorded.guidance_scale == 7.5
+    assert recorded.few_steps == ()
+    assert recorded.branches == 2
     other = make_request(
         source, recipe=steps_recipe(tmp_path, objective="guidance"), suggested={"steps": 9}
     )
@@ -312,12 +313,10 @@ def test_bad_input_is_one_sentence_and_exit_2(
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_teachers_that_cannot_teach_are_refused(
-    source: Path, edit: Callable[[str, Any], None], tmp_path: Path
-) -> None:
+def test_teachers_that_cannot_teach_are_refused(source: Path, tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="is, or holds, the teacher"):
         distill(source, source.parent, overwrite=True)
-    edit("unet/config.json", {"in_channels": 9})
+    edit_json(source / "unet" / "config.json", in_channels=9)
     with pytest.raises(RequestError, match="cannot teach yet; give a model"):
         distill(source, tmp_path / "out")
     with pytest.raises(RequestError, match="does not exist"):

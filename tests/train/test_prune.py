@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sdvino.compress.passes import Surroundings
+from sdvino.compress.passes import Context
 from sdvino.errors import RequestError
 from sdvino.nets.structure import Structure
 from sdvino.train.calls import call, operations, outputs_of, relative_error
@@ -95,7 +95,7 @@ def test_what_adds_nothing_goes_first(method: Any) -> None:
             block.net[2].weight[:, : block.net[2].in_features // 4] = 0
     reference = outputs_of(unet, calls())
     row = Prune(method=method, share=0.25)
-    found = row.run(unet, Structure(), Surroundings(inputs=calls()), lambda share: None)
+    found = row.run(unet, Structure(), Context(inputs=calls()), lambda share: None)
     assert relative_error(outputs_of(unet, calls()), reference) < 1e-5
     table = found.structure.heads if method == "heads" else found.structure.channels
     assert set(table.values()) == ({3} if method == "heads" else {48, 96})
@@ -159,7 +159,7 @@ def test_the_demo_bears_pruned_channels_better_than_dead_ones() -> None:
     reference = [call(whole, sample) for sample in inputs]
     other = copy.deepcopy(whole)
     Prune(method="channels", share=0.3).run(
-        whole, Structure(), Surroundings(inputs=inputs), lambda share: None
+        whole, Structure(), Context(inputs=inputs), lambda share: None
     )
     for name, block in other.named_modules():
         if name.endswith(".ff"):

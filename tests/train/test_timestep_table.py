@@ -7,8 +7,8 @@ import openvino as ov
 import pytest
 from openvino import opset13 as ops
 
-from sdvino.compress.ir import read_ir, save_ir
-from sdvino.train.timestep_table import restore_frequencies, sinusoid_frequencies
+from sdvino.graph.saving import read_ir, save_ir
+from sdvino.train.optimum_export import restore_frequencies, sinusoid_frequencies
 
 
 def embedding(frequencies: np.ndarray) -> ov.Model:

@@ -2,8 +2,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from sdvino.runtime.acceleration import linear_kernel
-from sdvino.runtime.properties import DeviceFacts
+from sdvino.runtime.properties import DeviceFacts, linear_kernel
 from sdvino.runtime.topology import CpuReport, linux_cpu
 from sdvino.settings import DeviceSettings
 from sdvino.tuning.axes import (

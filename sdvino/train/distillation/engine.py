@@ -7,16 +7,17 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sdvino.compress.prompts import evenly
 from sdvino.errors import RequestError
-from sdvino.runtime.peak import peak_memory
-from sdvino.train.distillation.features import Features
+from sdvino.runtime.memory import peak_memory
 from sdvino.train.distillation.loop import Trainer
 from sdvino.train.distillation.models import Models, check_fits, choose_device, is_large, place
 from sdvino.train.distillation.noise_levels import NoiseLevels
 from sdvino.train.distillation.objectives import (
     Consistency,
+    Features,
     FoldGuidance,
-    FollowWays,
+    FollowTrajectories,
     Objective,
     Recover,
 )
@@ -24,11 +25,10 @@ from sdvino.train.distillation.pictures import find_pictures
 from sdvino.train.distillation.pool import (
     Pool,
     Texts,
-    Ways,
-    draw_ways,
+    Trajectories,
+    draw_trajectories,
     make_pool,
     make_texts,
-    texts_for,
     unique_texts,
 )
 from sdvino.train.distillation.settings import USUAL_GUIDANCE, DistillSettings
@@ -126,7 +126,7 @@ def distill_unet(
 class _Made:
     texts: Texts
     pool: Pool
-    ways: Ways | None
+    trajectories: Trajectories | None
 
 
 @dataclass(slots=True)
@@ -158,7 +158,7 @@ class _Source:
         drawn = not entries or self.settings.objective == "steps"
         unique, indices = unique_texts(captions)
         if drawn:
-            unique = texts_for(unique, self.settings.drawn)
+            unique = evenly(unique, self.settings.drawn)
         texts = make_texts(
             self.models,
             unique,
@@ -167,8 +167,8 @@ class _Source:
             lambda share: self.progress("texts", share),
         )
         if drawn:
-            ways = self._draw(levels, texts, [*self.origin, unique], device)
-            return _Made(texts, ways.pool, ways)
+            trajectories = self._draw(levels, texts, [*self.origin, unique], device)
+            return _Made(texts, trajectories.pool, trajectories)
         pool = make_pool(
             self.models,
             entries,
@@ -179,11 +179,11 @@ class _Source:
         )
         return _Made(texts, pool, None)
 
-    def _draw(self, levels: NoiseLevels, texts: Texts, key: list[Any], device: Any) -> Ways:
+    def _draw(self, levels: NoiseLevels, texts: Texts, key: list[Any], device: Any) -> Trajectories:
         settings = self.settings
         kept = settings.student_steps if settings.objective == "steps" else 1
         how = [settings.drawn, settings.teacher_steps, kept, self.guidance_scale, settings.seed]
-        return draw_ways(
+        return draw_trajectories(
             self.models.teacher,
             levels,
             texts,
@@ -210,8 +210,14 @@ def _objective(
     if settings.few_steps:
         levels.grid(settings.student_steps)
     if settings.objective == "steps":
-        assert made.ways is not None
-        return FollowWays(teacher, levels, made.texts, ways=made.ways, steps=settings.student_steps)
+        assert made.trajectories is not None
+        return FollowTrajectories(
+            teacher,
+            levels,
+            made.texts,
+            trajectories=made.trajectories,
+            steps=settings.student_steps,
+        )
     if settings.objective == "consistency":
         return Consistency(
             teacher,

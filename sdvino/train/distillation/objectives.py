@@ -9,10 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from sdvino.train.distillation.features import Features, feature_loss
 from sdvino.train.distillation.models import ask, ask_guided
 from sdvino.train.distillation.noise_levels import NoiseLevels, draw_timesteps
-from sdvino.train.distillation.pool import Pool, Texts, Ways
+from sdvino.train.distillation.pool import Pool, Texts, Trajectories
 
 #: recover: share of the batch that is told nothing, so that guidance goes on working.
 EMPTY_SHARE = 0.1
@@ -119,14 +118,14 @@ class FoldGuidance(Objective):
 
 
 @dataclass(slots=True)
-class FollowWays(Objective):
-    """One DDIM step where the teacher's guided way took several.
+class FollowTrajectories(Objective):
+    """One DDIM step where the teacher's guided trajectory took several.
 
-    Progressive distillation (Salimans & Ho 2022) in one go, on ways that the teacher has drawn: the
-    student is only ever asked where its sampler will ask it, and what it should answer is known.
+    Progressive distillation (Salimans & Ho 2022) in one go, on trajectories that were drawn before:
+    the student is only ever asked where its sampler will ask it, and the right answer is known.
     """
 
-    ways: Ways = field(kw_only=True)
+    trajectories: Trajectories = field(kw_only=True)
     steps: int = field(kw_only=True)
 
     def loss(self, student: Any, average: Any, batch: Batch) -> Any:
@@ -137,14 +136,14 @@ class FollowWays(Objective):
         import torch
 
         grid = torch.tensor(self.levels.grid(self.steps), device=batch.device)
-        chosen = batch.choose(len(self.ways.x))
+        chosen = batch.choose(len(self.trajectories.x))
         # One from each stratum: every step has its share of each batch.
         place = (np.arange(batch.size) + batch.rng.random()) * self.steps / batch.size
         step = torch.from_numpy(place.astype(np.int64) % self.steps)
-        x = self.ways.x[chosen, step].to(batch.device)
-        x_to = self.ways.x[chosen, step + 1].to(batch.device)
+        x = self.trajectories.x[chosen, step].to(batch.device)
+        x_to = self.trajectories.x[chosen, step + 1].to(batch.device)
         t, to = grid[step], grid[step + 1]
-        output = ask(student, x, t, self.texts.of(self.ways.text[chosen], batch.device))
+        output = ask(student, x, t, self.texts.of(self.trajectories.text[chosen], batch.device))
         x0, _ = self.levels.x0_and_eps(output, x, t)
         wanted = self.levels.x0_for_jump(x, t, x_to, to)
         _, s = self.levels.split(t)
@@ -204,3 +203,59 @@ class Consistency(Objective):
 def describe(parts: Mapping[str, Any]) -> dict[str, float]:
     """Return the parts of a loss as numbers."""
     return {name: float(value) for name, value in parts.items()}
+
+
+class Features:
+    """Keeps the last output of each block of a teacher and of a student.
+
+    Blocks are those on the way down, in the middle and on the way up, where both have one.
+    """
+
+    def __init__(self, teacher: Any, student: Any) -> None:
+        names = [name for name in block_names(teacher) if name in block_names(student)]
+        self.teacher: dict[str, Any] = {}
+        self.student: dict[str, Any] = {}
+        self._handles = [
+            module.get_submodule(name).register_forward_hook(_keeper(kept, name))
+            for module, kept in ((teacher, self.teacher), (student, self.student))
+            for name in names
+        ]
+
+    def close(self) -> None:
+        """Take the hooks off, and forget what they kept."""
+        for handle in self._handles:
+            handle.remove()
+        self.teacher.clear()
+        self.student.clear()
+
+
+def block_names(unet: Any) -> list[str]:
+    """Return the names of the blocks of diffusers' UNet2DConditionModel."""
+    names = [f"down_blocks.{i}" for i in range(len(unet.down_blocks))]
+    if unet.mid_block is not None:
+        names.append("mid_block")
+    return names + [f"up_blocks.{i}" for i in range(len(unet.up_blocks))]
+
+
+def feature_loss(features: Features) -> Any:
+    """Return the mean over the blocks of ||student - teacher||^2 / ||teacher||^2, a tensor.
+
+    Blocks whose shapes differ are left out.
+    """
+    import torch
+
+    losses = []
+    for name, wanted in features.teacher.items():
+        given = features.student.get(name)
+        if given is not None and given.shape == wanted.shape:
+            scale = wanted.float().square().mean().clamp_min(1e-12)
+            losses.append((given.float() - wanted.float()).square().mean() / scale)
+    return torch.stack(losses).mean()
+
+
+def _keeper(kept: dict[str, Any], name: str) -> Any:
+    def keep(module: Any, args: Any, output: Any) -> None:
+        # The way down gives its states, and those of the skips.
+        kept[name] = output[0] if isinstance(output, tuple) else output
+
+    return keep

@@ -1,8 +1,8 @@
 """What a student learns from: latents with what the UNet is told of them, kept on disk.
 
 Latents come from a folder of pictures, through the autoencoder, or from the teacher itself, which
-draws them from prompts with DDIM and its guidance. Its ways are kept too, at the noise levels that
-a student of few steps steps between.
+draws them from prompts with DDIM and its guidance. Its trajectories are kept too, at the noise
+levels that a student of few steps steps between.
 """
 
 from __future__ import annotations
@@ -59,10 +59,12 @@ class Pool:
 
 
 @dataclass(frozen=True, slots=True)
-class Ways:
-    """The teacher's ways: float32 [n, steps + 1, C, h, w], noise first, and texts, int64 [n]."""
+class Trajectories:
+    """How the teacher drew, and where it was between the steps of a student."""
 
+    #: float32 [n, steps + 1, C, h, w], noise first.
     x: Any
+    #: int64 [n].
     text: Any
 
     @property
@@ -115,7 +117,7 @@ def make_pool(
     return Pool(found["latents"], torch.tensor(indices))
 
 
-def draw_ways(
+def draw_trajectories(
     teacher: Any,
     levels: NoiseLevels,
     texts: Texts,
@@ -129,7 +131,7 @@ def draw_ways(
     seed: int,
     device: Any,
     progress: Progress,
-) -> Ways:
+) -> Trajectories:
     """Let ``teacher`` draw ``count`` latents in ``steps`` of DDIM, in chunks kept in ``folder``.
 
     The texts go round. Of each way ``kept`` + 1 states are kept, evenly, both ends among them.
@@ -156,11 +158,4 @@ def draw_ways(
     large = shape[1] * shape[2] * shape[0] > _LARGE_LATENTS
     size = _DRAWN_IN_LARGE_CHUNK if large else _DRAWN_IN_CHUNK
     found = in_chunks(folder, count, size, make, progress)
-    return Ways(found["x"], found["text"])
-
-
-def texts_for(texts: Sequence[str], count: int) -> list[str]:
-    """Return the texts that ``count`` ways are drawn of: evenly from a longer list."""
-    if len(texts) <= count:
-        return list(texts)
-    return [texts[i * len(texts) // count] for i in range(count)]
+    return Trajectories(found["x"], found["text"])

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from sdvino.compress.passes import Outcome, SourcePass, Surroundings
-from sdvino.compress.prompts import check_prompts
+from sdvino.compress.passes import Context, Outcome, Share, SourcePass
+from sdvino.compress.prompts import check_prompts, evenly
 from sdvino.errors import RequestError
-from sdvino.train.calls import outputs_of, relative_error, spread
+from sdvino.train.calls import outputs_of, relative_error
 from sdvino.train.distillation.pictures import find_pictures
 from sdvino.train.distillation.settings import DistillSettings, Objective
 
@@ -106,24 +106,18 @@ class Distill(SourcePass):
         """Return what the student suggests in the source's place."""
         return self.settings().suggested_after()
 
-    def run(
-        self,
-        module: Any,
-        structure: Structure,
-        around: Surroundings,
-        progress: Callable[[float], None],
-    ) -> Outcome:
+    def run(self, module: Any, structure: Structure, around: Context, progress: Share) -> Outcome:
         """Train ``module`` in place; see `SourcePass.run`."""
         from sdvino.train.distillation.engine import Material, distill_unet
         from sdvino.train.distillation.models import Models
-        from sdvino.train.distillation.stages import whole
+        from sdvino.train.distillation.settings import whole
 
         origin = around.origin
         if origin is None:
             raise RequestError("distill needs the source that it learns from; use sdvino distill.")
         pictures = None if self.pictures is None else Path(self.pictures)
         settings = self.settings()
-        teacher, samples = origin.load("unet"), spread(around.inputs, _SAMPLES)
+        teacher, samples = origin.load("unet"), evenly(around.inputs, _SAMPLES)
         references = outputs_of(teacher, samples)
         before = round(relative_error(outputs_of(module, samples), references), 5)
         found = distill_unet(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -38,7 +38,7 @@ class DistillSettings:
 
     #: recover: the teacher's outputs, and those of its blocks (a pruned or low-rank student).
     #: guidance: in one evaluation what the teacher does in two, its guidance folded in.
-    #: steps: from each of ``student_steps`` noise levels to the next, on the teacher's guided ways.
+    #: steps: from each of ``student_steps`` noise levels to the next, as the guided teacher goes.
     #: consistency: the same, one step of the teacher at a time and the student's average beyond.
     objective: Objective = "recover"
     #: Updates of the student. The same settings give the same student on the CPU.
@@ -152,3 +152,26 @@ def few_step_scheduler(scheduler: Mapping[str, Any]) -> dict[str, Any]:
         "steps_offset": 0,
         "timestep_spacing": "trailing",
     }
+
+
+# Texts and pictures: some percent of the whole, whatever the rest is.
+_MATERIAL = 0.03
+
+
+def whole(
+    settings: DistillSettings, progress: Callable[[float], None]
+) -> Callable[[str, float], None]:
+    """Return a progress of stages that tells ``progress`` the share of the whole that is done."""
+    drawing = settings.drawing_evaluations / settings.evaluations
+    spans = {
+        "texts": (0.0, _MATERIAL),
+        "pictures": (_MATERIAL, 2 * _MATERIAL),
+        "drawing": (_MATERIAL, _MATERIAL + (1 - _MATERIAL) * drawing),
+        "training": (_MATERIAL + (1 - _MATERIAL) * drawing, 1.0),
+    }
+
+    def show(stage: str, share: float) -> None:
+        start, end = spans[stage]
+        progress(start + (end - start) * share)
+
+    return show

@@ -15,6 +15,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from sdvino.weights.layouts.original import RESNET, UNET_ENDS
+
 Layout = Literal["kohya", "diffusers", "PEFT"]
 
 #: Components that a LoRA can change, as the sub-folders of a diffusers folder are called.
@@ -128,20 +130,8 @@ def _spell(layer: str) -> str:
     return flat.removeprefix("text_model_")
 
 
-_SGM_OUTSIDE = {
-    "conv_in": "input_blocks.0.0",
-    "time_embedding.linear_1": "time_embed.0",
-    "time_embedding.linear_2": "time_embed.2",
-    "add_embedding.linear_1": "label_emb.0.0",
-    "add_embedding.linear_2": "label_emb.0.2",
-    "conv_out": "out.2",
-}
-_SGM_RESNET = {
-    "conv1": "in_layers.2",
-    "time_emb_proj": "emb_layers.1",
-    "conv2": "out_layers.3",
-    "conv_shortcut": "skip_connection",
-}
+_SGM_OUTSIDE = {ours: theirs for theirs, ours in UNET_ENDS.items()}
+_SGM_RESNET = {ours: theirs for theirs, ours in RESNET.items()}
 _SGM_MIDDLE = {"resnets.0": "0", "attentions.0": "1", "resnets.1": "2"}
 _BLOCK = re.compile(
     r"(?P<side>down|up)_blocks\.(?P<block>\d+)"

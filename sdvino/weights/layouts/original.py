@@ -23,7 +23,8 @@ _CLIP = "cond_stage_model.transformer."
 _SDXL_CLIP = "conditioner.embedders.0.transformer."
 _SDXL_OPEN_CLIP = "conditioner.embedders.1.model."
 
-_RESNET = {
+#: Layers of a residual block: original name -> diffusers'.
+RESNET = {
     "in_layers.0": "norm1",
     "in_layers.2": "conv1",
     "out_layers.0": "norm2",
@@ -31,7 +32,8 @@ _RESNET = {
     "emb_layers.1": "time_emb_proj",
     "skip_connection": "conv_shortcut",
 }
-_UNET_ENDS = {
+#: Layers of a UNet outside of its blocks: original name -> diffusers'.
+UNET_ENDS = {
     "time_embed.0": "time_embedding.linear_1",
     "time_embed.2": "time_embedding.linear_2",
     "label_emb.0.0": "add_embedding.linear_1",
@@ -41,8 +43,8 @@ _UNET_ENDS = {
     "out.2": "conv_out",
 }
 _UNET_BLOCK = re.compile(r"(input_blocks|middle_block|output_blocks)\.(\d{1,3})\.(?:(\d)\.)?(.+)")
-_UNET_END = re.compile(rf"({'|'.join(map(re.escape, _UNET_ENDS))})\.(weight|bias)")
-_RESNET_PART = re.compile(rf"({'|'.join(map(re.escape, _RESNET))})\.(weight|bias)")
+_UNET_END = re.compile(rf"({'|'.join(map(re.escape, UNET_ENDS))})\.(weight|bias)")
+_RESNET_PART = re.compile(rf"({'|'.join(map(re.escape, RESNET))})\.(weight|bias)")
 
 
 def split(tensors: Tensors) -> dict[str, dict[str, Tensor]]:
@@ -102,7 +104,7 @@ def unet_tensors(tensors: Tensors) -> dict[str, Tensor]:
 def _unet_name(name: str, levels: _Levels) -> str | None:
     end = _UNET_END.fullmatch(name)
     if end is not None:
-        return f"{_UNET_ENDS[end[1]]}.{end[2]}"
+        return f"{UNET_ENDS[end[1]]}.{end[2]}"
     match = _UNET_BLOCK.fullmatch(name)
     if match is None:
         return None
@@ -127,7 +129,7 @@ def _unet_name(name: str, levels: _Levels) -> str | None:
 
 def _resnet(block: str, rest: str) -> str | None:
     match = _RESNET_PART.fullmatch(rest)
-    return None if match is None else f"{block}.{_RESNET[match[1]]}.{match[2]}"
+    return None if match is None else f"{block}.{RESNET[match[1]]}.{match[2]}"
 
 
 def clip_tensors(tensors: Tensors) -> dict[str, Tensor]:

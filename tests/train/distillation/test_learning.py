@@ -17,9 +17,9 @@ from PIL import Image
 from sdvino.errors import RequestError, SdvinoError
 from sdvino.train.calls import outputs_of, relative_error
 from sdvino.train.distillation.engine import Material, distill_unet
-from sdvino.train.distillation.features import Features, feature_loss
 from sdvino.train.distillation.models import ask, ask_guided, encode_texts
 from sdvino.train.distillation.noise_levels import NoiseLevels
+from sdvino.train.distillation.objectives import Features, feature_loss
 from sdvino.train.distillation.settings import DistillSettings
 from sdvino.train.lean_modules import keep_heads
 from sdvino.train.prune import prune_magnitude

@@ -10,8 +10,13 @@ import pytest
 import torch
 
 from sdvino.train.distillation.noise_levels import NoiseLevels
-from sdvino.train.distillation.objectives import Batch, Consistency, FoldGuidance, FollowWays
-from sdvino.train.distillation.pool import Pool, Texts, draw_ways
+from sdvino.train.distillation.objectives import (
+    Batch,
+    Consistency,
+    FoldGuidance,
+    FollowTrajectories,
+)
+from sdvino.train.distillation.pool import Pool, Texts, draw_trajectories
 from tests.train.distillation.students import SCHEDULER
 
 LEVELS = NoiseLevels(SCHEDULER)
@@ -36,7 +41,7 @@ def batch(size: int = 8) -> Batch:
 
 
 def ways(folder: Path, *, steps: int, kept: int, guidance_scale: float = 3.0) -> Any:
-    return draw_ways(
+    return draw_trajectories(
         Sees(1.0),
         LEVELS,
         TEXTS,
@@ -66,7 +71,9 @@ def test_the_teacher_draws_what_guidance_makes_it_see(tmp_path: Path) -> None:
 
 def test_who_sees_where_the_way_leads_has_nothing_to_learn(tmp_path: Path) -> None:
     student, average = Sees(3.0), Sees(3.0)
-    follow = FollowWays(Sees(1.0), LEVELS, TEXTS, ways=ways(tmp_path, steps=20, kept=4), steps=4)
+    follow = FollowTrajectories(
+        Sees(1.0), LEVELS, TEXTS, trajectories=ways(tmp_path, steps=20, kept=4), steps=4
+    )
     assert float(follow.loss(student, average, batch())) < 1e-4
     assert set(follow.parts) == {"step 1", "step 2", "step 3", "step 4"}
     pool = Pool(torch.randn(5, *SHAPE), torch.tensor([0, 1, 0, 1, 0]))
@@ -78,7 +85,9 @@ def test_who_sees_where_the_way_leads_has_nothing_to_learn(tmp_path: Path) -> No
 
 
 def test_an_error_counts_by_the_noise_it_is_seen_in(tmp_path: Path) -> None:
-    follow = FollowWays(Sees(1.0), LEVELS, TEXTS, ways=ways(tmp_path, steps=4, kept=4), steps=4)
+    follow = FollowTrajectories(
+        Sees(1.0), LEVELS, TEXTS, trajectories=ways(tmp_path, steps=4, kept=4), steps=4
+    )
     one = Batch(np.random.default_rng(0), torch.Generator(), 400, "cpu")
     follow.loss(Sees(2.0), Sees(2.0), one)
     for index, t in enumerate(LEVELS.grid(4)[:-1]):

@@ -22,7 +22,7 @@ from sdvino.compress.layers import (
     residual_sources,
 )
 from sdvino.folder.index import ModelFolder
-from sdvino.graph.shapes import reshape_static
+from sdvino.graph.walk import reshape_static
 from sdvino.runtime.core import device_facts, shared_core
 from sdvino.runtime.network import unet_shapes
 from sdvino.runtime.properties import compile_properties, precision_in

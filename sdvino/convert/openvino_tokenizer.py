@@ -6,11 +6,12 @@ import importlib.util
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import openvino as ov
 
 from sdvino.compress.quiet import quiet
-from sdvino.errors import SdvinoError
+from sdvino.errors import SdvinoError, said_by
 from sdvino.graph.saving import save_graph
 from sdvino.inputs.files import read_bytes, read_json
 from sdvino.text.tokenizer import WORDS, tokenizer_json
@@ -46,8 +47,9 @@ def convert_tokenizer(source: Path, output: Path) -> None:
         with quiet():
             _add_derived(output)
     except Exception as error:
-        what = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise SdvinoError(f"The tokenizer in {source} cannot be converted: {what}") from error
+        raise SdvinoError(
+            f"The tokenizer in {source} cannot be converted: {said_by(error)}"
+        ) from error
 
 
 def _add_derived(output: Path) -> None:
@@ -69,16 +71,31 @@ def _openvino_models(files: TokenizerFiles) -> tuple[ov.Model, ov.Model]:
 
     Its own converter makes the same steps, but of what transformers read.
     """
+    from openvino_tokenizers.utils import change_inputs_type, change_outputs_type
+
+    pipeline = _pipeline(files)
+    whole = pipeline.get_tokenizer_ov_subgraph()
+    named = {name: port for port in whole.outputs for name in port.get_names()}
+    # CLIP has no types of tokens.
+    kept = [named[name] for name in ("input_ids", "attention_mask")]
+    tokenizer = ov.Model(kept, whole.get_parameters())
+    tokenizer.add_sinks(whole.get_sinks())
+    change_outputs_type(tokenizer, ov.Type.i64)
+    detokenizer = pipeline.get_detokenizer_ov_subgraph()
+    change_inputs_type(detokenizer, ov.Type.i64)
+    return tokenizer, detokenizer
+
+
+def _pipeline(files: TokenizerFiles) -> Any:
+    """Return the steps from text to tokens and back, a TokenizerPipeline."""
     from openvino_tokenizers import tokenizer_pipeline as ot
     from openvino_tokenizers.constants import UTF8ReplaceMode
-    from openvino_tokenizers.utils import change_inputs_type, change_outputs_type
 
     content = json.loads(tokenizer_json(files))
     start, end, pad = (
         {"token": token, "_token_id": files.vocab[token]}
         for token in (files.start, files.end, files.pad)
     )
-    special = {token.id: token.content for token in files.added if token.flags["special"]}
     split = [
         ot.SpecialToken(token.content, token.flags["lstrip"], token.flags["rstrip"])
         for token in files.added
@@ -101,7 +118,7 @@ def _openvino_models(files: TokenizerFiles) -> tuple[ov.Model, ov.Model]:
     decoder = ot.VocabDecoderStep.from_hf_json(
         tokenizer_json=content,
         pipeline_vocab=pipeline.vocab,
-        skip_tokens=special,
+        skip_tokens={token.id: token.content for token in files.added if token.flags["special"]},
         added_tokens={token.id: token.content for token in files.added},
         is_byte_level=True,
     )
@@ -117,16 +134,7 @@ def _openvino_models(files: TokenizerFiles) -> tuple[ov.Model, ov.Model]:
             ot.RegexDecodingStep.rstrip_space(),
         ]
     )
-    whole = pipeline.get_tokenizer_ov_subgraph()
-    named = {name: port for port in whole.outputs for name in port.get_names()}
-    # CLIP has no types of tokens.
-    kept = [named[name] for name in ("input_ids", "attention_mask")]
-    tokenizer = ov.Model(kept, whole.get_parameters())
-    tokenizer.add_sinks(whole.get_sinks())
-    change_outputs_type(tokenizer, ov.Type.i64)
-    detokenizer = pipeline.get_detokenizer_ov_subgraph()
-    change_inputs_type(detokenizer, ov.Type.i64)
-    return tokenizer, detokenizer
+    return pipeline
 
 
 def _clean_config(path: Path) -> None:

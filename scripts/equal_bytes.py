@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,15 +11,15 @@ import openvino as ov
 from numpy.typing import NDArray
 
 from sdvino.compress.component_recipe import ComponentRecipe
-from sdvino.compress.global_quantization import quantize_global
-from sdvino.compress.ir import read_ir
 from sdvino.compress.local_plan import LocalPlan
 from sdvino.compress.local_quantization import Effects, measure, quantize_local
+from sdvino.compress.quantization import quantize_global
 from sdvino.compress.sensitivity import Sample, run_model
-from sdvino.compress.similarity import relative_error
 from sdvino.compress.targets import Target, get_target
 from sdvino.compress.weight_graph import weight_bytes
 from sdvino.errors import SdvinoError
+from sdvino.graph.saving import read_ir
+from sdvino.weights.numbers import mean_relative_error
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,5 +121,4 @@ def compare_at_equal_bytes(
 def _error(
     model: ov.Model, samples: Sequence[Sample], expected: Sequence[NDArray[np.float32]]
 ) -> float:
-    pairs = zip(run_model(model, samples), expected, strict=True)
-    return math.sqrt(float(np.mean([relative_error(*pair) ** 2 for pair in pairs])))
+    return mean_relative_error(run_model(model, samples), expected)

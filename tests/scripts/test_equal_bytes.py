@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import openvino as ov
 import pytest
+from equal_bytes import compare_at_equal_bytes
 from openvino import opset13 as ops
 
-from sdvino.compress.equal_bytes import compare_at_equal_bytes
 from sdvino.text.tokenizer import ClipTokenizer
 from tests.compress import nets
 from tests.conftest import SHAPES, SHAPES_SOURCE

@@ -6,12 +6,12 @@ from pathlib import Path
 import int8_coverage
 import openvino as ov
 import pytest
+from graph_coverage import Coverage, Layer, measure, planned_layers
 
-from sdvino.compress.coverage import Coverage, Layer, measure, planned_layers
 from sdvino.compress.folder import compress_component
 from sdvino.compress.recipes import get_recipe
 from sdvino.compress.targets import get_target
-from sdvino.graph.shapes import reshape_static
+from sdvino.graph.walk import reshape_static
 from tests.compress import nets
 
 TOKENS = nets.SIDE**2
