@@ -12,9 +12,9 @@ import pytest
 from sdvino.cli.bench import parse_size
 from sdvino.cli.main import main
 from sdvino.errors import RequestError
-from sdvino.outputs import Timings
 from sdvino.runtime.memory import memory_status
 from sdvino.runtime.peak import linux_peak, peak_memory
+from sdvino.runtime.timings import Timings
 from sdvino.settings import DeviceSettings, RunSettings
 from sdvino.tuning.bench import PARTS, BenchReport, breakdown, with_cache
 
