@@ -112,11 +112,10 @@ class StableDiffusionPipeline:
         request.
         """
         # Above this module, as converting is: the one import that points up.
-        from sdvino.first_use.resolve import resolve
+        from sdvino.first_use.resolve import ModelOptions, resolve
 
         register_plugins({} if plugins is None else plugins)
-        path = resolve(
-            model,
+        asked = ModelOptions(
             recipe=recipe,
             gate=gate,
             revision=revision,
@@ -124,7 +123,7 @@ class StableDiffusionPipeline:
             offline=offline,
             max_download=max_download,
         )
-        folder = ModelFolder.open(path)
+        folder = ModelFolder.open(resolve(model, asked))
         if verify:
             folder.verify()
         run = RunSettings(any_device=True) if settings is None else settings

@@ -168,11 +168,11 @@ def model_options(command: F) -> F:
 def model_folder(model: str | None, *, quiet: bool = False, **options: Any) -> Path:
     """Return the model folder that `model_options` stand for, converted if need be.
 
-    Takes what `sdvino.first_use.resolve.resolve` takes, and raises what it raises.
+    Raises as `sdvino.first_use.resolve.resolve` does. quiet: without a bar.
     """
-    from sdvino.first_use.resolve import resolve
+    from sdvino.first_use.resolve import ModelOptions, resolve
 
-    return resolve(model, quiet=quiet, **options)
+    return resolve(model, ModelOptions(quiet=quiet, **options))
 
 
 def plugin_option(command: F) -> F:
