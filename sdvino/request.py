@@ -16,14 +16,7 @@ from sdvino import __version__
 from sdvino.errors import RequestError
 from sdvino.folder.index import ModelFolder
 from sdvino.inputs.fields import Choice, Number, Option, Whole, option, options_of, take_fields
-from sdvino.settings import (
-    MAX_SEED,
-    MIN_SEED,
-    NOISES,
-    NoiseName,
-    SamplerSettings,
-    SpeedSettings,
-)
+from sdvino.settings import MAX_SEED, MIN_SEED, NOISES, NoiseName, SamplerSettings, SpeedSettings
 
 #: Longer prompts are refused: 77 tokens are read, and no sentence is this long.
 MAX_PROMPT_CHARACTERS = 20_000
@@ -45,84 +38,55 @@ class Request:
     #: nothing, for which Stable Diffusion XL has zeros rather than the states of an empty text.
     negative_prompts: tuple[str | None, ...] = (None,)
     #: Pictures of each prompt.
-    num_images_per_prompt: int = field(
-        default=1,
-        metadata=option(Whole(1, MAX_PICTURES), "Pictures of each prompt.  [default: 1]", "-n"),
+    num_images_per_prompt: int = option(
+        Whole(1, MAX_PICTURES), "Pictures of each prompt.  [default: 1]", "-n", default=1
     )
     #: Denoising steps; PNDM and Heun take more evaluations than steps, as in diffusers.
-    num_inference_steps: int | None = field(
-        default=None,
-        metadata=option(
-            Whole(1, 1000), "Denoising steps.  [default: the model's]", "--steps", a1111="Steps"
-        ),
+    num_inference_steps: int | None = option(
+        Whole(1, 1000), "Denoising steps.  [default: the model's]", "--steps", a1111="Steps"
     )
     #: Classifier-free guidance (arXiv:2207.12598); 1 or less runs the conditional prediction alone.
-    guidance_scale: float | None = field(
-        default=None,
-        metadata=option(
-            Number(0.0, 1000.0),
-            "How closely to follow the prompt; 1 is twice as fast.  [default: the model's]",
-            "--guidance-scale",
-            "--cfg-scale",
-            a1111="CFG scale",
-        ),
+    guidance_scale: float | None = option(
+        Number(0.0, 1000.0),
+        "How closely to follow the prompt; 1 is twice as fast.  [default: the model's]",
+        "--guidance-scale",
+        "--cfg-scale",
+        a1111="CFG scale",
     )
     #: Share of the rescaling of arXiv:2305.08891, section 3.4; 0 is off.
-    guidance_rescale: float = field(
+    guidance_rescale: float = option(
+        Number(0.0, 1.0),
+        "Against overexposure, 0 to 1.  [default: 0]",
+        key="Guidance rescale",
         default=0.0,
-        metadata=option(
-            Number(0.0, 1.0), "Against overexposure, 0 to 1.  [default: 0]", key="Guidance rescale"
-        ),
     )
     #: Seed of the first picture, the next has seed + 1; None draws one.
-    seed: int | None = field(
-        default=None,
-        metadata=option(
-            Whole(MIN_SEED, MAX_SEED),
-            "The same seed gives the same picture.  [default: a new one]",
-            "-s",
-            "--seed",
-            a1111="Seed",
-        ),
+    seed: int | None = option(
+        Whole(MIN_SEED, MAX_SEED),
+        "The same seed gives the same picture.  [default: a new one]",
+        "-s",
+        "--seed",
+        a1111="Seed",
     )
     #: Pixels, multiples of the autoencoder's factor (8).
-    width: int | None = field(
-        default=None,
-        metadata=option(
-            Whole(8, MAX_SIDE),
-            "Pixels, a multiple of 8.  [default: the model's]",
-            "-W",
-            "--width",
-        ),
+    width: int | None = option(
+        Whole(8, MAX_SIDE), "Pixels, a multiple of 8.  [default: the model's]", "-W", "--width"
     )
-    height: int | None = field(
-        default=None,
-        metadata=option(
-            Whole(8, MAX_SIDE),
-            "Pixels, a multiple of 8.  [default: the model's]",
-            "-H",
-            "--height",
-        ),
+    height: int | None = option(
+        Whole(8, MAX_SIDE), "Pixels, a multiple of 8.  [default: the model's]", "-H", "--height"
     )
     sampler: SamplerSettings = field(default_factory=SamplerSettings)
     #: Layers of the text encoder left out at its end; None: none. A1111's number is one more.
-    clip_skip: int | None = field(
-        default=None,
-        metadata=option(
-            Whole(0, 100, shift=1),
-            "Leave out the last layers of the text encoder.",
-            a1111="Clip skip",
-        ),
+    clip_skip: int | None = option(
+        Whole(0, 100, shift=1), "Leave out the last layers of the text encoder.", a1111="Clip skip"
     )
     #: Whose random numbers: torch's CPU generator, or CUDA's, which are A1111's own.
-    noise: NoiseName = field(
+    noise: NoiseName = option(
+        Choice(NOISES, _NOISE_TITLES, {"nv": "cuda"}),
+        "Random numbers as torch makes them on the CPU, or CUDA's.  [default: torch]",
+        a1111="RNG",
+        always=True,
         default="torch",
-        metadata=option(
-            Choice(NOISES, _NOISE_TITLES, {"nv": "cuda"}),
-            "Random numbers as torch makes them on the CPU, or CUDA's.  [default: torch]",
-            a1111="RNG",
-            always=True,
-        ),
     )
     #: What makes pictures sooner at a price; nothing unless asked for.
     speed: SpeedSettings = field(default_factory=SpeedSettings)
@@ -145,8 +109,8 @@ class Request:
                 f" more than the {MAX_TOTAL:,} of one request; make it several."
             )
 
-    @classmethod
-    def of(cls, **values: Any) -> Request:
+    @staticmethod
+    def of(**values: Any) -> Request:
         """Return the request with these fields, those of its sampler and speed among them.
 
         Raises RequestError for a wrong value, TypeError for a name that is none.
@@ -171,8 +135,8 @@ class Request:
             if name not in DEFAULTS or value != DEFAULTS[name]
         }
 
-    @classmethod
-    def from_plain(cls, values: Mapping[str, Any]) -> Request:
+    @staticmethod
+    def from_plain(values: Mapping[str, Any]) -> Request:
         """Return the request of such values; raises RequestError for a wrong name or value."""
         for name in values:
             if name not in DEFAULTS and name != "prompts":

@@ -112,38 +112,29 @@ class SamplerSettings:
     """Which sampler, on which grid of noise levels. None means what the model folder says."""
 
     #: Sampler, by the name diffusers and k-diffusion give it.
-    scheduler: SamplerName | None = field(
-        default=None,
-        metadata=option(
-            Choice(SAMPLERS, SAMPLER_TITLES, SAMPLER_ALIASES),
-            "Sampler.  [default: the model's]",
-            "--scheduler",
-            "--sampler",
-            a1111="Sampler",
-        ),
+    scheduler: SamplerName | None = option(
+        Choice(SAMPLERS, SAMPLER_TITLES, SAMPLER_ALIASES),
+        "Sampler.  [default: the model's]",
+        "--scheduler",
+        "--sampler",
+        a1111="Sampler",
     )
     #: Spacing of the sigmas between the ends of the grid.
-    sigma_schedule: SigmaScheduleName | None = field(
-        default=None,
-        metadata=option(
-            Choice(SIGMA_SCHEDULES, SCHEDULE_TITLES),
-            "Spacing of the noise levels.",
-            a1111="Schedule type",
-        ),
+    sigma_schedule: SigmaScheduleName | None = option(
+        Choice(SIGMA_SCHEDULES, SCHEDULE_TITLES),
+        "Spacing of the noise levels.",
+        a1111="Schedule type",
     )
     #: How the training timesteps are thinned out to the steps asked for.
-    timestep_spacing: TimestepSpacing | None = field(
-        default=None,
-        metadata=option(Choice(TIMESTEP_SPACINGS), "Which timesteps.", key="Timestep spacing"),
+    timestep_spacing: TimestepSpacing | None = option(
+        Choice(TIMESTEP_SPACINGS), "Which timesteps.", key="Timestep spacing"
     )
     #: Share of fresh noise in each DDIM (or stochasticity of each TCD) step.
-    eta: float = field(
+    eta: float = option(
+        Number(0.0, 1.0),
+        "Fresh noise in each step, 0 to 1 (ddim, tcd).  [default: 0]",
+        a1111="Eta",
         default=0.0,
-        metadata=option(
-            Number(0.0, 1.0),
-            "Fresh noise in each step, 0 to 1 (ddim, tcd).  [default: 0]",
-            a1111="Eta",
-        ),
     )
 
     def __post_init__(self) -> None:
@@ -158,59 +149,47 @@ class SpeedSettings:
     """
 
     #: Guide only in this part of the steps, as fractions from start to end (arXiv:2404.07724).
-    guidance_interval: tuple[float, float] | None = field(
-        default=None,
-        metadata=option(
-            Interval(),
-            "Guide only in this part of the steps, as fractions.  [default: 0 1]",
-            key="Guidance interval",
-        ),
+    guidance_interval: tuple[float, float] | None = option(
+        Interval(),
+        "Guide only in this part of the steps, as fractions.  [default: 0 1]",
+        key="Guidance interval",
     )
     #: How guidance asks for its two predictions: one after the other, as one batch, or side by side
     #: in two streams. None: what suits the UNet's device. The pictures differ by rounding alone.
-    guidance_mode: GuidanceMode | None = field(
-        default=None,
-        metadata=option(
-            Choice(GUIDANCE_MODES),
-            "Two predictions one by one, in one batch, or in two streams.",
-            key="Guidance mode",
-        ),
+    guidance_mode: GuidanceMode | None = option(
+        Choice(GUIDANCE_MODES),
+        "Two predictions one by one, in one batch, or in two streams.",
+        key="Guidance mode",
     )
     #: Keys and values of the largest self-attentions, thinned so many times along each side
     #: (ToDo, arXiv:2402.13573); with 4 the next level is thinned 2 times. 1: all of them.
-    token_downsampling: int = field(
+    token_downsampling: int = option(
+        Choice(TOKEN_FACTORS),
+        "Thin what large self-attentions read: 2 or 4.  [default: 1, off]",
+        key="Token downsampling",
         default=1,
-        metadata=option(
-            Choice(TOKEN_FACTORS),
-            "Thin what large self-attentions read: 2 or 4.  [default: 1, off]",
-            key="Token downsampling",
-        ),
     )
     #: Run the deep part of the UNet at every so many timesteps only (DeepCache, arXiv:2312.00858).
-    cache_interval: int = field(
+    cache_interval: int = option(
+        Whole(1, MAX_CACHE_INTERVAL),
+        "Run the deep part of the UNet every so many steps.  [default: 1, off]",
+        key="Cache interval",
         default=1,
-        metadata=option(
-            Whole(1, MAX_CACHE_INTERVAL),
-            "Run the deep part of the UNet every so many steps.  [default: 1, off]",
-            key="Cache interval",
-        ),
     )
     #: Where that part begins: the number of the skip connection, from the outermost, that the
     #: steps in between still enter by; 0 is the fastest.
-    cache_branch: int = field(
+    cache_branch: int = option(
+        Whole(0, MAX_CACHE_BRANCH),
+        "Skip connection where that part begins; 0 is fastest.  [default: 0]",
+        key="Cache branch",
         default=0,
-        metadata=option(
-            Whole(0, MAX_CACHE_BRANCH),
-            "Skip connection where that part begins; 0 is fastest.  [default: 0]",
-            key="Cache branch",
-        ),
     )
     #: Decode with the folder's tiny decoder. None: where the folder has one.
-    tiny_vae: bool | None = field(
+    tiny_vae: bool | None = option(
+        Switch(),
+        "Decode with the model's tiny decoder.  [default: no]",
+        key="Tiny VAE",
         default=False,
-        metadata=option(
-            Switch(), "Decode with the model's tiny decoder.  [default: no]", key="Tiny VAE"
-        ),
     )
 
     def __post_init__(self) -> None:
@@ -227,63 +206,46 @@ class DeviceSettings:
     #: Any name OpenVINO takes: CPU, GPU, GPU.1, NPU, AUTO, AUTO:GPU,CPU, HETERO:GPU,CPU.
     device: str = "CPU"
     #: Threads for inference; None: a physical core each, by the topology (`cpu_defaults`).
-    num_threads: int | None = field(
-        default=None,
-        metadata=option(Whole(1, 1024), "Inference threads.  [default: by the chip]", "--threads"),
+    num_threads: int | None = option(
+        Whole(1, 1024), "Inference threads.  [default: by the chip]", "--threads"
     )
     #: Parallel requests; None: one (the least latency and memory).
-    num_streams: int | None = field(
-        default=None,
-        metadata=option(Whole(1, 1024), "Parallel requests.  [default: 1]", "--streams"),
+    num_streams: int | None = option(
+        Whole(1, 1024), "Parallel requests.  [default: 1]", "--streams"
     )
     #: Latency of one picture, or throughput over many.
-    performance_hint: PerformanceHint = field(
+    performance_hint: PerformanceHint = option(
+        Choice(get_args(PerformanceHint)),
+        "One picture soon, or many pictures an hour.  [default: latency]",
         default="latency",
-        metadata=option(
-            Choice(get_args(PerformanceHint)),
-            "One picture soon, or many pictures an hour.  [default: latency]",
-        ),
     )
     #: Which cores of a hybrid chip; None: the performance cores, or all where those are few.
-    core_type: CoreType | None = field(
-        default=None,
-        metadata=option(
-            Choice(get_args(CoreType)),
-            "Which cores of a hybrid chip.  [default: by the chip; see `sdvino devices`]",
-        ),
+    core_type: CoreType | None = option(
+        Choice(get_args(CoreType)),
+        "Which cores of a hybrid chip.  [default: by the chip; see `sdvino devices`]",
     )
     #: Keep threads on their cores; None: the device's default.
-    pinning: bool | None = field(default=None, metadata=option(Switch(), "Keep threads on cores."))
+    pinning: bool | None = option(Switch(), "Keep threads on cores.")
     #: Use both hardware threads of a core; None: the device's default (off for latency).
-    hyper_threading: bool | None = field(
-        default=None, metadata=option(Switch(), "Use both hardware threads of a core.")
-    )
+    hyper_threading: bool | None = option(Switch(), "Use both hardware threads of a core.")
     #: Arithmetic of float layers; None: f32 on CPUs without AMX (bf16 is slower there, but on AMD's
     #: from Zen 4 on, which have it in UNet and autoencoder beside 8 bits), f16 on GPU.
-    precision: Precision | None = field(
-        default=None,
-        metadata=option(
-            Choice(get_args(Precision)),
-            "Arithmetic of float layers.  [default: f32; on a GPU f16; with AMX, and on AMD's from"
-            " Zen 4 on beside 8 bits, bf16]",
-        ),
+    precision: Precision | None = option(
+        Choice(get_args(Precision)),
+        "Arithmetic of float layers.  [default: f32; on a GPU f16; with AMX, and on AMD's from"
+        " Zen 4 on beside 8 bits, bf16]",
     )
     #: How a CPU runs linear layers in 8 bits; None: without VNNI as convolutions of one pixel,
     #: which have faster kernels there, else as products. Other devices run products.
-    linear_kernel: LinearKernel | None = field(
-        default=None, metadata=option(Choice(get_args(LinearKernel)))
-    )
+    linear_kernel: LinearKernel | None = option(Choice(get_args(LinearKernel)))
     #: Folder of compiled-model blobs; None: the user's cache folder.
-    cache_dir: Path | None = field(
-        default=None,
-        metadata=option(Folder(), "Folder of compiled models.  [default: the user's cache folder]"),
+    cache_dir: Path | None = option(
+        Folder(), "Folder of compiled models.  [default: the user's cache folder]"
     )
     #: Keep compiled models between runs.
-    cache: bool = field(
-        default=True, metadata=option(Switch(), "Keep compiled models.  [default: yes]")
-    )
+    cache: bool = option(Switch(), "Keep compiled models.  [default: yes]", default=True)
     #: The cache is trimmed, least recently used first, to this many bytes.
-    cache_limit_bytes: int = field(default=4 * 2**30, metadata=option(Whole(0, 2**62)))
+    cache_limit_bytes: int = option(Whole(0, 2**62), default=4 * 2**30)
 
     def __post_init__(self) -> None:
         if not self.device.strip():
@@ -301,9 +263,7 @@ class RunSettings:
     #: Nobody asked for a device, so that the profile of `sdvino tune` may name one.
     any_device: bool = False
     #: How guidance runs its two predictions, as measured; None: not measured, the default stands.
-    guidance_mode: GuidanceMode | None = field(
-        default=None, metadata=option(Choice(GUIDANCE_MODES))
-    )
+    guidance_mode: GuidanceMode | None = option(Choice(GUIDANCE_MODES))
     #: Bytes that this process may take at its peak; None: what the machine has.
     max_memory: int | None = None
     #: Hold one piece of the UNet at a time: a fraction of the memory, several times the seconds.
@@ -344,8 +304,4 @@ def check_choice(what: str, value: str | None, known: tuple[str, ...]) -> None:
 
 #: What ``--fast`` asks for; docs/fast.md holds what it costs. The tiny decoder is no part of it: it
 #: costs more than all of the others.
-FAST = SpeedSettings(
-    guidance_interval=(0.0, 0.8),
-    token_downsampling=2,
-    cache_interval=2,
-)
+FAST = SpeedSettings(guidance_interval=(0.0, 0.8), token_downsampling=2, cache_interval=2)

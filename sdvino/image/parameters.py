@@ -165,16 +165,16 @@ def _from_pairs(prompt: str, negative: str | None, pairs: list[tuple[str, str]])
         # A1111 names its source of random numbers only when it is not the GPU.
         found["noise"] = "cuda"
     about = {name: found.pop(name, None) for name in ("model", "recipe", "version")}
-    # Once the empty text stood for no negative prompt, here and where there is no line of it.
-    again = found.pop("negative_prompt", negative)
-    request = Request.of(prompts=(found.pop("prompt", prompt),), negative_prompts=(again,), **found)
+    prompt, negative = found.pop("prompt", prompt), found.pop("negative_prompt", negative)
+    request = Request.of(prompts=(prompt,), negative_prompts=(negative,), **found)
     return PictureRecord(request=request, **about, other=tuple(other))
 
 
 def _fields(key: str, value: str) -> dict[str, Any] | None:
     """Return the fields that one pair sets, or None when it is for others."""
     if key in _TEXTS:
-        return {_TEXTS[key]: value if value or key != "Exact negative prompt" else None}
+        # An empty text in the last of them stood for no negative prompt.
+        return {_TEXTS[key]: None if _TEXTS[key] == "negative_prompt" and not value else value}
     if key == _EXACT:
         return _exact(value)
     if key == "Size":
@@ -188,7 +188,7 @@ def _fields(key: str, value: str) -> dict[str, Any] | None:
         return {_A1111[key]: _number(key, _A1111[key], value)}
     name = {**_A1111, **_OURS}.get(key)
     if name is not None:
-        with contextlib.suppress(ValueError, RequestError):
+        with contextlib.suppress(ValueError):
             return {name: _taken(name, value)}
     return None
 
@@ -201,7 +201,7 @@ def _taken(name: str, text: str) -> Any:
 def _number(key: str, name: str, text: str) -> Any:
     try:
         return _taken(name, text)
-    except (ValueError, RequestError):
+    except ValueError:
         raise _bad(key, text) from None
 
 

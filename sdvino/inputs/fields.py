@@ -1,6 +1,6 @@
 """What a field of the settings takes, and how it is said outside Python: written once, beside it.
 
-The metadata of a dataclass's field hold its `Option`. `take_fields` checks what the field is given,
+A dataclass's field made by `option` has an `Option`: `take_fields` checks what the field is given,
 the command line makes an option of it, and a picture's text has a key for it.
 """
 
@@ -212,9 +212,11 @@ def option(
     a1111: str | None = None,
     key: str | None = None,
     always: bool = False,
-) -> dict[str, Option]:
-    """Return the metadata of a dataclass's field; see `Option`."""
-    return {"option": Option(kind, help, flags, a1111, key, always)}
+    default: Any = None,
+) -> Any:
+    """Return a dataclass's field with its `Option`."""
+    metadata = {"option": Option(kind, help, flags, a1111, key, always)}
+    return field(default=default, metadata=metadata)
 
 
 def options_of(settings: Any) -> dict[str, Option]:
