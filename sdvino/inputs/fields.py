@@ -17,7 +17,7 @@ from typing import Any
 from sdvino.errors import RequestError
 from sdvino.inputs.shown import shortened
 
-_FRACTION = r"(?:[0-9]{1,3}(?:\.[0-9]{1,20})?|[0-9](?:\.[0-9]{1,20})?e-[0-9]{1,2})"
+_FRACTION = r"(?:[0-9]{1,3}(?:\.[0-9]{1,20})?|[0-9](?:\.[0-9]{1,20})?e-[0-9]{1,3})"
 _INTERVAL = re.compile(rf"({_FRACTION}) to ({_FRACTION})")
 _SWITCH = {"True": True, "False": False, "None": None}
 #: Longest name of a choice that is looked up.
