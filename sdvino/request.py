@@ -192,10 +192,6 @@ OPTIONS: Mapping[str, Option] = {
     for name, found in options_of(_PARTS.get(one.name, Request)).items()
     if one.name in (name, *_PARTS)
 }
-#: What each field is where nothing is said; the prompts must be.
-DEFAULTS: Mapping[str, Any] = {
-    name: value for name, value in Request.of(prompts=("",)).flat().items() if name != "prompts"
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -314,3 +310,9 @@ def _speed(speed: SpeedSettings, folder: ModelFolder) -> SpeedSettings:
 
 def _first(*values: object) -> Any:
     return next((value for value in values if value is not None), None)
+
+
+#: What each field is where nothing is said; the prompts must be.
+DEFAULTS: Mapping[str, Any] = {
+    name: value for name, value in Request.of(prompts=("",)).flat().items() if name != "prompts"
+}

@@ -104,7 +104,11 @@ SAMPLER_ALIASES: Mapping[str, SamplerName] = {
     "lmsdiscrete": "lms",
 }
 #: A1111's schedule types; "Uniform" is the sampler's own grid.
-SCHEDULE_TITLES: Mapping[SigmaScheduleName, str] = {"default": "Uniform"}
+SCHEDULE_TITLES: Mapping[SigmaScheduleName, str] = {
+    "default": "Uniform",
+    "karras": "Karras",
+    "exponential": "Exponential",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -136,7 +136,8 @@ def generate_command(
 
 def _request(options: dict[str, Any], like: PictureRecord | None) -> Request:
     """Return what is asked for: as the command line says, else as in the picture ``like``."""
-    texts = _prompts(*taken(options, ("prompt", "prompt_option", "prompts")).values(), like)
+    prompt, option = options.pop("prompt"), options.pop("prompt_option")
+    texts = _prompts(prompt, option, options.pop("prompts"), like)
     fast, negative = options.pop("fast"), options.pop("negative_prompt")
     base = {} if like is None else like.request.flat()
     if negative is not None:

@@ -35,9 +35,12 @@ MEASURED: Mapping[str, tuple[float, float]] = {
 }
 
 
-def request_options(*names: str) -> Callable[[F], F]:
+def request_options(*names: str, help: str | None = None) -> Callable[[F], F]:
     """Add the options of these fields of a request, of its sampler or of its speed."""
-    return _all([_click_option(name, OPTIONS[name]) for name in names])
+    options = [
+        OPTIONS[name] if help is None else replace(OPTIONS[name], help=help) for name in names
+    ]
+    return _all([_click_option(name, one) for name, one in zip(names, options, strict=True)])
 
 
 def _click_option(name: str, one: Option) -> Callable[[F], F]:

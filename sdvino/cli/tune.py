@@ -26,7 +26,7 @@ MAX_MINUTES = 24 * 60
 @click.option(
     "--minutes", type=float, default=5.0, show_default=True, help="Time to measure, about."
 )
-@request_options("width", "height")
+@request_options("width", "height", help="Of the pictures to tune for.  [default: the model's]")
 @click.option(
     "--guidance/--no-guidance",
     default=None,

@@ -161,7 +161,8 @@ def _from_pairs(prompt: str, negative: str | None, pairs: list[tuple[str, str]])
         else:
             # "DPM++ 2M Karras" says a schedule too, but a key of its own says it better.
             found = {**fields, **found} if key == "Sampler" else {**found, **fields}
-    if found and "noise" not in found and not str(found.get("version", "")).startswith("sdvino"):
+    foreign = found.keys() - _OURS.values()
+    if foreign and "noise" not in found and not str(found.get("version", "")).startswith("sdvino"):
         # A1111 names its source of random numbers only when it is not the GPU.
         found["noise"] = "cuda"
     about = {name: found.pop(name, None) for name in ("model", "recipe", "version")}
