@@ -134,7 +134,7 @@ class Artist:
             twin = self._work / "exact" / f"{i:05d}.png"
             if self._variant == EXACT:
                 twin.parent.mkdir(parents=True, exist_ok=True)
-                save_picture(picture, twin, out.settings[i - seed], overwrite=True)
+                save_picture(picture, twin, out.records[i - seed], overwrite=True)
             with Image.open(twin) as exact:
                 near = psnr(picture, exact)
             lines.append(json.dumps(asdict(Drawn(i, near, evaluations))) + "\n")

@@ -24,10 +24,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from sdvino.cli.speed_options import with_memory
-from sdvino.outputs import PictureEvent, Timings
-from sdvino.request import GenerationRequest
+from sdvino.inputs.shown import parse_size
+from sdvino.outputs import PictureEvent
+from sdvino.request import Request
 from sdvino.runtime.memory import linux_peak
+from sdvino.runtime.timings import Timings
 from sdvino.settings import DeviceSettings, RunSettings
 
 _RESET_PEAK = "5"  # proc(5), clear_refs
@@ -95,10 +96,11 @@ def draw(job: dict[str, Any]) -> dict[str, Any]:
 
     low, limit = job["case"] == "low", job["case"] not in _CASES
     device = DeviceSettings(cache_dir=Path(job["cache"]), num_threads=job["threads"])
-    settings = with_memory(RunSettings(default=device), job["case"] if limit else None, low)
+    most = parse_size(job["case"]) if limit else None
+    settings = RunSettings(default=device, max_memory=most, low_memory=low)
     timings = PhaseTimings()
     pipe = StableDiffusionPipeline.from_pretrained(job["model"], settings=settings, profile=False)
-    request = GenerationRequest(
+    request = Request(
         prompts=(_PROMPT,),
         seed=7,
         num_inference_steps=job["steps"],

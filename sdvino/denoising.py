@@ -13,13 +13,14 @@ from sdvino.diffusion.denoiser import Denoiser, Predict
 from sdvino.diffusion.guidance import Guidance, PredictBoth, interval_of_steps
 from sdvino.diffusion.schedule import Schedule
 from sdvino.errors import RequestError
-from sdvino.outputs import Array, Timings, clock
+from sdvino.outputs import Array
 from sdvino.request import ResolvedRequest
 from sdvino.runtime.components import Components
 from sdvino.runtime.defaults import guidance_mode_for
 from sdvino.runtime.memory_plan import MemoryPlan
 from sdvino.runtime.network import Branch, Unet, UnetPlan, both_in_one
 from sdvino.runtime.remote import keep_on_device
+from sdvino.runtime.timings import Timings, clock
 from sdvino.runtime.waiting import result_of
 from sdvino.settings import GuidanceMode, RunSettings, SpeedSettings
 

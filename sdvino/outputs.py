@@ -2,37 +2,18 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sdvino.image.parameters import PictureSettings
-from sdvino.request import PictureJob
+from sdvino.request import PictureJob, PictureRecord
+from sdvino.runtime.timings import Timings
 
 OutputType = Literal["pil", "np", "latent"]
 Array = NDArray[np.float32]
-
-
-@dataclass(slots=True)
-class Timings:
-    """Seconds spent, by part, summed over the pictures of a call."""
-
-    load: float = 0.0
-    text: float = 0.0
-    denoise: float = 0.0
-    decode: float = 0.0
-    #: Evaluations of the UNet, each a conditional or an unconditional one.
-    unet_evaluations: int = 0
-
-    @property
-    def total(self) -> float:
-        """Return the seconds of all parts."""
-        return self.load + self.text + self.denoise + self.decode
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,18 +43,6 @@ class PictureEvent:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Embeddings:
-    """Text states given instead of a prompt, float32; None is left to the text encoders."""
-
-    #: [N, length, width] each.
-    prompt: Array | None = None
-    negative: Array | None = None
-    #: [N, width] each.
-    pooled: Array | None = None
-    negative_pooled: Array | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class PipelineOutput:
     """What a call returns; ``images`` and the rest are in the order of the prompts."""
 
@@ -81,7 +50,7 @@ class PipelineOutput:
     images: Any
     seeds: list[int]
     #: How each picture was made; `sdvino.image.picture.save_picture` writes it into the file.
-    settings: list[PictureSettings]
+    records: list[PictureRecord]
     timings: Timings
     #: The words of each prompt that did not fit into the text encoder; '' where all did.
     dropped: list[str]
@@ -97,13 +66,3 @@ def gather(pictures: Sequence[PictureEvent], output_type: OutputType) -> Any:
     from PIL import Image
 
     return [Image.fromarray(array) for array in arrays]
-
-
-@contextmanager
-def clock(timings: Timings, part: str) -> Iterator[None]:
-    """Add the seconds of a block to one part of ``timings``."""
-    started = time.perf_counter()
-    try:
-        yield
-    finally:
-        setattr(timings, part, getattr(timings, part) + time.perf_counter() - started)

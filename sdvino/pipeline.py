@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sdvino.arguments import embeddings_of, given_latents, run_settings, speed_settings
-from sdvino.conditioning import Conditioner
-from sdvino.decoding import DecodeQueue, PictureDecoder, decodes_aside
 from sdvino.denoising import PictureDenoiser
 from sdvino.diffusion.noise import make_noise
 from sdvino.diffusion.samplers import get_sampler
@@ -20,43 +18,28 @@ from sdvino.diffusion.schedule import Schedule, final_latents, initial_latents, 
 from sdvino.diffusion.scheduler_config import SchedulerConfig, sampler_from_config
 from sdvino.errors import ModelFolderError, RequestError
 from sdvino.folder.index import ModelFolder
-from sdvino.image.parameters import PictureSettings
+from sdvino.image.codec import DecodeQueue, PictureDecoder, decodes_aside
 from sdvino.image.preview import Previewer
-from sdvino.outputs import (
-    Array,
-    Embeddings,
-    OutputType,
-    PictureEvent,
-    PipelineOutput,
-    StepEvent,
-    Timings,
-    clock,
-    gather,
-)
-from sdvino.request import (
-    GenerationRequest,
-    PictureJob,
-    ResolvedRequest,
-    as_negative_texts,
-    as_texts,
-)
+from sdvino.outputs import Array, OutputType, PictureEvent, PipelineOutput, StepEvent, gather
+from sdvino.request import OPTIONS, PictureJob, PictureRecord, Request, ResolvedRequest, as_texts
 from sdvino.runtime.components import Components
 from sdvino.runtime.guard import Guard
 from sdvino.runtime.memory import check_memory, memory_status
 from sdvino.runtime.memory_plan import MemoryPlan, measure_parts, plan_memory
 from sdvino.runtime.plugins import register_plugins
+from sdvino.runtime.timings import Timings, clock
 from sdvino.runtime.tuned import tuned_run
 from sdvino.settings import (
     GuidanceMode,
     NoiseName,
     RunSettings,
     SamplerName,
-    SamplerSettings,
     SigmaScheduleName,
     SpeedSettings,
     TimestepSpacing,
     check_choice,
 )
+from sdvino.text.conditions import Conditioner, Embeddings
 from sdvino.text.tokenizer import ClipTokenizer
 
 if TYPE_CHECKING:
@@ -129,11 +112,10 @@ class StableDiffusionPipeline:
         request.
         """
         # Above this module, as converting is: the one import that points up.
-        from sdvino.first_use.resolve import resolve
+        from sdvino.first_use.resolve import ModelOptions, resolve
 
         register_plugins({} if plugins is None else plugins)
-        path = resolve(
-            model,
+        asked = ModelOptions(
             recipe=recipe,
             gate=gate,
             revision=revision,
@@ -141,10 +123,12 @@ class StableDiffusionPipeline:
             offline=offline,
             max_download=max_download,
         )
-        folder = ModelFolder.open(path)
+        folder = ModelFolder.open(resolve(model, asked))
         if verify:
             folder.verify()
-        tuned, guard = tuned_run(folder, run_settings(device, settings), profile=profile)
+        run = RunSettings(any_device=True) if settings is None else settings
+        run = run if device is None else run.on(device)
+        tuned, guard = tuned_run(folder, run, profile=profile)
         return cls(folder, tuned, vae_tiling=vae_tiling, guard=guard)
 
     def __call__(
@@ -190,55 +174,34 @@ class StableDiffusionPipeline:
         mix); ``guidance_mode`` and ``guidance_interval`` stand in place of its own.
         Raises RequestError for a wrong request, SdvinoError when the work fails.
         """
+        given = dict(locals())  # by name: a new option is an argument more, and no line here
         check_choice("output type", output_type, get_args(OutputType))
-        embeddings = embeddings_of(
-            prompt,
-            negative_prompt,
-            prompt_embeds=prompt_embeds,
-            negative_prompt_embeds=negative_prompt_embeds,
-            pooled_prompt_embeds=pooled_prompt_embeds,
-            negative_pooled_prompt_embeds=negative_pooled_prompt_embeds,
-        )
-        prompts = as_texts("prompt", prompt)
-        request = GenerationRequest(
-            prompts=prompts if embeddings.prompt is None else ("",) * len(embeddings.prompt),
-            negative_prompts=as_negative_texts(negative_prompt),
-            height=height,
-            width=width,
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            guidance_rescale=guidance_rescale,
-            clip_skip=clip_skip,
-            seed=seed,
-            num_images_per_prompt=num_images_per_prompt,
-            noise=noise,
-            sampler=SamplerSettings(
-                scheduler=scheduler,
-                sigma_schedule=sigma_schedule,
-                timestep_spacing=timestep_spacing,
-                eta=eta,
-            ),
-            speed=speed_settings(speed, guidance_mode, guidance_interval),
-        ).resolve(self.folder)
+        embeddings = Embeddings(**{one.name: given[one.name] for one in fields(Embeddings)})
+        embeddings.check_beside(prompt, negative_prompt)
+        request = _request(given, embeddings).resolve(self.folder)
+        inputs = {"embeddings": embeddings, "latents": latents}
+        return self._answer(request, output_type, callback_on_step_end, inputs)
+
+    def _answer(
+        self,
+        request: ResolvedRequest,
+        output_type: OutputType,
+        callback: Callback | None,
+        inputs: Mapping[str, Any],
+    ) -> PipelineOutput:
         timings = Timings()
         pictures: list[PictureEvent] = []
-        for event in self.stream(
-            request,
-            output_type=output_type,
-            latents=latents,
-            embeddings=embeddings,
-            timings=timings,
-        ):
+        for event in self.stream(request, output_type=output_type, timings=timings, **inputs):
             if isinstance(event, PictureEvent):
                 pictures.append(event)
-            elif callback_on_step_end is not None:
-                self._call_back(callback_on_step_end, event)
+            elif callback is not None:
+                self._call_back(callback, event)
         return PipelineOutput(
             images=gather(pictures, output_type),
             seeds=[picture.job.seed for picture in pictures],
-            settings=[self.picture_settings(request, picture.job) for picture in pictures],
+            records=[self.record(request, picture.job) for picture in pictures],
             timings=timings,
-            dropped=[self.dropped_words(text) for text in prompts],
+            dropped=[self.dropped_words(text) for text in request.prompts],
         )
 
     def stream(
@@ -263,7 +226,7 @@ class StableDiffusionPipeline:
         schedule = self.schedule(request)
         memory = self.memory_plan(request, once=once)
         shape = (1, self.folder.latent_channels, *size)
-        given = given_latents(latents, (len(request.jobs), *shape[1:]))
+        given = _given_noise(latents, (len(request.jobs), *shape[1:]))
         sample = get_sampler(schedule.sampler)
         denoising = PictureDenoiser(self.components, request, schedule, memory, timings)
         decoder = PictureDecoder(
@@ -325,32 +288,18 @@ class StableDiffusionPipeline:
 
     def sampler_name(self, request: ResolvedRequest) -> SamplerName:
         """Return the sampler: the one asked for, or the folder's own, or the one nearest to it."""
-        if request.scheduler is not None:
-            return request.scheduler
+        if request.sampler.scheduler is not None:
+            return request.sampler.scheduler
         name, warning = sampler_from_config(self.folder.scheduler_config)
         if warning is not None:
             _log.warning(warning)
         return name
 
-    def picture_settings(self, request: ResolvedRequest, job: PictureJob) -> PictureSettings:
+    def record(self, request: ResolvedRequest, job: PictureJob) -> PictureRecord:
         """Return what repeats the picture of ``job``, as its file carries it."""
         manifest = self.folder.manifest
-        return PictureSettings(
-            prompt=job.prompt,
-            negative_prompt="" if job.negative_prompt is None else job.negative_prompt,
-            num_inference_steps=request.num_inference_steps,
-            scheduler=self.sampler_name(request),
-            sigma_schedule=request.sampler.sigma_schedule,
-            timestep_spacing=request.sampler.timestep_spacing,
-            guidance_scale=request.guidance_scale,
-            guidance_rescale=request.guidance_rescale if request.guidance_rescale else None,
-            eta=request.sampler.eta if request.sampler.eta else None,
-            seed=job.seed,
-            noise=request.noise,
-            width=request.width,
-            height=request.height,
-            clip_skip=request.clip_skip,
-            speed=request.speed,
+        return PictureRecord(
+            request=request.of_picture(job, scheduler=self.sampler_name(request)),
             model=self.folder.name,
             recipe=None if manifest is None else manifest.recipe,
         )
@@ -382,7 +331,7 @@ class StableDiffusionPipeline:
         latents = np.asarray(latents, np.float32)
         factor = self.folder.vae_scale_factor
         height, width = latents.shape[-2] * factor, latents.shape[-1] * factor
-        request = GenerationRequest(prompts=("",), height=height, width=width, seed=0)
+        request = Request(prompts=("",), height=height, width=width, seed=0)
         memory = self.memory_plan(request.resolve(self.folder))
         decode = PictureDecoder(self.components, memory, "pil", tiny=False)
         pictures = [decode(x[None], Timings()) for x in latents]
@@ -416,3 +365,31 @@ class StableDiffusionPipeline:
             )
         # The sampler goes on from this very array.
         event.latents[...] = latents
+
+
+def _request(given: Mapping[str, Any], embeddings: Embeddings) -> Request:
+    """Return what the arguments of a call ask for; those that are None ask for nothing."""
+    states, speed = embeddings.prompt_embeds, given["speed"]
+    options = {} if speed is None else asdict(speed)
+    for name in OPTIONS:
+        if given.get(name) is not None:
+            options[name] = given[name]
+    return Request.of(
+        prompts=as_texts(given["prompt"]) if states is None else ("",) * len(states),
+        negative_prompts=as_texts(given["negative_prompt"]),
+        **options,
+    )
+
+
+def _given_noise(latents: Array | None, shape: tuple[int, ...]) -> Array | None:
+    """Return the noise given to a call, float32 of ``shape``; raises RequestError."""
+    if latents is None:
+        return None
+    given = np.asarray(latents, np.float32)
+    if given.shape != shape:
+        raise RequestError(
+            f"The latents have the shape {list(given.shape)}; this request takes {list(shape)}."
+        )
+    if not np.isfinite(given).all():
+        raise RequestError("The latents hold NaN or infinity; give finite noise.")
+    return given

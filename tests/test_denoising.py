@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from sdvino import DeviceError, StableDiffusionPipeline
-from sdvino.conditioning import Conditioner
 from sdvino.runtime.component import Component
 from sdvino.runtime.components import Components
 from sdvino.settings import SpeedSettings
+from sdvino.text.conditions import Conditioner
 
 PROMPT = "a small blue star on a white background"
 

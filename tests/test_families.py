@@ -16,7 +16,7 @@ import pytest
 from numpy.typing import NDArray
 
 from sdvino import DeviceSettings, RunSettings, StableDiffusionPipeline
-from sdvino.diffusion.guidance import embed_guidance_scale
+from sdvino.text.conditions import embed_guidance_scale
 
 pytestmark = [
     pytest.mark.slow,
@@ -140,7 +140,7 @@ def test_lcm_asks_once(both: Callable[[str], Both]) -> None:
     assert lcm.folder.guidance_width == 16
     out = lcm(PROMPT, seed=0, output_type="latent")
     assert out.timings.unet_evaluations == 4
-    assert out.settings[0].guidance_scale == 8.5
+    assert out.records[0].request.guidance_scale == 8.5
     other = lcm(PROMPT, seed=0, output_type="latent", guidance_scale=2.0)
     assert not np.array_equal(out.images, other.images)
 

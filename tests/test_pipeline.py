@@ -10,7 +10,7 @@ from PIL import Image
 
 from sdvino import Cancelled, RequestError, StableDiffusionPipeline
 from sdvino.outputs import PictureEvent, StepEvent
-from sdvino.request import GenerationRequest
+from sdvino.request import Request
 
 PROMPT = "a big red circle on a blue background"
 
@@ -73,7 +73,7 @@ def test_embeddings_stand_in_for_prompts(pipe: StableDiffusionPipeline) -> None:
     seen: list[Any] = []
 
     def remember(text: str) -> Any:
-        request = GenerationRequest(prompts=(text,), seed=0).resolve(pipe.folder)
+        request = Request(prompts=(text,), seed=0).resolve(pipe.folder)
         return pipe.conditioner.text_states(request, request.jobs[0])[0].hidden
 
     seen = [remember(PROMPT), remember("")]
@@ -137,9 +137,7 @@ def test_the_callback_may_cancel(pipe: StableDiffusionPipeline) -> None:
 
 
 def test_the_stream_yields_every_step_then_the_picture(pipe: StableDiffusionPipeline) -> None:
-    request = GenerationRequest(prompts=(PROMPT,), num_inference_steps=3, seed=0).resolve(
-        pipe.folder
-    )
+    request = Request(prompts=(PROMPT,), num_inference_steps=3, seed=0).resolve(pipe.folder)
     events = list(pipe.stream(request))
     assert [type(event) for event in events] == [StepEvent] * 3 + [PictureEvent]
     step = events[0]

@@ -15,26 +15,21 @@ from sdvino.cli.options import (
     device_options,
     model_folder,
     model_options,
+    request_options,
     run_settings,
+    taken,
 )
 from sdvino.cli.terminal import echo
 from sdvino.errors import Cancelled, RequestError
-from sdvino.settings import SAMPLERS, SamplerSettings
 
 
 @click.command("bench")
 @model_options
-@click.option(
-    "--steps", "num_inference_steps", type=int, help="Denoising steps.  [default: the model's]"
-)
+@request_options("num_inference_steps", "guidance_scale", "scheduler")
 @click.option(
     "--size",
     metavar="SIDE|WxH",
     help="Pixels, multiples of 8, such as 512 or 768x512.  [default: the model's]",
-)
-@click.option("--guidance-scale", "--cfg-scale", type=float, help="[default: the model's]")
-@click.option(
-    "--scheduler", "--sampler", type=click.Choice(SAMPLERS), help="[default: the model's]"
 )
 @click.option("-n", "pictures", type=int, default=3, show_default=True, help="Pictures to time.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON: seconds and bytes.")
@@ -42,7 +37,6 @@ from sdvino.settings import SAMPLERS, SamplerSettings
 @device_options
 def bench_command(
     size: str | None,
-    scheduler: Any,
     as_json: bool,
     quiet: bool,
     **options: Any,
@@ -53,8 +47,8 @@ def bench_command(
     sdvino bench
     sdvino bench -m FOLDER --steps 4 --size 512 --guidance-scale 1
     """
-    settings = run_settings(**{name: options.pop(name) for name in DEVICE_OPTIONS})
-    model = {name: options.pop(name) for name in MODEL_OPTIONS}
+    settings = run_settings(**taken(options, DEVICE_OPTIONS))
+    model = taken(options, MODEL_OPTIONS)
     width, height = parse_size(size)
 
     from tqdm import tqdm
@@ -75,7 +69,6 @@ def bench_command(
                 settings=settings,
                 width=width,
                 height=height,
-                scheduler=SamplerSettings(scheduler=scheduler),
                 progress=show,
                 **options,
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,49 +12,28 @@ import click
 from sdvino.cli.options import (
     DEVICE_OPTIONS,
     MODEL_OPTIONS,
+    SPEED_OPTIONS,
     device_options,
+    memory_options,
     model_folder,
     model_options,
+    request_options,
     run_settings,
-)
-from sdvino.cli.speed_options import (
-    SPEED_OPTIONS,
-    memory_options,
     speed_options,
-    speed_settings,
-    with_memory,
+    taken,
 )
 from sdvino.cli.terminal import USER_PATH, echo
 from sdvino.errors import Cancelled, RequestError
 from sdvino.inputs.files import read_prompts
 from sdvino.inputs.shown import shortened
-from sdvino.request import GenerationRequest, ResolvedRequest
-from sdvino.settings import (
-    NOISES,
-    SAMPLERS,
-    SIGMA_SCHEDULES,
-    TIMESTEP_SPACINGS,
-    SamplerSettings,
-    SpeedSettings,
-)
+from sdvino.request import OPTIONS, PictureRecord, Request, ResolvedRequest
+from sdvino.settings import FAST
 
 if TYPE_CHECKING:
-    from sdvino.image.parameters import PictureSettings
     from sdvino.outputs import PictureEvent, StepEvent
     from sdvino.pipeline import StableDiffusionPipeline
 
-_SAMPLER_OPTIONS = ("scheduler", "sigma_schedule", "timestep_spacing", "eta")
-_REQUEST_OPTIONS = (
-    "num_images_per_prompt",
-    "num_inference_steps",
-    "guidance_scale",
-    "guidance_rescale",
-    "seed",
-    "width",
-    "height",
-    "clip_skip",
-    "noise",
-)
+_REQUEST_OPTIONS = [name for name in OPTIONS if name not in SPEED_OPTIONS]
 
 
 @click.command("generate")
@@ -79,45 +59,9 @@ _REQUEST_OPTIONS = (
 @click.option(
     "--overwrite", is_flag=True, help="Replace an existing picture instead of adding a number."
 )
-@click.option(
-    "-n", "num_images_per_prompt", type=int, help="Pictures of each prompt.  [default: 1]"
-)
-@click.option(
-    "--steps", "num_inference_steps", type=int, help="Denoising steps.  [default: the model's]"
-)
-@click.option(
-    "--guidance-scale",
-    "--cfg-scale",
-    type=float,
-    help="How closely to follow the prompt; 1 is twice as fast.  [default: the model's]",
-)
-@click.option("--guidance-rescale", type=float, help="Against overexposure, 0 to 1.  [default: 0]")
-@click.option(
-    "-s", "--seed", type=int, help="The same seed gives the same picture.  [default: a new one]"
-)
-@click.option("-W", "--width", type=int, help="Pixels, a multiple of 8.  [default: the model's]")
-@click.option("-H", "--height", type=int, help="Pixels, a multiple of 8.  [default: the model's]")
-@click.option(
-    "--scheduler", "--sampler", type=click.Choice(SAMPLERS), help="Sampler.  [default: the model's]"
-)
-@click.option(
-    "--sigma-schedule", type=click.Choice(SIGMA_SCHEDULES), help="Spacing of the noise levels."
-)
-@click.option("--timestep-spacing", type=click.Choice(TIMESTEP_SPACINGS), help="Which timesteps.")
-@click.option(
-    "--eta",
-    type=float,
-    help="Fresh noise in each step, 0 to 1 (ddim, tcd).  [default: the sampler's]",
-)
-@click.option("--clip-skip", type=int, help="Leave out the last layers of the text encoder.")
-@click.option(
-    "--noise",
-    type=click.Choice(NOISES),
-    help="Random numbers as torch makes them on the CPU, or CUDA's.  [default: torch]",
-)
+@request_options(*_REQUEST_OPTIONS)
 @click.option(
     "--like",
-    "like_picture",
     type=USER_PATH,
     help="Repeat a picture with the settings it carries; other options change them.",
 )
@@ -141,19 +85,16 @@ _REQUEST_OPTIONS = (
 @memory_options
 @device_options
 def generate_command(
-    prompt: str | None,
-    prompt_option: str | None,
-    prompts: Path | None,
     output: Path,
     overwrite: bool,
-    like_picture: Path | None,
+    like: Path | None,
     preview: Path | None,
+    vae_tiling: bool | None,
     no_profile: bool,
     no_metadata: bool,
     timings: bool,
     quiet: bool,
-    fast: bool,
-    max_memory: str | None,
+    max_memory: int | None,
     low_memory: bool,
     **options: Any,
 ) -> None:
@@ -164,41 +105,26 @@ def generate_command(
     sdvino generate "a lighthouse at dusk" -m checkpoint.safetensors
     sdvino generate "a lighthouse at dusk" -m FOLDER -n 4 --steps 20 --seed 7
     """
-    from sdvino.image.picture import check_output
+    from sdvino.image.picture import check_output, read_record
 
-    device = {name: options.pop(name) for name in DEVICE_OPTIONS}
-    model = {name: options.pop(name) for name in MODEL_OPTIONS}
-    tiling = options.pop("vae_tiling")
-    speed = {name: options.pop(name) for name in SPEED_OPTIONS}
-    like = None if like_picture is None else _read_like(like_picture)
-    texts = _prompts(prompt, prompt_option, prompts, like)
-    request = _request(
-        texts, options, like, speed_settings(fast, speed, None if like is None else like.speed)
-    )
+    settings = run_settings(**taken(options, DEVICE_OPTIONS))
+    model = taken(options, MODEL_OPTIONS)
+    record = None if like is None else read_record(like)
+    request = _request(options, record)
     check_output(output)
     if preview is not None:
         check_output(preview)
-    settings = with_memory(run_settings(**device), max_memory, low_memory)
 
     from sdvino.pipeline import StableDiffusionPipeline
 
     pipe = StableDiffusionPipeline.from_pretrained(
         model_folder(**model, quiet=quiet),
-        settings=settings,
-        vae_tiling=tiling,
+        settings=replace(settings, max_memory=max_memory, low_memory=low_memory),
+        vae_tiling=vae_tiling,
         profile=not no_profile,
     )
-    if like is not None and like.model not in (None, pipe.folder.name):
-        echo(
-            f"{like_picture} was made with the model {like.model}, this is {pipe.folder.name}.",
-            err=True,
-        )
-    if like is not None and like.scheduler is None and "Sampler" in dict(like.other):
-        echo(
-            f"{like_picture} was made with {dict(like.other)['Sampler']}, which sdvino does not"
-            " have; the model's own scheduler is used.",
-            err=True,
-        )
+    if record is not None:
+        _say_unlike(f"{like}", record, pipe.folder.name)
     sink = _Sink(output, overwrite, preview, not no_metadata, quiet)
     sink.run(pipe, request.resolve(pipe.folder))
     if timings:
@@ -208,13 +134,53 @@ def generate_command(
         echo(breakdown(sink.timings, pictures=sink.pictures, peak=peak_memory()), err=True)
 
 
+def _request(options: dict[str, Any], like: PictureRecord | None) -> Request:
+    """Return what is asked for: as the command line says, else as in the picture ``like``."""
+    prompt, option = options.pop("prompt"), options.pop("prompt_option")
+    texts = _prompts(prompt, option, options.pop("prompts"), like)
+    fast, negative = options.pop("fast"), options.pop("negative_prompt")
+    base = {} if like is None else like.request.flat()
+    if negative is not None:
+        base["negative_prompts"] = (negative if negative else None,)
+    given = {name: value for name, value in options.items() if value is not None}
+    return Request.of(**{**base, **(asdict(FAST) if fast else {}), **given, "prompts": texts})
+
+
+def _prompts(
+    prompt: str | None, option: str | None, file: Path | None, like: PictureRecord | None
+) -> tuple[str, ...]:
+    given = [value for value in (prompt, option, file) if value is not None]
+    if len(given) > 1:
+        raise RequestError("The prompt is given more than once; give PROMPT, -p or --prompts.")
+    if file is not None:
+        return read_prompts(file)
+    if given:
+        return (str(given[0]),)
+    if like is not None:
+        return like.request.prompts
+    raise RequestError('There is no prompt; write one: sdvino generate "a red circle".')
+
+
+def _say_unlike(picture: str, record: PictureRecord, model: str) -> None:
+    """Say in what a picture made like another will differ from it."""
+    if record.model not in (None, model):
+        echo(f"{picture} was made with the model {record.model}, this is {model}.", err=True)
+    sampler = dict(record.other).get("Sampler")
+    if record.request.sampler.scheduler is None and sampler is not None:
+        echo(
+            f"{picture} was made with {sampler}, which sdvino does not have; the model's own"
+            " scheduler is used.",
+            err=True,
+        )
+
+
 class _Sink:
     """Shows the progress of a request and saves its pictures as they are finished."""
 
     def __init__(
         self, output: Path, overwrite: bool, preview: Path | None, metadata: bool, quiet: bool
     ) -> None:
-        from sdvino.outputs import Timings
+        from sdvino.runtime.timings import Timings
 
         self.timings = Timings()
         #: How many pictures were saved.
@@ -277,56 +243,7 @@ class _Sink:
         return save_picture(
             event.pixels,
             self._output,
-            pipe.picture_settings(request, event.job) if self._metadata else None,
+            pipe.record(request, event.job) if self._metadata else None,
             # The pictures of one run must not replace each other.
             overwrite=self._overwrite and event.job.index == 0,
         )
-
-
-def _prompts(
-    prompt: str | None, option: str | None, file: Path | None, like: PictureSettings | None
-) -> tuple[str, ...]:
-    given = [value for value in (prompt, option, file) if value is not None]
-    if len(given) > 1:
-        raise RequestError("The prompt is given more than once; give PROMPT, -p or --prompts.")
-    if file is not None:
-        return read_prompts(file)
-    if given:
-        return (str(given[0]),)
-    if like is not None:
-        return (like.prompt,)
-    raise RequestError('There is no prompt; write one: sdvino generate "a red circle".')
-
-
-def _read_like(picture: Path) -> PictureSettings:
-    from sdvino.image.picture import read_picture_settings
-
-    return read_picture_settings(picture)
-
-
-def _request(
-    texts: tuple[str, ...],
-    options: dict[str, Any],
-    like: PictureSettings | None,
-    speed: SpeedSettings,
-) -> GenerationRequest:
-    """Fill what the command line leaves open from ``like``; what both leave open is a default."""
-
-    def filled(names: tuple[str, ...]) -> dict[str, Any]:
-        values = {
-            name: options[name]
-            if options[name] is not None or like is None
-            else getattr(like, name, None)
-            for name in names
-        }
-        return {name: value for name, value in values.items() if value is not None}
-
-    # A picture's text cannot tell an empty negative prompt from none, so both are none here.
-    negative = filled(("negative_prompt",)).get("negative_prompt") or None
-    return GenerationRequest(
-        prompts=texts,
-        negative_prompts=(negative,),
-        sampler=SamplerSettings(**filled(_SAMPLER_OPTIONS)),
-        speed=speed,
-        **filled(_REQUEST_OPTIONS),
-    )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import tempfile
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -94,10 +93,11 @@ def _show_checkpoint(path: Path, as_json: bool) -> None:
 
 
 def _show_picture(path: Path, as_json: bool) -> None:
-    from sdvino.image.picture import read_picture_settings
+    from sdvino.image.parameters import to_text
+    from sdvino.image.picture import read_record
 
-    settings = read_picture_settings(path)
-    echo(json.dumps(asdict(settings), indent=2) if as_json else settings.to_text())
+    record = read_record(path)
+    echo(json.dumps(record.to_plain(), indent=2) if as_json else to_text(record))
 
 
 def _facts(folder: ModelFolder) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from sdvino.cli.options import model_folder, model_options, plugin_option
+from sdvino.cli.options import model_folder, model_options, plugin_option, request_options
 from sdvino.cli.terminal import USER_PATH, echo
 from sdvino.errors import Cancelled, RequestError, SdvinoError
 
@@ -26,12 +26,7 @@ MAX_MINUTES = 24 * 60
 @click.option(
     "--minutes", type=float, default=5.0, show_default=True, help="Time to measure, about."
 )
-@click.option(
-    "-W", "--width", type=int, help="Of the pictures to tune for.  [default: the model's]"
-)
-@click.option(
-    "-H", "--height", type=int, help="Of the pictures to tune for.  [default: the model's]"
-)
+@request_options("width", "height", help="Of the pictures to tune for.  [default: the model's]")
 @click.option(
     "--guidance/--no-guidance",
     default=None,

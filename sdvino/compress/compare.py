@@ -24,11 +24,12 @@ from sdvino.diffusion.scheduler_config import SchedulerConfig
 from sdvino.errors import SdvinoError
 from sdvino.folder.index import ModelFolder
 from sdvino.image.tiling import to_levels
-from sdvino.outputs import PictureEvent, StepEvent, Timings
+from sdvino.outputs import PictureEvent, StepEvent
 from sdvino.pipeline import StableDiffusionPipeline
-from sdvino.request import GenerationRequest, ResolvedRequest
+from sdvino.request import Request, ResolvedRequest
 from sdvino.runtime.memory_plan import measure_parts, plan_memory
-from sdvino.settings import DeviceSettings, RunSettings, SamplerSettings
+from sdvino.runtime.timings import Timings
+from sdvino.settings import DeviceSettings, RunSettings
 from sdvino.weights.numbers import relative_error
 
 Share = Callable[[float], None]
@@ -130,12 +131,12 @@ def make_request(
     folder: Path, prompts: Sequence[str], *, steps: int, guidance: float, scheduler: Any
 ) -> ResolvedRequest:
     """Return the request for one picture of each prompt at the model's own size."""
-    return GenerationRequest(
+    return Request.of(
         prompts=tuple(prompts),
         num_inference_steps=steps,
         guidance_scale=guidance,
         seed=FIRST_SEED,
-        sampler=SamplerSettings(scheduler=scheduler),
+        scheduler=scheduler,
     ).resolve(ModelFolder.open(folder))
 
 

@@ -19,17 +19,17 @@ from sdvino.compress.calibration import CalibrationInputs, CalibrationPlan
 from sdvino.compress.parts import choose_ends
 from sdvino.compress.statistics import Recorder, fix_shapes
 from sdvino.compress.stepwise import PART_BYTES, PartedModel
-from sdvino.conditioning import Conditioner
 from sdvino.diffusion.scheduler_config import SchedulerConfig
 from sdvino.folder.index import ModelFolder
 from sdvino.graph.timestep import float_timestep
 from sdvino.graph.upsampling import split_upsampling
 from sdvino.image.tiling import tile_shape
-from sdvino.request import GenerationRequest
+from sdvino.request import Request
 from sdvino.runtime.components import Components
 from sdvino.runtime.core import device_facts, shared_core
 from sdvino.runtime.properties import compile_properties
 from sdvino.settings import DeviceSettings, RunSettings
+from sdvino.text.conditions import Conditioner
 
 Array = NDArray[np.float32]
 
@@ -74,7 +74,7 @@ class FloatPipeline:
     ) -> tuple[dict[str, Array], dict[str, Array] | None]:
         """Return the UNet's inputs but for latents and timestep; see `Conditioner.unet_inputs`."""
         height, width = (side * self._folder.vae_scale_factor for side in self._size)
-        request = GenerationRequest(
+        request = Request(
             prompts=(prompt,),
             negative_prompts=(negative,),
             height=height,

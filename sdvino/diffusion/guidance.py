@@ -39,25 +39,6 @@ def combine(
     return rescaled
 
 
-def embed_guidance_scale(guidance_scale: float, width: int) -> Float32:
-    """Return the ``timestep_cond`` of a UNet with distilled guidance, float32 [1, width].
-
-    Args:
-        guidance_scale: in diffusers' scale, where 1 is no guidance; the paper's w is one less.
-        width: the UNet's time_cond_proj_dim, 4 or more.
-
-    Source: Luo et al. 2023 (arXiv:2310.04378), section 4.2; diffusers'
-    get_guidance_scale_embedding, whose float32 steps these are.
-    """
-    w = np.float32(guidance_scale - 1.0) * np.float32(1000.0)
-    half = width // 2
-    rate = np.log(np.float32(10000.0)) / np.float32(half - 1)
-    angles = w * np.exp(np.arange(half, dtype=np.float32) * -rate)
-    embedded = np.zeros((1, width), np.float32)  # an odd width ends in a zero
-    embedded[0, : 2 * half] = np.concatenate([np.sin(angles), np.cos(angles)])
-    return embedded
-
-
 def interval_of_steps(schedule: Schedule, start: float, end: float) -> tuple[float, float]:
     """Return the noise levels (low, high) that hold the steps from ``start`` to ``end``.
 

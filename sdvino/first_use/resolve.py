@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sdvino.errors import ModelFolderError, OutputError, RequestError, SdvinoError
 from sdvino.first_use.report import above_bar, announcement, progress_bar, trim
@@ -24,9 +24,11 @@ from sdvino.folder.hub import (
     Hub,
     NotConverted,
     NotDownloaded,
+    Report,
     fetch,
     local_model,
     not_found,
+    report_to_stderr,
     resolve_model,
     runnable_files,
 )
@@ -46,13 +48,34 @@ _LONG_BYTES = 10**9
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Asked:
-    """How a model is to be converted, if it has to be; fields as in `resolve`."""
+class ModelOptions:
+    """How a model is got, and converted if it has to be."""
 
-    recipe: str | Path | None
-    gate: bool
-    quiet: bool
-    hub: Hub
+    #: As in `sdvino.convert.api.convert`; None takes int8 where NNCF is installed, else fp16.
+    recipe: str | Path | None = None
+    #: Compare the result with the uncompressed model.
+    gate: bool = False
+    #: Branch, tag or commit of a model on the hub, and the cache of what is downloaded from there.
+    revision: str | None = None
+    cache_dir: str | Path | None = None
+    offline: bool = False
+    #: The most bytes that may come from the hub.
+    max_download: int | None = None
+    #: Without a bar.
+    quiet: bool = False
+    #: Told, in a line each, what is downloaded, converted and dropped.
+    report: Report = report_to_stderr
+
+    @property
+    def hub(self) -> Hub:
+        """Return how the hub is asked."""
+        return Hub(
+            revision=self.revision,
+            cache_dir=None if self.cache_dir is None else Path(self.cache_dir),
+            offline=self.offline,
+            max_download=self.max_download,
+            report=self.report,
+        )
 
     @property
     def recipes(self) -> tuple[str | Path, ...]:
@@ -81,25 +104,16 @@ class _Asked:
         return [_key(source, recipe, gated=gated) for recipe in self.recipes for gated in gates]
 
 
-def resolve(
-    model: str | Path | None,
-    *,
-    recipe: str | Path | None = None,
-    gate: bool = False,
-    cache_dir: str | Path | None = None,
-    quiet: bool = False,
-    **hub: Any,
-) -> Path:
+_DEFAULT = ModelOptions()
+
+
+def resolve(model: str | Path | None, asked: ModelOptions = _DEFAULT) -> Path:
     """Return the model folder of ``model``, downloaded and converted when need be.
 
     What `sdvino.folder.hub.resolve_model` takes (None for the bundled model, a model folder, the
     hub id of an OpenVINO model) is found as there. A .safetensors checkpoint, a diffusers folder,
     or a hub id of one (owner/name, owner/name/FILE.safetensors) is converted into the user's cache,
     once: it is known by its content, on the hub by its commit, and found again wherever it is.
-    recipe: as in `sdvino.convert.api.convert`; None takes int8 where NNCF is installed, else fp16.
-    gate: compare the result with the uncompressed model. quiet: without a bar. cache_dir and
-    ``hub``: fields of `sdvino.folder.hub.Hub`; its report is told, in a line each, what is
-    downloaded, converted and dropped.
 
     Raises RequestError, before anything is written, for what cannot be converted and for a recipe
     beside a model that needs none; OutputError for a cache that cannot be written, or too small a
@@ -107,16 +121,14 @@ def resolve(
     """
     path = None if model is None else local_model(model)
     if model is None or (path is not None and not needs_conversion(path)):
-        _check_unasked(model, recipe, gate)
+        _check_unasked(model, asked)
         return resolve_model(model)
-    if recipe is not None:
+    if asked.recipe is not None:
         from sdvino.compress.recipes import get_recipe
 
-        get_recipe(recipe)  # before anything is downloaded
-    how = Hub(cache_dir=None if cache_dir is None else Path(cache_dir), **hub)
-    asked = _Asked(recipe=recipe, gate=gate, quiet=quiet, hub=how)
+        get_recipe(asked.recipe)  # before anything is downloaded
     if path is not None:
-        return _converted(LocalSource(path.absolute(), how.revision), asked)
+        return _converted(LocalSource(path.absolute(), asked.hub.revision), asked)
     found = _on_hub(str(model), asked)
     return found if isinstance(found, Path) else _converted(found, asked)
 
@@ -143,10 +155,10 @@ def needs_conversion(path: Path) -> bool:
     return (path / INDEX_FILE).is_file() and unet.is_dir() and not converted
 
 
-def _check_unasked(model: object, recipe: str | Path | None, gate: bool) -> None:
+def _check_unasked(model: object, asked: ModelOptions) -> None:
     """Raise RequestError for options of converting beside a model that is not converted."""
-    if recipe is not None or gate:
-        option = "--gate" if recipe is None else "--recipe"
+    if asked.recipe is not None or asked.gate:
+        option = "--gate" if asked.recipe is None else "--recipe"
         what = "the bundled model" if model is None else str(model)[:200]
         raise RequestError(
             f"{option} is for models that are converted at first use, and {what} is an OpenVINO"
@@ -154,7 +166,7 @@ def _check_unasked(model: object, recipe: str | Path | None, gate: bool) -> None
         )
 
 
-def _on_hub(model: str, asked: _Asked) -> Path | HubSource:
+def _on_hub(model: str, asked: ModelOptions) -> Path | HubSource:
     """Return the folder of an OpenVINO model on the hub, or what there is to convert.
 
     Where the hub cannot be reached and nothing is here, what an earlier conversion made will do.
@@ -168,7 +180,7 @@ def _on_hub(model: str, asked: _Asked) -> Path | HubSource:
 
     def choose(names: Sequence[str]) -> list[str]:
         wanted = runnable_files(model, names)
-        _check_unasked(model, asked.recipe, asked.gate)
+        _check_unasked(model, asked)
         return wanted
 
     try:
@@ -183,19 +195,19 @@ def _on_hub(model: str, asked: _Asked) -> Path | HubSource:
         return found
 
 
-def _made_before(model: str, asked: _Asked) -> Path | None:
+def _made_before(model: str, asked: ModelOptions) -> Path | None:
     """Return what was converted of a model on the hub, last used at last, as it is asked for."""
     store = ConvertedModels()
     for entry in reversed(store.entries()):
         made = entry.made
-        if made.hub == model and asked.hub.revision in (made.revision, made.commit):
+        if made.hub == model and asked.revision in (made.revision, made.commit):
             found = _ready(store, made.source, asked)
             if found is not None:
                 return found
     return None
 
 
-def _converted(source: Source, asked: _Asked) -> Path:
+def _converted(source: Source, asked: ModelOptions) -> Path:
     """Return the folder that ``source`` was converted into, now if it was not before."""
     store = ConvertedModels()
     if source.unread:
@@ -211,7 +223,7 @@ def _converted(source: Source, asked: _Asked) -> Path:
     return _convert(source, known, store, asked) if found is None else found
 
 
-def _ready(store: ConvertedModels, source: str, asked: _Asked) -> Path | None:
+def _ready(store: ConvertedModels, source: str, asked: ModelOptions) -> Path | None:
     """Return a complete model made from ``source`` as it is asked for, kept from being removed."""
     for key in asked.keys(source):
         entry = store.entry(key)
@@ -221,7 +233,7 @@ def _ready(store: ConvertedModels, source: str, asked: _Asked) -> Path | None:
     return None
 
 
-def _convert(source: Source, known: str, store: ConvertedModels, asked: _Asked) -> Path:
+def _convert(source: Source, known: str, store: ConvertedModels, asked: ModelOptions) -> Path:
     """Convert ``source``, which is known by ``known``, unless another process just did."""
     from sdvino.convert.api import run
 
@@ -260,7 +272,7 @@ def _convert(source: Source, known: str, store: ConvertedModels, asked: _Asked) 
     return entry.model
 
 
-def _look_ahead(source: Source, asked: _Asked, target: Path) -> Outlook:
+def _look_ahead(source: Source, asked: ModelOptions, target: Path) -> Outlook:
     """Return what converting would do; raises RequestError for what it, or running, refuses."""
     from sdvino.convert.api import look_ahead
 
@@ -316,7 +328,7 @@ def _check_room(outlook: Outlook, root: Path) -> None:
 
 
 def _announcement(
-    source: Source, outlook: Outlook, entry: Entry, store: ConvertedModels, asked: _Asked
+    source: Source, outlook: Outlook, entry: Entry, store: ConvertedModels, asked: ModelOptions
 ) -> str:
     settings = asked.gate_settings
     others = {
@@ -343,7 +355,7 @@ def _is_sound(entry: Entry) -> bool:
     return True
 
 
-def _remove_uncompared(store: ConvertedModels, entry: Entry, asked: _Asked) -> None:
+def _remove_uncompared(store: ConvertedModels, entry: Entry, asked: ModelOptions) -> None:
     """Remove what was made from the same source by the same recipe and compared with nothing."""
     other = store.entry(_key(entry.made.source, asked.recipes[0], gated=False))
     if other is not None:

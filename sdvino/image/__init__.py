@@ -1,1 +1,1 @@
-"""The autoencoder, previews, and picture files with their settings."""
+"""The autoencoder and its queue, previews, and picture files with how they were made."""

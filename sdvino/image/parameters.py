@@ -1,4 +1,4 @@
-"""The settings a picture carries, as AUTOMATIC1111 writes them, so that many programs read them.
+"""The text a picture carries, as AUTOMATIC1111 writes it, so that many programs read it.
 
     a red circle
     Negative prompt: blurry
@@ -6,133 +6,94 @@
 
 Values that hold a comma, a colon or a line end are JSON strings, as there. What that form cannot
 hold exactly (a prompt with a line "Negative prompt: ...", say) is repeated in a key of our own.
+The keys of the options stand beside them, in `sdvino.request.OPTIONS`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
-import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
-from typing import Any, get_args
+from typing import Any
 
-from sdvino import __version__
 from sdvino.errors import RequestError
-from sdvino.image.sampler_names import (
-    SCHEDULE_TITLES,
-    parse_sampler,
-    parse_schedule,
-    sampler_title,
-)
-from sdvino.image.speed_names import parse_speed, speed_pairs
-from sdvino.settings import (
-    MAX_SEED,
-    MIN_SEED,
-    NoiseName,
-    SamplerName,
-    SigmaScheduleName,
-    SpeedSettings,
-    TimestepSpacing,
-)
+from sdvino.inputs.fields import Choice, squeeze
+from sdvino.request import DEFAULTS, OPTIONS, PictureRecord, Request
 
 #: Longest text that is read: prompts have at most some ten thousand characters.
 MAX_TEXT = 2**20
 _NEGATIVE = "Negative prompt:"
-_EXACT_PROMPT = "Exact prompt"
-_EXACT_NEGATIVE = "Exact negative prompt"
+#: Both prompts as a list of JSON, null where there is no negative one.
+_EXACT = "Exact prompts"
+_SIZE = re.compile(r"(?P<width>[0-9]{1,6})x(?P<height>[0-9]{1,6})")
 _KEY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_ \-/+()]{0,63}")
-#: A1111's name for whose random numbers are used, and ours. Its own default is the GPU's.
-_NOISES: dict[str, NoiseName] = {"cpu": "torch", "gpu": "cuda", "nv": "cuda", "cuda": "cuda"}
+#: A1111's keys stand in its order; the others follow.
+_FIRST = (
+    *("Steps", "Sampler", "Schedule type", "CFG scale", "Seed", "Size", "Model", "Clip skip"),
+    *("RNG", "Eta", "Timestep spacing", "Guidance rescale", "Recipe"),
+)
+#: Key -> the option's name; what is no value of an A1111 key of a number is damaged.
+_A1111 = {one.a1111: name for name, one in OPTIONS.items() if one.a1111 is not None}
+_OURS = {one.key: name for name, one in OPTIONS.items() if one.key is not None}
+#: Key -> the field of a record; the last two are the prompts as sdvino once repeated them.
+_TEXTS = {
+    "Model": "model",
+    "Recipe": "recipe",
+    "Version": "version",
+    "Exact prompt": "prompt",
+    "Exact negative prompt": "negative_prompt",
+}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PictureSettings:
-    """How a picture was made. None is what its maker did not say."""
-
-    prompt: str
-    negative_prompt: str = ""
-    num_inference_steps: int | None = None
-    scheduler: SamplerName | None = None
-    sigma_schedule: SigmaScheduleName | None = None
-    timestep_spacing: TimestepSpacing | None = None
-    guidance_scale: float | None = None
-    guidance_rescale: float | None = None
-    eta: float | None = None
-    seed: int | None = None
-    noise: NoiseName | None = None
-    width: int | None = None
-    height: int | None = None
-    #: Layers left out of the text encoder, as diffusers counts (A1111's number is one more).
-    clip_skip: int | None = None
-    #: What made the picture sooner; only what differs from the defaults is written.
-    speed: SpeedSettings = field(default_factory=SpeedSettings)
-    #: Name of the model, never where it lies: folders before it are cut off.
-    model: str | None = None
-    #: How the model was compressed.
-    recipe: str | None = None
-    #: Program and version that made the picture.
-    version: str | None = f"sdvino {__version__}"
-    #: What else stands in the text, in its order: other programs' keys.
-    other: tuple[tuple[str, str], ...] = ()
-
-    def __post_init__(self) -> None:
-        if self.model is not None:
-            name = re.split(r"[/\\]", self.model.rstrip("/\\"))[-1]
-            object.__setattr__(self, "model", name)
-
-    def to_text(self) -> str:
-        """Return the text that a picture carries; `parse_parameters` reads it back."""
-        text = self._text()
-        try:
-            if parse_parameters(text) == self:
-                return text
-        except RequestError:
-            pass  # such as a prompt too long to be read again; say so when reading
-        return self._text(exact=True)
-
-    def _text(self, *, exact: bool = False) -> str:
-        pairs = list(self._pairs())
-        if exact:
-            pairs += [(_EXACT_PROMPT, self.prompt), (_EXACT_NEGATIVE, self.negative_prompt)]
-        last = ", ".join(f"{key}: {_quote(key, value)}" for key, value in pairs)
-        lines = [_printable(self.prompt), last]
-        if self.negative_prompt:
-            lines.insert(1, f"{_NEGATIVE} {_printable(self.negative_prompt)}")
-        return "\n".join(lines)
-
-    def _pairs(self) -> Iterator[tuple[str, str]]:
-        """Yield the keys of the last line in A1111's order, then ours, then the others'."""
-        schedule = self.sigma_schedule
-        size = None if self.width is None or self.height is None else (self.width, self.height)
-        known: list[tuple[str, object]] = [
-            ("Steps", self.num_inference_steps),
-            ("Sampler", None if self.scheduler is None else sampler_title(self.scheduler)),
-            ("Schedule type", None if schedule is None else SCHEDULE_TITLES[schedule]),
-            ("CFG scale", self.guidance_scale),
-            ("Seed", self.seed),
-            ("Size", None if size is None else f"{size[0]}x{size[1]}"),
-            ("Model", self.model),
-            ("Clip skip", None if self.clip_skip is None else self.clip_skip + 1),
-            ("RNG", {"torch": "CPU", "cuda": "GPU", None: None}[self.noise]),
-            ("Eta", self.eta),
-            ("Timestep spacing", self.timestep_spacing),
-            ("Guidance rescale", self.guidance_rescale),
-            ("Recipe", self.recipe),
-            *speed_pairs(self.speed),
-            *self.other,
-            ("Version", self.version),
-        ]
-        for key, value in known:
-            if value is not None:
-                yield key, _number(value) if isinstance(value, float) else str(value)
+def to_text(record: PictureRecord) -> str:
+    """Return the text that a picture carries; `parse_parameters` reads it back."""
+    text = _text(record)
+    try:
+        if parse_parameters(text) == record:
+            return text
+    except RequestError:
+        pass  # another program's value under a key that is ours
+    return _text(record, exact=True)
 
 
-def parse_parameters(text: str) -> PictureSettings:
-    """Read the settings from the text of a picture, in the form of A1111.
+def _text(record: PictureRecord, *, exact: bool = False) -> str:
+    (prompt,), (negative,) = record.request.prompts, record.request.negative_prompts
+    pairs = list(_pairs(record))
+    if exact:
+        pairs.append((_EXACT, json.dumps([prompt, negative])))
+    last = ", ".join(f"{key}: {_quote(key, value)}" for key, value in pairs)
+    lines = [_printable(prompt), last]
+    if negative is not None:
+        lines.insert(1, f"{_NEGATIVE} {_printable(negative)}")
+    return "\n".join(lines)
 
-    A sampler that sdvino does not have stays among `PictureSettings.other`, under ``Sampler``.
-    Raises RequestError when the text is too long or a number in it is none.
+
+def _pairs(record: PictureRecord) -> Iterator[tuple[str, str]]:
+    """Yield the keys of the last line in A1111's order, then ours, then the others'."""
+    values = record.request.flat()
+    known: dict[str, str | None] = {"Model": record.model, "Recipe": record.recipe}
+    if values["width"] is not None and values["height"] is not None:
+        known["Size"] = f"{values['width']}x{values['height']}"
+    for key, name in (_A1111 | _OURS).items():
+        if OPTIONS[name].always or values[name] != DEFAULTS[name]:
+            known[key] = OPTIONS[name].kind.write(values[name])
+    ordered = {key: known.pop(key) for key in _FIRST if key in known}
+    for key, value in [
+        *ordered.items(),
+        *known.items(),
+        *record.other,
+        ("Version", record.version),
+    ]:
+        if value is not None:
+            yield key, value
+
+
+def parse_parameters(text: str) -> PictureRecord:
+    """Read how a picture was made from its text, in the form of A1111.
+
+    A sampler that sdvino does not have stays among `PictureRecord.other`, under ``Sampler``.
+    Raises RequestError when the text is too long, or says a number or a prompt that is none.
     """
     if len(text) > MAX_TEXT:
         raise RequestError(
@@ -142,10 +103,7 @@ def parse_parameters(text: str) -> PictureSettings:
     pairs = _split_pairs(last)
     if not _are_parameters(pairs):
         body, pairs = text, []
-    prompt, negative = _split_prompts(body)
-    return _from_pairs(
-        PictureSettings(prompt=prompt, negative_prompt=negative, version=None), pairs
-    )
+    return _from_pairs(*_split_prompts(body), pairs)
 
 
 def _are_parameters(pairs: list[tuple[str, str]]) -> bool:
@@ -155,13 +113,13 @@ def _are_parameters(pairs: list[tuple[str, str]]) -> bool:
     )
 
 
-def _split_prompts(body: str) -> tuple[str, str]:
+def _split_prompts(body: str) -> tuple[str, str | None]:
     lines = body.split("\n")
     for i, line in enumerate(lines):
         if line.startswith(_NEGATIVE):
             first = line[len(_NEGATIVE) :].removeprefix(" ")
             return "\n".join(lines[:i]), "\n".join([first, *lines[i + 1 :]])
-    return body, ""
+    return body, None
 
 
 def _split_pairs(line: str) -> list[tuple[str, str]]:
@@ -193,83 +151,83 @@ def _split_pairs(line: str) -> list[tuple[str, str]]:
     return pairs
 
 
-def _from_pairs(settings: PictureSettings, pairs: list[tuple[str, str]]) -> PictureSettings:
+def _from_pairs(prompt: str, negative: str | None, pairs: list[tuple[str, str]]) -> PictureRecord:
     found: dict[str, Any] = {}
-    speed, pairs = parse_speed(pairs)
     other: list[tuple[str, str]] = []
     for key, value in pairs:
         fields = _fields(key, value)
-        if fields is None or found.keys() & fields.keys() - {"sigma_schedule"}:
+        if fields is None or found.keys() & (fields.keys() - {"sigma_schedule"}):
             other.append((key, value))
         else:
             # "DPM++ 2M Karras" says a schedule too, but a key of its own says it better.
             found = {**fields, **found} if key == "Sampler" else {**found, **fields}
-    if found and "noise" not in found and not str(found.get("version", "")).startswith("sdvino"):
+    foreign = found.keys() - _OURS.values()
+    if foreign and "noise" not in found and not str(found.get("version", "")).startswith("sdvino"):
         # A1111 names its source of random numbers only when it is not the GPU.
         found["noise"] = "cuda"
-    return replace(settings, **found, speed=speed, other=tuple(other))
+    about = {name: found.pop(name, None) for name in ("model", "recipe", "version")}
+    prompt, negative = found.pop("prompt", prompt), found.pop("negative_prompt", negative)
+    request = Request.of(prompts=(prompt,), negative_prompts=(negative,), **found)
+    return PictureRecord(request=request, **about, other=tuple(other))
 
 
 def _fields(key: str, value: str) -> dict[str, Any] | None:
     """Return the fields that one pair sets, or None when it is for others."""
     if key in _TEXTS:
-        return {_TEXTS[key]: value}
-    if key in _INTEGERS:
-        name, low, high = _INTEGERS[key]
-        number = _integer(key, value, low, high)
-        return {name: number - 1 if name == "clip_skip" else number}
-    if key in _FLOATS:
-        return {_FLOATS[key]: _float(key, value)}
+        # An empty text in the last of them stood for no negative prompt.
+        return {_TEXTS[key]: None if _TEXTS[key] == "negative_prompt" and not value else value}
+    if key == _EXACT:
+        return _exact(value)
     if key == "Size":
-        match = re.fullmatch(r"([0-9]{1,6})x([0-9]{1,6})", value)
+        match = _SIZE.fullmatch(value)
         if match is None:
             raise _bad(key, value)
-        return {"width": int(match[1]), "height": int(match[2])}
+        return {name: _number(key, name, match[name]) for name in ("width", "height")}
     if key == "Sampler":
         return parse_sampler(value)
-    if key == "Schedule type":
-        schedule = parse_schedule(value)
-        return None if schedule is None else {"sigma_schedule": schedule}
-    if key == "RNG" and value.lower() in _NOISES:
-        return {"noise": _NOISES[value.lower()]}
-    if key == "Timestep spacing" and value in get_args(TimestepSpacing):
-        return {"timestep_spacing": value}
+    if key in _A1111 and not isinstance(OPTIONS[_A1111[key]].kind, Choice):
+        return {_A1111[key]: _number(key, _A1111[key], value)}
+    name = {**_A1111, **_OURS}.get(key)
+    if name is not None:
+        with contextlib.suppress(ValueError):
+            return {name: _taken(name, value)}
     return None
 
 
-_TEXTS = {
-    "Model": "model",
-    "Recipe": "recipe",
-    "Version": "version",
-    _EXACT_PROMPT: "prompt",
-    _EXACT_NEGATIVE: "negative_prompt",
-}
-_INTEGERS = {
-    "Steps": ("num_inference_steps", 0, 10**6),
-    "Seed": ("seed", MIN_SEED, MAX_SEED),
-    "Clip skip": ("clip_skip", 1, 1000),
-}
-_FLOATS = {
-    "CFG scale": "guidance_scale",
-    "Guidance rescale": "guidance_rescale",
-    "Eta": "eta",
-}
+def _taken(name: str, text: str) -> Any:
+    kind = OPTIONS[name].kind
+    return kind.take(name, kind.read(text))
 
 
-def _integer(key: str, value: str, low: int, high: int) -> int:
-    if re.fullmatch(r"[+-]?[0-9]{1,20}", value) is None or not low <= int(value) <= high:
-        raise _bad(key, value)
-    return int(value)
-
-
-def _float(key: str, value: str) -> float:
+def _number(key: str, name: str, text: str) -> Any:
     try:
-        number = float(value) if len(value) < 64 else math.nan
+        return _taken(name, text)
     except ValueError:
-        number = math.nan
-    if not math.isfinite(number):
-        raise _bad(key, value)
-    return number
+        raise _bad(key, text) from None
+
+
+def _exact(value: str) -> dict[str, Any] | None:
+    try:
+        prompt, negative = json.loads(value)
+    except (TypeError, ValueError, RecursionError):
+        return None
+    if not isinstance(prompt, str) or not isinstance(negative, (str, type(None))):
+        return None
+    return {"prompt": prompt, "negative_prompt": negative}
+
+
+def parse_sampler(text: str) -> dict[str, Any] | None:
+    """Return the settings a sampler's name stands for, by field; None for an unknown one.
+
+    A1111 before 1.9 put the schedule into it: "DPM++ 2M Karras".
+    """
+    spelled = squeeze(text).removesuffix("scheduler")
+    for schedule in ("", "karras", "exponential"):
+        if spelled.endswith(schedule):
+            with contextlib.suppress(ValueError):
+                name = OPTIONS["scheduler"].kind.read(spelled.removesuffix(schedule))
+                return {"scheduler": name, **({"sigma_schedule": schedule} if schedule else {})}
+    return None
 
 
 def _bad(key: str, value: str) -> RequestError:
@@ -280,14 +238,9 @@ def _bad(key: str, value: str) -> RequestError:
     )
 
 
-def _number(value: float) -> str:
-    """Return the shortest text of ``value``: 7, not 7.0."""
-    return str(int(value)) if value.is_integer() and abs(value) < 1e15 else repr(float(value))
-
-
 def _quote(key: str, value: str) -> str:
     """Quote as A1111 does where the value would not be read back; in ASCII where it must be."""
-    if key in (_EXACT_PROMPT, _EXACT_NEGATIVE) or value != _printable(value):
+    if key == _EXACT or value != _printable(value):
         return json.dumps(value)
     awkward = any(character in value for character in ',:\n"') or value != value.strip()
     return json.dumps(value, ensure_ascii=False) if awkward else value

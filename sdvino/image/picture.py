@@ -13,10 +13,9 @@ from PIL import ExifTags, Image, PngImagePlugin
 
 from sdvino.errors import OutputError, RequestError
 from sdvino.image.files import check_writable, write_new
-from sdvino.image.parameters import MAX_TEXT, PictureSettings, parse_parameters
+from sdvino.image.parameters import MAX_TEXT, parse_parameters, to_text
 from sdvino.inputs.files import open_file
-
-__all__ = ["PictureSettings", "check_output", "read_picture_settings", "save_picture"]
+from sdvino.request import PictureRecord
 
 #: Extension -> format, by Pillow's name.
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
@@ -34,7 +33,7 @@ MAX_JPEG_EXIF = 65_500
 def save_picture(
     pixels: NDArray[np.uint8] | Image.Image,
     path: Path | str,
-    settings: PictureSettings | None = None,
+    record: PictureRecord | None = None,
     *,
     overwrite: bool = False,
     quality: int = 95,
@@ -43,16 +42,16 @@ def save_picture(
 
     The extension of ``path`` says the format; see
     `sdvino.image.files.choose_path` for ``%03d`` in the name and for
-    the number that is added when the file is there and ``overwrite`` is false. ``settings`` are
+    the number that is added when the file is there and ``overwrite`` is false. ``record`` is
     written into it: a PNG text chunk ``parameters``, elsewhere the EXIF user comment; None writes
     no metadata. ``quality`` (1 to 100) counts for JPEG and WebP.
-    The file appears complete or not at all. Raises RequestError for another extension or settings
+    The file appears complete or not at all. Raises RequestError for another extension or a record
     that JPEG and WebP cannot hold, OutputError when the file cannot be written.
     """
     path = Path(path)
     kind = picture_format(path)
     picture = pixels if isinstance(pixels, Image.Image) else _as_image(pixels)
-    content = _encode(picture, kind, None if settings is None else settings.to_text(), quality)
+    content = _encode(picture, kind, None if record is None else to_text(record), quality)
     return write_new(path, content, overwrite=overwrite)
 
 
@@ -80,8 +79,8 @@ def check_output(path: Path | str) -> None:
     check_writable(path)
 
 
-def read_picture_settings(path: Path | str) -> PictureSettings:
-    """Return the settings that a PNG, JPEG or WebP carries, of sdvino's or A1111's making.
+def read_record(path: Path | str) -> PictureRecord:
+    """Return how a picture was made, as a PNG, JPEG or WebP of sdvino's or A1111's making says.
 
     Only the metadata is read, never the pixels. Raises RequestError when the file is not there, is
     no picture, is damaged, carries no settings, or says numbers that are none.

@@ -1,1 +1,1 @@
-"""The one way in for what somebody else wrote, and the one way in which it is shown."""
+"""What somebody else wrote: how it comes in, what a field takes of it, how it is shown."""

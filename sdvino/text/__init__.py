@@ -1,1 +1,1 @@
-"""Prompts: the CLIP tokenizer and the text encoders."""
+"""Prompts: the CLIP tokenizer, the text encoders, and what the UNet is told of them."""

@@ -11,12 +11,13 @@ from pathlib import Path
 import openvino as ov
 
 from sdvino.errors import RequestError
-from sdvino.outputs import StepEvent, Timings
+from sdvino.outputs import StepEvent
 from sdvino.pipeline import StableDiffusionPipeline
-from sdvino.request import GenerationRequest, ResolvedRequest
+from sdvino.request import Request, ResolvedRequest
 from sdvino.runtime.core import shared_core
 from sdvino.runtime.memory import peak_memory
-from sdvino.settings import DeviceSettings, RunSettings, SamplerSettings
+from sdvino.runtime.timings import Timings
+from sdvino.settings import DeviceSettings, RunSettings, SamplerName
 
 MAX_PICTURES = 100
 #: One for each picture in turn, so that no text state is there from the picture before.
@@ -94,7 +95,7 @@ def measure_model(
     height: int | None = None,
     width: int | None = None,
     guidance_scale: float | None = None,
-    scheduler: SamplerSettings | None = None,
+    scheduler: SamplerName | None = None,
     pictures: int = 3,
     settings: RunSettings | None = None,
     revision: str | None = None,
@@ -112,14 +113,14 @@ def measure_model(
         raise RequestError(
             f"The number of pictures is {pictures}; give a whole number from 1 to {MAX_PICTURES}."
         )
-    request = GenerationRequest(
+    request = Request.of(
         prompts=tuple(PROMPTS[i % len(PROMPTS)] for i in range(pictures)),
         height=height,
         width=width,
         num_inference_steps=num_inference_steps,
         guidance_scale=guidance_scale,
         seed=_SEED,
-        sampler=SamplerSettings() if scheduler is None else scheduler,
+        scheduler=scheduler,
     )
     settings = RunSettings() if settings is None else settings
     with tempfile.TemporaryDirectory(prefix="sdvino-bench-", ignore_cleanup_errors=True) as cache:

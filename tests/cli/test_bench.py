@@ -12,8 +12,8 @@ import pytest
 from sdvino.cli.bench import parse_size
 from sdvino.cli.main import main
 from sdvino.errors import RequestError
-from sdvino.outputs import Timings
 from sdvino.runtime.memory import linux_peak, memory_status, peak_memory
+from sdvino.runtime.timings import Timings
 from sdvino.settings import DeviceSettings, RunSettings
 from sdvino.tuning.bench import PARTS, BenchReport, breakdown, with_cache
 

@@ -15,7 +15,7 @@ from PIL import Image
 
 from sdvino.cli.main import main
 from sdvino.compress.targets import get_target
-from sdvino.image.picture import read_picture_settings
+from sdvino.image.picture import read_record
 from sdvino.settings import FAST
 
 PROMPT = "a big red circle on a blue background"
@@ -35,9 +35,9 @@ def test_a_picture_carries_its_settings_and_can_be_repeated(
     options = ["--seed", "5", "--scheduler", "dpmpp_2m", "--cfg-scale", "3", "--noise", "cuda"]
     assert main(["generate", PROMPT, "-o", str(first), *options, *FEW]) == 0
     assert capfd.readouterr().out.strip() == str(first)
-    settings = read_picture_settings(first)
-    assert (settings.prompt, settings.seed, settings.noise) == (PROMPT, 5, "cuda")
-    assert (settings.scheduler, settings.guidance_scale) == ("dpmpp_2m", 3.0)
+    asked = read_record(first).request
+    assert (asked.prompts, asked.seed, asked.noise) == ((PROMPT,), 5, "cuda")
+    assert (asked.sampler.scheduler, asked.guidance_scale) == ("dpmpp_2m", 3.0)
     assert main(["generate", "--like", str(first), "-o", str(again), "-q"]) == 0
     assert pixels(first) == pixels(again)
     assert main(["generate", "--like", str(first), "-s", "6", "-o", str(other), "-q"]) == 0
@@ -54,7 +54,7 @@ def test_what_made_a_picture_sooner_is_carried_and_repeated(tmp_path: Path) -> N
     assert main(["generate", PROMPT, "-o", str(exact), *options]) == 0
     sooner = ["--fast", "--tiny-vae"]
     assert main(["generate", PROMPT, "-o", str(first), *sooner, *options]) == 0
-    speed = read_picture_settings(first).speed
+    speed = read_record(first).request.speed
     assert (speed.guidance_interval, speed.cache_interval) == (FAST.guidance_interval, 2)
     assert speed.tiny_vae
     assert main(["generate", "--like", str(first), "-o", str(again), "-q"]) == 0
@@ -71,7 +71,7 @@ def test_a_seed_that_was_drawn_is_said_and_repeats(
 ) -> None:
     first, again = tmp_path / "first.png", tmp_path / "again.png"
     assert main(["generate", PROMPT, "-o", str(first), "--steps", "2"]) == 0
-    seed = read_picture_settings(first).seed
+    seed = read_record(first).request.seed
     assert f"seed {seed}" in capfd.readouterr().err
     assert main(["generate", PROMPT, "-o", str(again), "--seed", str(seed), *FEW]) == 0
     assert pixels(first) == pixels(again)
@@ -95,7 +95,7 @@ def test_several_pictures_of_one_run_stay_apart_even_when_overwriting(tmp_path: 
     output = tmp_path / "circle.png"
     arguments = ["generate", PROMPT, "-n", "3", "-o", str(output), "--seed", "1", "--overwrite"]
     assert main([*arguments, *FEW]) == 0
-    seeds = sorted(read_picture_settings(path).seed or 0 for path in tmp_path.iterdir())
+    seeds = sorted(read_record(path).request.seed or 0 for path in tmp_path.iterdir())
     assert seeds == [1, 2, 3]
 
 
@@ -108,7 +108,7 @@ def test_a_file_of_prompts(tmp_path: Path, capfd: pytest.CaptureFixture[str]) ->
     assert main(arguments) == 0
     files = [tmp_path / "out-001.png", tmp_path / "out-002.png"]
     assert capfd.readouterr().out.split() == [str(path) for path in files]
-    assert [read_picture_settings(path).prompt for path in files] == [
+    assert [read_record(path).prompt for path in files] == [
         "a red circle",
         "a blue square",
     ]

@@ -16,9 +16,9 @@ from sdvino.compress.calibration import CalibrationInputs, CalibrationPlan
 from sdvino.compress.float_pipeline import FloatPipeline
 from sdvino.compress.folder import calibrate
 from sdvino.compress.statistics import Statistics
-from sdvino.diffusion.guidance import embed_guidance_scale
 from sdvino.folder.index import ModelFolder
 from sdvino.image.tiling import TILE
+from sdvino.text.conditions import embed_guidance_scale
 from tests.text.folders import write_legacy
 from tests.tiny_folder import (
     POOLED,

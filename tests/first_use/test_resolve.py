@@ -18,7 +18,7 @@ from safetensors.numpy import save_file
 from sdvino.cli.main import main
 from sdvino.errors import OutputError, RequestError
 from sdvino.first_use.report import trim
-from sdvino.first_use.resolve import default_recipe, needs_conversion, resolve
+from sdvino.first_use.resolve import ModelOptions, default_recipe, needs_conversion, resolve
 from sdvino.first_use.sources import LocalSource
 from sdvino.first_use.store import ConvertedModels, Made, models_dir, models_limit, names_of
 from tests.conftest import ROOT, SHAPES, SHAPES_SOURCE
@@ -58,9 +58,9 @@ def test_what_runs_as_it_is_is_found_without_converting(place: Path) -> None:
     assert resolve(None) == SHAPES
     assert resolve(str(SHAPES)) == SHAPES
     for model in (None, SHAPES):
-        for options in ({"recipe": "int8"}, {"gate": True}):
+        for asked in (ModelOptions(recipe="int8"), ModelOptions(gate=True)):
             with pytest.raises(RequestError, match="OpenVINO model already"):
-                resolve(model, **options)
+                resolve(model, asked)
     assert not place.exists()
 
 
@@ -136,7 +136,7 @@ def test_a_terabyte_of_nothing_is_not_read(place: Path, source: Path, name: str)
         assert LocalSource(model).unread < 2**30
         LocalSource(model).key()
         with pytest.raises(RequestError):
-            resolve(model, recipe="fp16")
+            resolve(model, ModelOptions(recipe="fp16"))
     assert not ConvertedModels().entries()
 
 
@@ -197,14 +197,14 @@ def test_a_place_that_cannot_be_written(
     for folder in ("file", "file/below"):
         monkeypatch.setenv("SDVINO_MODELS_DIR", str(tmp_path / folder))
         with pytest.raises(OutputError, match="SDVINO_MODELS_DIR"):
-            resolve(SHAPES_SOURCE, recipe="fp16")
+            resolve(SHAPES_SOURCE, ModelOptions(recipe="fp16"))
     assert not (place / "converted").exists()
 
 
 def test_too_little_disk(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10**6))
     with pytest.raises(OutputError, match=r"1\.0 MB are free.*SDVINO_MODELS_DIR"):
-        resolve(SHAPES_SOURCE, recipe="fp16")
+        resolve(SHAPES_SOURCE, ModelOptions(recipe="fp16"))
     assert not (place / "converted").exists()
 
 

@@ -9,22 +9,19 @@ from hypothesis import strategies as st
 
 from sdvino import __version__
 from sdvino.errors import RequestError
-from sdvino.image.parameters import MAX_TEXT, PictureSettings, parse_parameters
-from sdvino.image.sampler_names import parse_sampler, sampler_title
-from sdvino.settings import (
-    FAST,
-    MAX_SEED,
-    MIN_SEED,
-    NOISES,
-    SAMPLERS,
-    SIGMA_SCHEDULES,
-    TIMESTEP_SPACINGS,
-    SpeedSettings,
-)
+from sdvino.image.parameters import MAX_TEXT, parse_parameters, parse_sampler, to_text
+from sdvino.request import PictureRecord, Request
+from sdvino.settings import FAST, MAX_SEED, SAMPLER_TITLES, SAMPLERS, SpeedSettings
+from tests.drawn_requests import PROMPTS, requests
 
-FULL = PictureSettings(
-    prompt="a red circle",
-    negative_prompt="blurry, dark",
+
+def made(model: str | None = None, recipe: str | None = None, **values: Any) -> PictureRecord:
+    return PictureRecord(request=Request.of(**values), model=model, recipe=recipe)
+
+
+FULL = made(
+    prompts=["a red circle"],
+    negative_prompts=["blurry, dark"],
     num_inference_steps=20,
     scheduler="euler_ancestral",
     sigma_schedule="karras",
@@ -43,7 +40,7 @@ FULL = PictureSettings(
 
 
 def test_the_text_is_in_the_form_of_a1111() -> None:
-    assert FULL.to_text() == (
+    assert to_text(FULL) == (
         "a red circle\n"
         "Negative prompt: blurry, dark\n"
         "Steps: 20, Sampler: Euler a, Schedule type: Karras, CFG scale: 7.5, Seed: 42,"
@@ -51,61 +48,53 @@ def test_the_text_is_in_the_form_of_a1111() -> None:
         " Timestep spacing: leading, Guidance rescale: 0.7, Recipe: int8,"
         f" Version: sdvino {__version__}"
     )
-    assert parse_parameters(FULL.to_text()) == FULL
+    assert parse_parameters(to_text(FULL)) == FULL
 
 
 def test_what_is_not_said_stays_unsaid() -> None:
-    bare = PictureSettings(prompt="a red circle")
-    assert bare.to_text() == f"a red circle\nVersion: sdvino {__version__}"
-    assert parse_parameters(bare.to_text()) == bare
+    bare = made(prompts=["a red circle"])
+    # Whose random numbers is said always: other programs have another default.
+    assert to_text(bare) == f"a red circle\nRNG: CPU, Version: sdvino {__version__}"
+    assert parse_parameters(to_text(bare)) == bare
 
 
-LINES = st.sampled_from(
-    ["Negative prompt: x", "Negative prompt:", "Steps: 1, Sampler: DDIM, Seed: 2", "Steps: 3", ""]
-)
-PROMPTS = st.one_of(
-    st.text(max_size=80),
-    st.text(st.sampled_from(list('aé:,"\\\n\r\t\0\x85\u2028\ud800 漢🦊')), max_size=30),
-    st.lists(st.one_of(LINES, st.text(max_size=10)), max_size=5).map("\n".join),
-)
-NUMBERS = st.one_of(
-    st.none(), st.floats(allow_nan=False, allow_infinity=False), st.integers(0, 50).map(float)
-)
+def test_no_negative_prompt_is_another_than_an_empty_one() -> None:
+    empty = made(prompts=["a red circle"], negative_prompts=[""])
+    assert "\nNegative prompt: \n" in to_text(empty)
+    assert parse_parameters(to_text(empty)) == empty
+    for prompt in ("a\nNegative prompt: b", "a\nNegative prompt: null"):
+        for negative in (None, "", "null"):
+            record = made(prompts=[prompt], negative_prompts=[negative])
+            assert parse_parameters(to_text(record)) == record
+
+
+def test_prompts_as_they_were_once_repeated() -> None:
+    line = (
+        'Exact prompt: "a\\nNegative prompt: b", Exact negative prompt: {}, Version: sdvino 0.1.0'
+    )
+    for repeated, negative in (('""', None), ('"dark"', "dark")):
+        found = parse_parameters(f"a\nNegative prompt: b\n{line.format(repeated)}")
+        assert found.prompt == "a\nNegative prompt: b"
+        assert found.request.negative_prompts == (negative,)
+
+
 NAMES = st.one_of(st.none(), st.text(st.characters(codec="utf-8"), max_size=20))
-
-
-def maybe(values: Any) -> st.SearchStrategy[Any]:
-    return st.one_of(st.none(), st.sampled_from(values))
+OTHERS = st.sampled_from([(), (("Lora hashes", 'a: 1, b: "2"'), ("Denoising strength", "0.5"))])
 
 
 @settings(max_examples=200, deadline=None)
 @given(
-    made=st.builds(
-        PictureSettings,
-        prompt=PROMPTS,
-        negative_prompt=PROMPTS,
-        num_inference_steps=st.one_of(st.none(), st.integers(1, 1000)),
-        scheduler=maybe(SAMPLERS),
-        sigma_schedule=maybe(SIGMA_SCHEDULES),
-        timestep_spacing=maybe(TIMESTEP_SPACINGS),
-        guidance_scale=NUMBERS,
-        guidance_rescale=NUMBERS,
-        eta=NUMBERS,
-        seed=st.one_of(st.none(), st.integers(MIN_SEED, MAX_SEED)),
-        noise=maybe(NOISES),
-        width=st.just(64),
-        height=st.just(16_384),
-        clip_skip=st.one_of(st.none(), st.integers(0, 20)),
+    record=st.builds(
+        PictureRecord,
+        request=requests(of_a_picture=True),
         model=NAMES,
         recipe=NAMES,
-        other=maybe([(), (("Lora hashes", 'a: 1, b: "2"'), ("Denoising strength", "0.5"))]).map(
-            lambda other: other or ()
-        ),
+        other=OTHERS,
     )
 )
-def test_every_setting_survives(made: PictureSettings) -> None:
-    text = made.to_text()
-    assert parse_parameters(text) == made
+def test_every_option_survives(record: PictureRecord) -> None:
+    text = to_text(record)
+    assert parse_parameters(text) == record
     text.encode("utf-8")  # what a file cannot hold is not left in the text
     assert "\0" not in text
     assert "\r" not in text
@@ -135,18 +124,20 @@ Steps: 28, Sampler: DPM++ 2M Karras, CFG scale: 6.5, Seed: 1234567890, Size: 512
 
 def test_a_picture_of_a1111() -> None:
     found = parse_parameters(A1111)
-    assert found == PictureSettings(
-        prompt="masterpiece, <lora:add_detail:1> a lighthouse, (dusk:1.2)\nsecond line",
-        negative_prompt="lowres, bad hands\nsignature",
-        num_inference_steps=28,
-        scheduler="dpmpp_2m",
-        sigma_schedule="karras",
-        guidance_scale=6.5,
-        seed=1234567890,
-        noise="cuda",  # its default, which it does not write
-        width=512,
-        height=768,
-        clip_skip=1,
+    assert found == PictureRecord(
+        request=Request.of(
+            prompts=["masterpiece, <lora:add_detail:1> a lighthouse, (dusk:1.2)\nsecond line"],
+            negative_prompts=["lowres, bad hands\nsignature"],
+            num_inference_steps=28,
+            scheduler="dpmpp_2m",
+            sigma_schedule="karras",
+            guidance_scale=6.5,
+            seed=1234567890,
+            noise="cuda",  # its default, which it does not write
+            width=512,
+            height=768,
+            clip_skip=1,
+        ),
         model="v1-5-pruned-emaonly",
         version="v1.7.0",
         other=(
@@ -156,28 +147,32 @@ def test_a_picture_of_a1111() -> None:
             ("Lora hashes", "add_detail: 7c6bad76eb54, b: c"),
         ),
     )
-    assert parse_parameters(found.to_text()) == found
+    assert parse_parameters(to_text(found)) == found
 
 
 def test_newer_a1111_names_the_schedule_apart() -> None:
     line = "a\nSteps: 4, Sampler: {}, Schedule type: {}, CFG scale: 1, RNG: CPU, Version: v1.10.1"
-    found = parse_parameters(line.format("Euler a", "Exponential"))
-    assert (found.scheduler, found.sigma_schedule) == ("euler_ancestral", "exponential")
-    assert found.noise == "torch"
+    asked = parse_parameters(line.format("Euler a", "Exponential")).request
+    assert (asked.sampler.scheduler, asked.sampler.sigma_schedule) == (
+        "euler_ancestral",
+        "exponential",
+    )
+    assert asked.noise == "torch"
     automatic = parse_parameters(line.format("DPM++ 2M SDE", "Automatic"))
-    assert (automatic.scheduler, automatic.sigma_schedule) == ("dpmpp_2m_sde", None)
+    sampler = automatic.request.sampler
+    assert (sampler.scheduler, sampler.sigma_schedule) == ("dpmpp_2m_sde", None)
     assert ("Schedule type", "Automatic") in automatic.other
 
 
 def test_a_sampler_that_is_not_here_is_kept_by_name() -> None:
     found = parse_parameters("a\nSteps: 4, Sampler: DPM++ 3M SDE, CFG scale: 1, Seed: 2")
-    assert found.scheduler is None
+    assert found.request.sampler.scheduler is None
     assert found.other == (("Sampler", "DPM++ 3M SDE"),)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_sampler_names_are_read_in_every_spelling(name: Any) -> None:
-    title = sampler_title(name)
+    title = SAMPLER_TITLES[name]
     for spelling in (name, title, title.upper(), f"k_{name}" if "euler" in name else name):
         assert parse_sampler(spelling) == {"scheduler": name}
         for schedule in ("karras", "exponential"):
@@ -232,14 +227,15 @@ def test_too_much_text_is_refused_and_much_is_quick() -> None:
     with pytest.raises(RequestError, match="characters"):
         parse_parameters("a" * (MAX_TEXT + 1))
     for hostile in ("a:" * 500_000, "a " * 500_000, 'a: "' * 250_000, "\n" * MAX_TEXT):
-        assert parse_parameters(hostile).num_inference_steps is None
+        with pytest.raises(RequestError, match=r"prompt has [0-9,]+ characters"):
+            parse_parameters(hostile)
 
 
 @pytest.mark.parametrize(
     "model", ["/home/ann/models/dream", "C:\\Users\\Ann\\dream", "ann/dream", "dream/", "../dream"]
 )
 def test_no_path_gets_into_the_text(model: str) -> None:
-    assert PictureSettings(prompt="", model=model).model == "dream"
+    assert made(prompts=[""], model=model).model == "dream"
 
 
 @pytest.mark.parametrize(
@@ -253,13 +249,13 @@ def test_no_path_gets_into_the_text(model: str) -> None:
 )
 def test_what_made_a_picture_sooner(speed: SpeedSettings) -> None:
     speed = replace(speed, tiny_vae=bool(speed.tiny_vae))
-    made = PictureSettings(prompt="a red circle", seed=1, speed=speed)
-    assert "Exact" not in made.to_text()
-    assert parse_parameters(made.to_text()) == made
+    record = PictureRecord(request=Request(prompts=("a red circle",), seed=1, speed=speed))
+    assert "Exact" not in to_text(record)
+    assert parse_parameters(to_text(record)) == record
 
 
 @pytest.mark.parametrize("value", ["Token downsampling: 3", "Tiny VAE: maybe", "Cache interval: x"])
 def test_other_programs_values_under_these_keys(value: str) -> None:
     read = parse_parameters(f"a red circle\nSteps: 20, {value}, Seed: 1")
-    assert read.speed == SpeedSettings()
+    assert read.request.speed == SpeedSettings()
     assert ": ".join(read.other[0]) == value

@@ -13,26 +13,22 @@ from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
 from sdvino.errors import OutputError, RequestError
-from sdvino.image.parameters import MAX_TEXT
-from sdvino.image.picture import (
-    PictureSettings,
-    check_output,
-    picture_format,
-    read_picture_settings,
-    save_picture,
-)
+from sdvino.image.parameters import MAX_TEXT, to_text
+from sdvino.image.picture import check_output, picture_format, read_record, save_picture
+from sdvino.request import PictureRecord, Request
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (24, 40, 3), dtype=np.uint8)
-MADE = PictureSettings(
-    prompt='a "red" circle: été 🦊\nNegative prompt: not this',
-    negative_prompt="blurry,\nИ",
-    num_inference_steps=4,
-    scheduler="dpmpp_2m",
-    guidance_scale=7.0,
-    seed=-1,
-    width=40,
-    height=24,
-    noise="torch",
+MADE = PictureRecord(
+    request=Request.of(
+        prompts=['a "red" circle: été 🦊\nNegative prompt: not this'],
+        negative_prompts=["blurry,\nИ"],
+        num_inference_steps=4,
+        scheduler="dpmpp_2m",
+        guidance_scale=7.0,
+        seed=-1,
+        width=40,
+        height=24,
+    )
 )
 EXTENSIONS = [".png", ".jpg", ".JPEG", ".webp"]
 
@@ -41,13 +37,13 @@ EXTENSIONS = [".png", ".jpg", ".JPEG", ".webp"]
 def test_pictures_carry_their_settings(tmp_path: Path, extension: str) -> None:
     path = save_picture(PIXELS, tmp_path / f"circle{extension}", MADE)
     assert path == tmp_path / f"circle{extension}"
-    assert read_picture_settings(path) == MADE
+    assert read_record(path) == MADE
     with Image.open(path) as picture:
         assert picture.size == (40, 24)
         assert picture.format == picture_format(path)
         if extension == ".png":
             np.testing.assert_array_equal(np.asarray(picture), PIXELS)
-            assert picture.info["parameters"] == MADE.to_text()
+            assert picture.info["parameters"] == to_text(MADE)
     assert [p.name for p in tmp_path.iterdir()] == [f"circle{extension}"]
 
 
@@ -58,7 +54,7 @@ def test_without_settings_there_is_no_metadata(tmp_path: Path, extension: str) -
         assert not picture.getexif()
         assert "parameters" not in picture.info
     with pytest.raises(RequestError, match="no settings"):
-        read_picture_settings(path)
+        read_record(path)
 
 
 @settings(
@@ -66,9 +62,9 @@ def test_without_settings_there_is_no_metadata(tmp_path: Path, extension: str) -
 )
 @given(prompt=st.text(max_size=60), extension=st.sampled_from(EXTENSIONS))
 def test_any_prompt_survives_the_file(tmp_path: Path, prompt: str, extension: str) -> None:
-    made = PictureSettings(prompt=prompt, negative_prompt=prompt, seed=0)
+    made = PictureRecord(request=Request(prompts=(prompt,), negative_prompts=(prompt,), seed=0))
     path = save_picture(PIXELS, tmp_path / f"any{extension}", made, overwrite=True)
-    assert read_picture_settings(path) == made
+    assert read_record(path) == made
 
 
 def test_a_picture_that_a1111_made(tmp_path: Path) -> None:
@@ -76,7 +72,7 @@ def test_a_picture_that_a1111_made(tmp_path: Path) -> None:
     info = PngImagePlugin.PngInfo()
     info.add_text("parameters", text)
     Image.fromarray(PIXELS).save(tmp_path / "a.png", pnginfo=info)
-    assert read_picture_settings(tmp_path / "a.png").scheduler == "euler_ancestral"
+    assert read_record(tmp_path / "a.png").request.sampler.scheduler == "euler_ancestral"
 
 
 @pytest.mark.parametrize(
@@ -91,8 +87,8 @@ def test_comments_in_every_code(tmp_path: Path, comment: bytes) -> None:
     exif = Image.Exif()
     exif[0x8769] = {0x9286: comment}
     Image.fromarray(PIXELS).save(tmp_path / "a.jpg", exif=exif.tobytes())
-    found = read_picture_settings(tmp_path / "a.jpg")
-    assert (found.prompt, found.seed) == ("a fox 狐", 5)
+    found = read_record(tmp_path / "a.jpg")
+    assert (found.prompt, found.request.seed) == ("a fox 狐", 5)
 
 
 def chunk(kind: bytes, data: bytes) -> bytes:
@@ -138,7 +134,7 @@ def test_hostile_pictures_are_refused_in_a_sentence(tmp_path: Path, name: str) -
     path = tmp_path / "hostile.png"
     path.write_bytes(content)
     with pytest.raises(RequestError, match=words) as caught:
-        read_picture_settings(path)
+        read_record(path)
     assert "\n" not in str(caught.value)
 
 
@@ -163,7 +159,7 @@ def test_damaged_pictures_are_read_or_refused(tmp_path: Path, data: st.DataObjec
     path.write_bytes(whole[: data.draw(st.integers(0, len(whole)))])
     refusal = ""
     try:
-        read_picture_settings(path)
+        read_record(path)
     except RequestError as error:
         refusal = str(error)
     assert "\n" not in refusal
@@ -171,9 +167,9 @@ def test_damaged_pictures_are_read_or_refused(tmp_path: Path, data: st.DataObjec
 
 def test_files_that_are_not_there(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="missing"):
-        read_picture_settings(tmp_path / "none.png")
+        read_record(tmp_path / "none.png")
     with pytest.raises(RequestError):
-        read_picture_settings(tmp_path)
+        read_record(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["a.tiff", "a", "a.png.txt", ".png", "a.PNGX"])
@@ -199,7 +195,8 @@ def test_other_pixels_are_refused(tmp_path: Path, pixels: Any) -> None:
 
 
 def test_what_a_format_cannot_hold_is_refused(tmp_path: Path) -> None:
-    long = PictureSettings(prompt="word " * 8000)
+    words = "word " * 4000
+    long = PictureRecord(request=Request(prompts=(words,), negative_prompts=(words,)))
     with pytest.raises(RequestError, match="too long for a JPEG"):
         save_picture(PIXELS, tmp_path / "a.jpg", long)
     with pytest.raises(RequestError, match="16383"):
@@ -207,7 +204,7 @@ def test_what_a_format_cannot_hold_is_refused(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
     for extension in (".png", ".webp"):
         path = save_picture(PIXELS, tmp_path / f"a{extension}", long)
-        assert read_picture_settings(path) == long
+        assert read_record(path) == long
 
 
 def test_where_a_picture_cannot_go_is_said_before_the_work(tmp_path: Path) -> None:

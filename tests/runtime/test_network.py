@@ -11,7 +11,7 @@ import pytest
 from sdvino import RequestError, RunSettings, SpeedSettings, StableDiffusionPipeline
 from sdvino.denoising import guidance_mode, unet_plans
 from sdvino.outputs import PictureEvent
-from sdvino.request import GenerationRequest
+from sdvino.request import Request
 from sdvino.runtime.memory_plan import MemoryPlan
 from sdvino.settings import FAST, DeviceSettings, GuidanceMode
 
@@ -138,7 +138,7 @@ def test_pieces_in_turn_give_the_same_picture() -> None:
 def test_a_picture_drawn_once_is_the_same_and_leaves_nothing_loaded(
     pipe: StableDiffusionPipeline,
 ) -> None:
-    request = GenerationRequest(prompts=(PROMPT,), num_inference_steps=1, seed=1)
+    request = Request(prompts=(PROMPT,), num_inference_steps=1, seed=1)
     drawn = [
         [e for e in pipe.stream(request.resolve(pipe.folder), once=once) if hasattr(e, "pixels")]
         for once in (False, True)
@@ -162,7 +162,7 @@ def test_a_limit_that_nothing_meets_is_refused() -> None:
 def test_pictures_decoded_aside_are_the_same(pipe: StableDiffusionPipeline) -> None:
     settings = RunSettings(default=replace(IN_F32, performance_hint="throughput"))
     many = StableDiffusionPipeline.from_pretrained(settings=settings)
-    request = GenerationRequest(
+    request = Request(
         prompts=(PROMPT,), num_images_per_prompt=3, num_inference_steps=1, seed=1
     ).resolve(pipe.folder)
     pictures = [e for e in many.stream(request) if isinstance(e, PictureEvent)]

@@ -6,7 +6,7 @@ import pytest
 from bench_memory import has_proc
 from measure_memory import Phase, PhaseTimings, report, run, take_peak
 
-from sdvino.outputs import clock
+from sdvino.runtime.timings import clock
 
 pytestmark = pytest.mark.skipif(not has_proc(), reason="reads /proc")
 MB = 10**6

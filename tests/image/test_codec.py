@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sdvino.decoding import DecodeQueue, decodes_aside
 from sdvino.errors import SdvinoError
-from sdvino.outputs import Array, Timings
+from sdvino.image.codec import DecodeQueue, decodes_aside
+from sdvino.outputs import Array
 from sdvino.request import PictureJob
 from sdvino.runtime.memory_plan import MemoryPlan
+from sdvino.runtime.timings import Timings
 
 
 def job(index: int) -> PictureJob:

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from sdvino.cli.main import main
-from sdvino.cli.speed_options import MEASURED
+from sdvino.cli.options import MEASURED
 from sdvino.errors import RequestError
 from sdvino.inputs.shown import parse_size
 from tests.conftest import ROOT

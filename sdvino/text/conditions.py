@@ -2,20 +2,63 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
+from numpy.typing import NDArray
 
-from sdvino.arguments import state_of
-from sdvino.diffusion.guidance import embed_guidance_scale
 from sdvino.errors import RequestError
 from sdvino.graph.text_states import state_name
-from sdvino.outputs import Array, Embeddings, Timings, clock
 from sdvino.request import PictureJob, ResolvedRequest
 from sdvino.runtime.components import Components
+from sdvino.runtime.timings import Timings, clock
 from sdvino.text.encoder import TextEncoder
 from sdvino.text.tokenizer import ClipTokenizer
+
+Array = NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Embeddings:
+    """Text states given instead of a prompt, by diffusers' names; None is left to the encoders.
+
+    Raises RequestError for other shapes, and for numbers that are none.
+    """
+
+    #: float32 [N, length, width] each.
+    prompt_embeds: Array | None = None
+    negative_prompt_embeds: Array | None = None
+    #: float32 [N, width] each.
+    pooled_prompt_embeds: Array | None = None
+    negative_pooled_prompt_embeds: Array | None = None
+
+    def __post_init__(self) -> None:
+        for one in fields(self):
+            value = getattr(self, one.name)
+            if value is not None:
+                object.__setattr__(self, one.name, _states(one.name, value))
+
+    def check_beside(self, prompt: object, negative_prompt: object) -> None:
+        """Raise RequestError where a prompt is given twice, or not at all."""
+        if (prompt is None) == (self.prompt_embeds is None):
+            raise RequestError("Give either a prompt or prompt_embeds, and not both.")
+        if negative_prompt is not None and self.negative_prompt_embeds is not None:
+            raise RequestError("Give either a negative_prompt or negative_prompt_embeds, not both.")
+
+    def of_prompt(self, index: int) -> Embeddings:
+        """Return the states of one prompt, [1, ...] each; a single one serves all prompts."""
+        found: dict[str, Array] = {}
+        for one in fields(self):
+            states = getattr(self, one.name)
+            if states is None:
+                continue
+            if index >= len(states) > 1:
+                raise RequestError(
+                    f"There are embeddings for {len(states)} prompts and more prompts than that;"
+                    " give one, or one for each."
+                )
+            found[one.name] = states if len(states) == 1 else states[index : index + 1]
+        return Embeddings(**found)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,19 +131,18 @@ class Conditioner:
 
         As in diffusers, clip_skip counts for the prompt alone. Raises as `unet_inputs` does.
         """
-        given = Embeddings() if embeddings is None else embeddings
+        given = Embeddings() if embeddings is None else embeddings.of_prompt(job.prompt_index)
         timings = Timings() if timings is None else timings
         self._check_pooled(given)
-        i = job.prompt_index
         skip = 0 if request.clip_skip is None else request.clip_skip
-        hidden, pooled = state_of(given.prompt, i), state_of(given.pooled, i)
+        hidden, pooled = given.prompt_embeds, given.pooled_prompt_embeds
         if hidden is None:
             encoded = self._encode(job.prompt, skip, skip, timings)
             hidden, pooled = encoded.hidden, encoded.pooled if pooled is None else pooled
         cond = self._checked(TextStates(hidden, pooled))
         if not self.needs_negative(request.guidance_scale):
             return cond, None
-        hidden, pooled = state_of(given.negative, i), state_of(given.negative_pooled, i)
+        hidden, pooled = given.negative_prompt_embeds, given.negative_pooled_prompt_embeds
         if hidden is None and job.negative_prompt is None and self._folder.zeros_for_empty_prompt:
             return cond, cond.zeros()
         if hidden is None:
@@ -153,8 +195,8 @@ class Conditioner:
 
     def _check_pooled(self, given: Embeddings) -> None:
         pairs = (
-            ("", given.prompt, given.pooled),
-            ("negative_", given.negative, given.negative_pooled),
+            ("", given.prompt_embeds, given.pooled_prompt_embeds),
+            ("negative_", given.negative_prompt_embeds, given.negative_pooled_prompt_embeds),
         )
         for prefix, hidden, pooled in pairs:
             if self._kind.added_conditions:
@@ -170,11 +212,11 @@ class Conditioner:
 
     def _checked(self, states: TextStates) -> TextStates:
         folder = self._folder
-        expected: Sequence[int] = (folder.text_length, folder.cross_attention_dim)
-        if states.hidden.shape != (1, *expected):
+        length, width = folder.text_length, folder.cross_attention_dim
+        if states.hidden.shape != (1, length, width):
             raise RequestError(
                 f"The prompt embeddings have the shape {list(states.hidden.shape)}; this model"
-                f" takes [N, {expected[0]}, {expected[1]}]."
+                f" takes [N, {length}, {width}]."
             )
         if states.pooled is not None and states.pooled.shape != (1, folder.pooled_width):
             raise RequestError(
@@ -182,3 +224,33 @@ class Conditioner:
                 f" model takes [N, {folder.pooled_width}]."
             )
         return states
+
+
+def _states(name: str, value: Array) -> Array:
+    states = np.ascontiguousarray(value, np.float32)
+    pooled = "pooled" in name
+    if states.ndim != (2 if pooled else 3) or not len(states):
+        wanted = "[N, width]" if pooled else "[N, length, width]"
+        raise RequestError(f"The {name} have the shape {list(states.shape)}; give {wanted}.")
+    if not np.isfinite(states).all():
+        raise RequestError(f"The {name} hold NaN or infinity; give finite numbers.")
+    return states
+
+
+def embed_guidance_scale(guidance_scale: float, width: int) -> Array:
+    """Return the ``timestep_cond`` of a UNet with distilled guidance, float32 [1, width].
+
+    Args:
+        guidance_scale: in diffusers' scale, where 1 is no guidance; the paper's w is one less.
+        width: the UNet's time_cond_proj_dim, 4 or more.
+
+    Source: Luo et al. 2023 (arXiv:2310.04378), section 4.2; diffusers'
+    get_guidance_scale_embedding, whose float32 steps these are.
+    """
+    w = np.float32(guidance_scale - 1.0) * np.float32(1000.0)
+    half = width // 2
+    rate = np.log(np.float32(10000.0)) / np.float32(half - 1)
+    angles = w * np.exp(np.arange(half, dtype=np.float32) * -rate)
+    embedded = np.zeros((1, width), np.float32)  # an odd width ends in a zero
+    embedded[0, : 2 * half] = np.concatenate([np.sin(angles), np.cos(angles)])
+    return embedded

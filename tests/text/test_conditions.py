@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from sdvino import RequestError, StableDiffusionPipeline
 from sdvino.folder.index import ModelFolder
-from sdvino.outputs import Embeddings
-from sdvino.request import GenerationRequest
+from sdvino.request import Request
+from sdvino.text.conditions import Embeddings
 from tests.text.folders import vocabulary, write_legacy
 from tests.tiny_folder import POOLED, TOKENS, WIDTHS, edit_json, make_tiny_xl_folder
 
@@ -40,7 +40,7 @@ def inputs(
     pipe: StableDiffusionPipeline, embeddings: Embeddings | None = None, **options: Any
 ) -> tuple[dict[str, Array], dict[str, Array] | None]:
     given: dict[str, Any] = {"prompts": (PROMPT,), "seed": 0, "guidance_scale": 5.0, **options}
-    request = GenerationRequest(**given).resolve(pipe.folder)
+    request = Request(**given).resolve(pipe.folder)
     return pipe.conditioner.unet_inputs(request, request.jobs[0], embeddings)
 
 

@@ -12,10 +12,11 @@ from numpy.typing import NDArray
 
 from sdvino.image.autoencoder import VaeDecoder
 from sdvino.image.tiling import OVERLAP, tile_shape, to_levels
-from sdvino.outputs import Array, OutputType, PictureEvent, Timings, clock
+from sdvino.outputs import Array, OutputType, PictureEvent
 from sdvino.request import PictureJob
 from sdvino.runtime.components import Components
 from sdvino.runtime.memory_plan import MemoryPlan
+from sdvino.runtime.timings import Timings, clock
 from sdvino.runtime.waiting import result_of
 from sdvino.settings import PerformanceHint
 
