@@ -20,7 +20,7 @@ from sdvino.compress.gate_plan import GatePlan, Speed
 from sdvino.compress.recording import Arrays, Call, Recorder, Tap, as_floats
 from sdvino.compress.similarity import WINDOW, psnr, relative_error, ssim
 from sdvino.compress.thresholds import MAX_PSNR
-from sdvino.diffusion.grids import train_alphas_cumprod
+from sdvino.diffusion.schedule import train_alphas_cumprod
 from sdvino.diffusion.scheduler_config import SchedulerConfig
 from sdvino.errors import SdvinoError
 from sdvino.folder.index import ModelFolder
