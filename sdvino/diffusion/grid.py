@@ -53,13 +53,15 @@ class Level:
 
     def noised(self, x0: Float32, eps: Float32) -> Float32:
         """Return x for this picture and this noise, float32 [N, C, h, w] all."""
-        return np.float32(self.alpha) * x0 + np.float32(self.sigma) * eps
+        x: Float32 = np.float32(self.alpha) * x0 + np.float32(self.sigma) * eps
+        return x
 
     def eps(self, x: Float32, x0: Float32) -> Float32:
         """Return the noise in ``x`` when ``x0`` is the picture in it, float32 [N, C, h, w] all."""
         gain = self.gain
         rest = x * np.float32(gain) - x0 * np.float32(self.alpha * gain)
-        return rest / np.float32(self.sigma * gain)
+        eps: Float32 = rest / np.float32(self.sigma * gain)
+        return eps
 
 
 def make_levels(alphas: Floats, sigmas: Floats, timesteps: Floats) -> tuple[Level, ...]:
@@ -154,10 +156,10 @@ class Grid:
             noise: of unit variance and that shape, drawn or given by the user.
             x0: the finished latents of a picture to start from; None: noise alone.
         """
-        noise = np.asarray(noise, np.float32)
+        x: Float32 = np.asarray(noise, np.float32)
         if x0 is not None:
-            return self.levels[self.begin].noised(x0, noise)
-        return noise * np.float32(self.init_scale)
+            return self.levels[self.begin].noised(x0, x)
+        return x * np.float32(self.init_scale)
 
     def final(self, x: Floats) -> Float32:
         """Return diffusers' final latents from the sampler's last state, an array of their own.

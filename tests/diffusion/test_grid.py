@@ -99,7 +99,7 @@ def test_noise_falls_and_timesteps_stay_in_range(
 
 
 def test_the_first_karras_timesteps_differ_by_sampler() -> None:
-    options = {"sigma_schedule": "karras", "timestep_spacing": "linspace"}
+    options: dict[str, Any] = {"sigma_schedule": "karras", "timestep_spacing": "linspace"}
     assert timesteps_of(grid_of("euler", 4, **options))[1] == pytest.approx(687.15, abs=0.01)
     assert timesteps_of(grid_of("dpmpp_2m", 4, **options))[1] == 687.0
 
@@ -238,7 +238,7 @@ def test_zero_terminal_snr_ends_at_zero_only_where_nothing_divides_by_it() -> No
 
 def test_pure_noise_needs_no_arithmetic_of_its_own() -> None:
     """DDIM from alpha = 0 is DDIM from an alpha that is next to nothing."""
-    config = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
+    config: dict[str, Any] = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
     grid = grid_of("ddim", timestep_spacing="trailing", **config)
     first = replace(grid.levels[0], alpha=1e-5)
     ends = []

@@ -21,6 +21,7 @@ def sample_ddim(
     # diffusers goes down by this stride, whatever the distance to the next timestep is.
     stride = grid.config.num_train_timesteps // grid.steps
     for i, level, _ in grid.walk():
+        # The alphas of the training: those of ``level`` are a rounding away.
         start, to = grid.trained(int(level.t)), grid.trained(int(level.t) - stride)
         x0 = denoise(x, level)
         eps = level.eps(x, x0)
