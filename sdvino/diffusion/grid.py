@@ -156,10 +156,11 @@ class Grid:
             noise: of unit variance and that shape, drawn or given by the user.
             x0: the finished latents of a picture to start from; None: noise alone.
         """
-        x: Float32 = np.asarray(noise, np.float32)
+        eps: Float32 = np.asarray(noise, np.float32)
         if x0 is not None:
-            return self.levels[self.begin].noised(x0, x)
-        return x * np.float32(self.init_scale)
+            return self.levels[self.begin].noised(x0, eps)
+        x: Float32 = eps * np.float32(self.init_scale)
+        return x
 
     def final(self, x: Floats) -> Float32:
         """Return diffusers' final latents from the sampler's last state, an array of their own.

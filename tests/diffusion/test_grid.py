@@ -132,7 +132,8 @@ def test_evaluations_at_one_timestep_share_a_step(
 
     def denoise(x: Float32, level: Level) -> Float32:
         asked.append(level)
-        return x * np.float32(0.5)
+        half: Float32 = x * np.float32(0.5)
+        return half
 
     grid = grid_of(sampler, 5, **options)
     list(get_sampler(sampler)(denoise, np.ones(SHAPE, np.float32), grid, make_noise("torch", 0)))
@@ -196,7 +197,8 @@ def test_a_grid_begun_later_is_its_own_last_steps(sampler: SamplerName, strength
 
     def denoise(x: Float32, level: Level) -> Float32:
         asked.append(level)
-        return x0.copy()
+        kept: Float32 = x0.copy()
+        return kept
 
     x = grid.initial(noise.randn(SHAPE), x0)
     steps = list(get_sampler(sampler)(denoise, x, grid, noise))

@@ -173,7 +173,8 @@ def test_an_evaluation_between_steps_goes_with_the_nearer_one() -> None:
 
     def denoise(x: Float32, level: Level) -> Float32:
         asked.append(level)
-        return x * np.float32(0.5)
+        half: Float32 = x * np.float32(0.5)
+        return half
 
     list(get_sampler("pndm")(denoise, COND, grid, make_noise("torch", 0)))
     t = [level.t for level in grid.levels]
