@@ -10,8 +10,8 @@ from types import TracebackType
 import numpy as np
 
 from sdvino.diffusion.denoiser import Denoiser, Predict
+from sdvino.diffusion.grid import Grid, Level
 from sdvino.diffusion.guidance import Guidance, PredictBoth, interval_of_steps
-from sdvino.diffusion.schedule import Schedule
 from sdvino.errors import RequestError
 from sdvino.outputs import Array
 from sdvino.request import ResolvedRequest
@@ -76,13 +76,13 @@ class PictureDenoiser:
         self,
         components: Components,
         request: ResolvedRequest,
-        schedule: Schedule,
+        grid: Grid,
         memory: MemoryPlan,
         timings: Timings,
     ) -> None:
         self._components = components
         self._request = request
-        self._schedule = schedule
+        self._grid = grid
         self._memory = memory
         self._timings = timings
         self._mode = guidance_mode(request.speed, components.settings)
@@ -147,15 +147,14 @@ class PictureDenoiser:
             both=None if uncond is None else self._both(unets[0], branch, cond, uncond),
             guidance_scale=request.guidance_scale if guided else 1.0,
             guidance_rescale=request.guidance_rescale,
-            interval=None if interval is None else interval_of_steps(self._schedule, *interval),
-            schedule=self._schedule,
+            interval=None if interval is None else interval_of_steps(self._grid, *interval),
         )
-        return Denoiser(guidance, self._schedule.prediction_type)
+        return Denoiser(guidance, self._grid.prediction_type)
 
     def _one(self, unet: Unet, branch: Branch) -> Predict:
-        def predict(x_in: Array, t: float, /) -> Array:
+        def predict(x_in: Array, level: Level, /) -> Array:
             self._timings.unet_evaluations += 1
-            return unet.evaluate(x_in, t, [branch])[0]
+            return unet.evaluate(x_in, level.t, level.step, [branch])[0]
 
         return predict
 
@@ -172,12 +171,13 @@ class PictureDenoiser:
         else:
             pair = [branch, Branch(keep_on_device(unet.hardware, uncond))]
 
-        def predict(x_in: Array, t: float) -> tuple[Array, Array]:
+        def predict(x_in: Array, level: Level) -> tuple[Array, Array]:
             self._timings.unet_evaluations += 2
             if len(pair) == 2:
-                first, second = unet.evaluate(x_in, t, pair)
+                first, second = unet.evaluate(x_in, level.t, level.step, pair)
                 return first, second
-            (result,) = unet.evaluate(np.concatenate([x_in, x_in]), t, pair)
+            twice = np.concatenate([x_in, x_in])
+            (result,) = unet.evaluate(twice, level.t, level.step, pair)
             return result[:1], result[1:]
 
         return predict

@@ -12,9 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdvino.denoising import PictureDenoiser
+from sdvino.diffusion.grid import Grid
+from sdvino.diffusion.layout import make_grid
 from sdvino.diffusion.noise import make_noise
 from sdvino.diffusion.samplers import get_sampler
-from sdvino.diffusion.schedule import Schedule, final_latents, initial_latents, make_schedule
 from sdvino.diffusion.scheduler_config import SchedulerConfig, sampler_from_config
 from sdvino.errors import ModelFolderError, RequestError
 from sdvino.folder.index import ModelFolder
@@ -223,12 +224,12 @@ class StableDiffusionPipeline:
         embeddings = Embeddings() if embeddings is None else embeddings
         factor = self.folder.vae_scale_factor
         size = (request.height // factor, request.width // factor)
-        schedule = self.schedule(request)
+        grid = self.schedule(request)
         memory = self.memory_plan(request, once=once)
         shape = (1, self.folder.latent_channels, *size)
         given = _given_noise(latents, (len(request.jobs), *shape[1:]))
-        sample = get_sampler(schedule.sampler)
-        denoising = PictureDenoiser(self.components, request, schedule, memory, timings)
+        sample = get_sampler(grid.sampler)
+        denoising = PictureDenoiser(self.components, request, grid, memory, timings)
         decoder = PictureDecoder(
             self.components, memory, output_type, tiny=bool(request.speed.tiny_vae)
         )
@@ -240,8 +241,8 @@ class StableDiffusionPipeline:
                 denoise = denoising.denoiser(cond, uncond)
                 noise = make_noise(request.noise, job.seed)
                 start = noise.randn(shape) if given is None else given[job.index : job.index + 1]
-                x = initial_latents(start, schedule)
-                steps = sample(denoise, x, schedule, noise, eta=request.sampler.eta)
+                x = grid.initial(start)
+                steps = sample(denoise, x, grid, noise, eta=request.sampler.eta)
                 while True:
                     with clock(timings, "denoise"):
                         step = next(steps, None)
@@ -251,12 +252,12 @@ class StableDiffusionPipeline:
                     yield StepEvent(
                         job=job,
                         step=step.index,
-                        steps=schedule.steps,
-                        timestep=step.timestep,
+                        steps=grid.steps,
+                        timestep=step.level.t,
                         latents=x,
                         denoised=step.denoised,
                     )
-                yield from queue.put(job, final_latents(x, schedule))
+                yield from queue.put(job, grid.final(x))
             yield from queue.rest()
 
     def _conditions(
@@ -276,9 +277,9 @@ class StableDiffusionPipeline:
                 self.components.release(*self.folder.kind.text_encoders)
             yield from zip(jobs, inputs, strict=True)
 
-    def schedule(self, request: ResolvedRequest) -> Schedule:
+    def schedule(self, request: ResolvedRequest) -> Grid:
         """Return the grid of noise levels that ``request`` asks for."""
-        return make_schedule(
+        return make_grid(
             self.sampler_name(request),
             self._scheduler_config,
             request.num_inference_steps,

@@ -28,12 +28,12 @@ from sdvino.compress.lockstep import run_together
 from sdvino.compress.prompts import evenly
 from sdvino.compress.recipes import CalibrationRecipe
 from sdvino.diffusion.denoiser import Denoiser, Predict
-from sdvino.diffusion.grids import sigmas_of, train_alphas_cumprod
+from sdvino.diffusion.grid import Grid, Level, make_levels
 from sdvino.diffusion.guidance import Guidance
-from sdvino.diffusion.layout import DISTILLED
+from sdvino.diffusion.layout import DISTILLED, make_grid
 from sdvino.diffusion.noise import make_noise
 from sdvino.diffusion.samplers import get_sampler
-from sdvino.diffusion.schedule import Schedule, final_latents, initial_latents, make_schedule
+from sdvino.diffusion.schedule import sigmas_of, train_alphas_cumprod
 from sdvino.diffusion.scheduler_config import SchedulerConfig
 from sdvino.errors import SdvinoError
 from sdvino.settings import SamplerName
@@ -203,8 +203,8 @@ def timestep_grid(plan: CalibrationPlan, trajectory: int, num_train_timesteps: i
     return sorted({T - 1, *inner}, reverse=True)
 
 
-def make_grid(plan: CalibrationPlan, trajectory: int, config: SchedulerConfig) -> Schedule:
-    """Return the schedule that one trajectory follows.
+def trajectory_grid(plan: CalibrationPlan, trajectory: int, config: SchedulerConfig) -> Grid:
+    """Return the grid that one trajectory follows.
 
     On the strata Euler's steps are those of DDIM (arXiv:2010.02502, eta 0).
     """
@@ -212,20 +212,17 @@ def make_grid(plan: CalibrationPlan, trajectory: int, config: SchedulerConfig) -
         steps = plan.steps(trajectory)
         if plan.sampler in DISTILLED:
             steps = min(steps, config.for_sampler(plan.sampler).original_inference_steps)
-        return make_schedule(plan.sampler, config, steps)
+        return make_grid(plan.sampler, config, steps)
     settings = config.for_sampler("euler")
     alphas = train_alphas_cumprod(settings, keep_zero=False)
     timesteps = timestep_grid(plan, trajectory, len(alphas))
-    sigmas = np.append(sigmas_of(alphas)[timesteps], np.float32(0.0))
-    return Schedule(
+    sigmas = np.append(sigmas_of(alphas)[timesteps], np.float32(0.0)).astype(np.float64)
+    return Grid(
         sampler="euler",
-        sigmas=sigmas,
-        timesteps=np.array(timesteps, np.float32),
-        alphas_cumprod=alphas,
-        final_alpha_cumprod=1.0,
+        levels=make_levels(np.ones_like(sigmas), sigmas, np.array(timesteps)),
         init_scale=math.sqrt(float(sigmas[0]) ** 2 + 1.0),
-        evaluations=len(timesteps),
         config=settings,
+        alpha_bars=np.insert(alphas, 0, np.float32(1.0)),
     )
 
 
@@ -276,13 +273,14 @@ class _Recorder:
     def predictor(self, numbers: Iterator[int], conditions: Conditions, ask: Ask) -> Predict:
         """Return the UNet with its conditions filled in; its evaluations have these numbers."""
 
-        def predict(x_in: Array, t: float, /) -> Array:
+        def predict(x_in: Array, level: Level, /) -> Array:
             number = next(numbers)
             if number in self.chosen:
                 # As the saved IR takes it.
-                timestep = np.array([round(t)], np.int64)
+                timestep = np.array([round(level.t)], np.int64)
                 self.kept[number] = {"sample": np.array(x_in), "timestep": timestep, **conditions}
-            return ask({"sample": x_in, "timestep": np.array([t], np.float32), **conditions})
+            told = np.array([level.t], np.float32)
+            return ask({"sample": x_in, "timestep": told, **conditions})
 
         return predict
 
@@ -308,19 +306,19 @@ def _denoise(
 ) -> Array:
     """Follow one trajectory and return its finished latents, float32 [1, C, h, w]."""
     numbers = itertools.count(plan.branches * sum(map(plan.steps, range(index))))
-    schedule = make_grid(plan, index, recorder.pipeline.scheduler)
+    grid = trajectory_grid(plan, index, recorder.pipeline.scheduler)
     noise = make_noise("torch", (_FIRST_SEED + plan.seed + index) % 2**32)
     guidance = Guidance(
         recorder.predictor(numbers, conditional, ask),
         None if unconditional is None else recorder.predictor(numbers, unconditional, ask),
         guidance_scale=1.0 if unconditional is None else plan.guidance_scale,
     )
-    x = initial_latents(noise.randn((1, *plan.shape)), schedule)
-    denoise = Denoiser(guidance, schedule.prediction_type)
-    for step in get_sampler(schedule.sampler)(denoise, x, schedule, noise):
+    x = grid.initial(noise.randn((1, *plan.shape)))
+    denoise = Denoiser(guidance, grid.prediction_type)
+    for step in get_sampler(grid.sampler)(denoise, x, grid, noise):
         x = step.x
     try:
-        return final_latents(x, schedule)
+        return grid.final(x)
     except SdvinoError as error:
         raise _no_numbers() from error
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from sdvino.compress.recording import Arrays, Call, Recorder, Tap, as_floats
 from sdvino.compress.similarity import WINDOW, psnr, ssim
 from sdvino.compress.thresholds import MAX_PSNR, GatePlan, Speed
-from sdvino.diffusion.grids import train_alphas_cumprod
+from sdvino.diffusion.schedule import train_alphas_cumprod
 from sdvino.diffusion.scheduler_config import SchedulerConfig
 from sdvino.errors import SdvinoError
 from sdvino.folder.index import ModelFolder

@@ -6,15 +6,13 @@ import math
 from collections.abc import Callable
 
 import numpy as np
-from numpy.typing import NDArray
 
 from sdvino.diffusion.denoiser import Predict
-from sdvino.diffusion.schedule import Schedule
+from sdvino.diffusion.grid import Float32, Grid, Level
 from sdvino.errors import RequestError
 
-Float32 = NDArray[np.float32]
 #: Both predictions at once: one batch of two, or two requests side by side.
-PredictBoth = Callable[[Float32, float], tuple[Float32, Float32]]
+PredictBoth = Callable[[Float32, Level], tuple[Float32, Float32]]
 
 
 def combine(
@@ -39,20 +37,20 @@ def combine(
     return rescaled
 
 
-def interval_of_steps(schedule: Schedule, start: float, end: float) -> tuple[float, float]:
-    """Return the noise levels (low, high) that hold the steps from ``start`` to ``end``.
+def interval_of_steps(grid: Grid, start: float, end: float) -> tuple[float, float]:
+    """Return the timesteps (low, high) that hold the steps from ``start`` to ``end``.
 
-    Both are fractions of the schedule's steps, from 0 to 1: step i of n is inside where
+    Both are fractions of the grid's steps, from 0 to 1: step i of n is inside where
     start <= i / n < end. The bounds lie halfway to the neighbouring steps, so evaluations between
-    steps go with the nearer one. Without a step inside, no noise level is.
+    steps go with the nearer one. Without a step inside, no timestep is.
     """
-    t = [float(value) for value in schedule.timesteps]
+    t = [level.t for level in grid.levels[:-1]]
     inside = [i for i in range(len(t)) if start - 1e-9 <= i / len(t) < end - 1e-9]
     if not inside:
-        return 0.0, 0.0
+        return math.inf, math.inf
     first, last = inside[0], inside[-1]
-    high = math.inf if first == 0 else schedule.sigma_at((t[first - 1] + t[first]) / 2.0)
-    low = 0.0 if last == len(t) - 1 else schedule.sigma_at((t[last] + t[last + 1]) / 2.0)
+    high = math.inf if first == 0 else (t[first - 1] + t[first]) / 2.0
+    low = -math.inf if last == len(t) - 1 else (t[last] + t[last + 1]) / 2.0
     return low, high
 
 
@@ -62,9 +60,8 @@ class Guidance:
     Give either ``uncond``, run after ``cond``, or ``both``, which returns (cond, uncond) and may
     run them as one batch or side by side.
 
-    ``interval`` limits guidance to noise levels sigma with low <= sigma <= high and saves the
-    second prediction elsewhere (Kynkäänniemi et al. 2024, "Applying Guidance in a Limited
-    Interval"); it needs ``schedule``, which knows the sigma of a timestep.
+    ``interval`` limits guidance to levels with low <= t <= high and saves the second prediction
+    elsewhere (Kynkäänniemi et al. 2024, "Applying Guidance in a Limited Interval").
     """
 
     def __init__(
@@ -76,7 +73,6 @@ class Guidance:
         guidance_scale: float,
         guidance_rescale: float = 0.0,
         interval: tuple[float, float] | None = None,
-        schedule: Schedule | None = None,
     ) -> None:
         if not math.isfinite(guidance_scale):
             raise RequestError(f"The guidance scale is {guidance_scale}; give a finite number.")
@@ -84,45 +80,42 @@ class Guidance:
             raise RequestError(
                 f"The guidance rescale is {guidance_rescale}; give a number from 0 to 1."
             )
-        if interval is not None and not 0.0 <= interval[0] <= interval[1]:
+        if interval is not None and not interval[0] <= interval[1]:
             raise RequestError(
-                f"The guidance interval is {interval[0]} to {interval[1]}; give two noise levels, "
-                "the smaller first."
+                f"The guidance interval is {interval[0]} to {interval[1]}; give two timesteps, the "
+                "smaller first."
             )
         if both is None and uncond is not None:
             both = _one_after_other(cond, uncond)
         if guidance_scale > 1.0 and both is None:
             raise RequestError("Guidance above 1 needs a prediction for the negative prompt.")
-        if interval is not None and schedule is None:
-            raise RequestError("A guidance interval needs the schedule that tells noise levels.")
         self._cond = cond
         self._both = both
         self._scale = guidance_scale
         self._rescale = guidance_rescale
         self._interval = interval
-        self._schedule = schedule
 
-    def __call__(self, x_in: Float32, t: float, /) -> Float32:
-        """Return the guided prediction at timestep ``t``."""
-        if self._both is None or not self.guides(t):
-            return self._cond(x_in, t)
-        cond, uncond = self._both(x_in, t)
+    def __call__(self, x_in: Float32, level: Level, /) -> Float32:
+        """Return the guided prediction at ``level``."""
+        if self._both is None or not self.guides(level):
+            return self._cond(x_in, level)
+        cond, uncond = self._both(x_in, level)
         return combine(cond, uncond, self._scale, self._rescale)
 
-    def guides(self, t: float) -> bool:
-        """Return whether the second prediction is needed at timestep ``t``."""
+    def guides(self, level: Level) -> bool:
+        """Return whether the second prediction is needed at ``level``."""
         if self._scale <= 1.0:
             return False
-        if self._interval is None or self._schedule is None:
+        if self._interval is None:
             return True
         low, high = self._interval
-        return low <= self._schedule.sigma_at(t) <= high
+        return low <= level.t <= high
 
 
 def _one_after_other(cond: Predict, uncond: Predict) -> PredictBoth:
-    def both(x_in: Float32, t: float) -> tuple[Float32, Float32]:
+    def both(x_in: Float32, level: Level) -> tuple[Float32, Float32]:
         # A component may reuse its output buffer: keep the first result before the second run.
-        first = np.array(cond(x_in, t), np.float32)
-        return first, uncond(x_in, t)
+        first = np.array(cond(x_in, level), np.float32)
+        return first, uncond(x_in, level)
 
     return both

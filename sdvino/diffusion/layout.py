@@ -1,29 +1,173 @@
-"""The grid of each kind of sampler: which noise levels and timesteps it steps through."""
+"""The grid of each kind of sampler, exactly as diffusers lays it.
+
+Grid, rounding and initial scale belong to the sampler: with Karras sigmas and 4 steps Euler asks
+the model at timestep 687.15 and DPM-Solver++ at 687.
+"""
 
 from __future__ import annotations
 
-import numpy as np
-from numpy.typing import NDArray
+import math
+from dataclasses import replace
+from itertools import pairwise
 
-from sdvino.diffusion.grids import (
+import numpy as np
+
+from sdvino.diffusion.grid import PRK_STEPS, Floats, Grid, Level, make_levels
+from sdvino.diffusion.schedule import (
     Float32,
     linspace32,
     sigmas_between,
     sigmas_of,
     spaced_timesteps,
     timesteps_of,
+    train_alphas_cumprod,
 )
-from sdvino.diffusion.scheduler_config import SamplerConfig
+from sdvino.diffusion.scheduler_config import PredictionType, SamplerConfig, SchedulerConfig
 from sdvino.errors import RequestError
-from sdvino.settings import SamplerName, SigmaScheduleName
+from sdvino.settings import SAMPLERS, SamplerName, SigmaScheduleName, TimestepSpacing
 
-Floats = NDArray[np.floating]
-
-MULTISTEP = ("dpmpp_2m", "dpmpp_2m_sde", "unipc")
 DISTILLED = ("lcm", "tcd")
+_MULTISTEP = ("dpmpp_2m", "dpmpp_2m_sde", "unipc")
+_VARIANCE_EXPLODING = ("euler", "euler_ancestral", "heun", "lms")
+_SIGMA_SCHEDULED = ("euler", "heun", "lms", *_MULTISTEP)
+_KEEP_ZERO_ALPHA = ("ddim", "lcm", "tcd")
+#: diffusers has no code for these pairs.
+_NOT_PREDICTED: dict[str, tuple[PredictionType, ...]] = {
+    "euler_ancestral": ("sample",),
+    "pndm": ("sample",),
+}
 
 
-def lay_grid(
+def make_grid(
+    sampler: SamplerName,
+    config: SchedulerConfig,
+    steps: int,
+    *,
+    sigma_schedule: SigmaScheduleName | None = None,
+    timestep_spacing: TimestepSpacing | None = None,
+) -> Grid:
+    """Lay the grid of ``sampler`` for ``steps`` steps.
+
+    Args:
+        sampler: any of ``SAMPLERS``.
+        config: the model folder's.
+        steps: from 1 to the number of training timesteps.
+        sigma_schedule: sigmas between the ends; None: as ``config`` says.
+        timestep_spacing: how timesteps are thinned out; None: as ``config`` says.
+
+    Raises:
+        RequestError: the sampler has no such sigmas, spacing or prediction type, or not that many
+            steps.
+        ModelFolderError: ``config`` contradicts itself.
+    """
+    if sampler not in SAMPLERS:
+        raise RequestError(f"Unknown scheduler {sampler!r}; choose one of: {', '.join(SAMPLERS)}.")
+    settings = _settings(sampler, config, sigma_schedule, timestep_spacing)
+    _check_steps(sampler, settings, steps)
+    alphas = train_alphas_cumprod(settings, keep_zero=sampler in _KEEP_ZERO_ALPHA)
+    sigmas, timesteps = _lay(sampler, settings, steps, alphas)
+    levels = _levels(sampler, sigmas, timesteps)
+    _check_falling(sampler, levels, settings)
+    end = np.float32(1.0) if settings.set_alpha_to_one else alphas[0]
+    return Grid(
+        sampler=sampler,
+        levels=levels,
+        init_scale=_init_scale(sampler, settings, levels[0].sigma),
+        config=settings,
+        alpha_bars=np.insert(alphas, 0, end),
+    )
+
+
+def _settings(
+    sampler: SamplerName,
+    config: SchedulerConfig,
+    sigma_schedule: SigmaScheduleName | None,
+    timestep_spacing: TimestepSpacing | None,
+) -> SamplerConfig:
+    """Return the folder's configuration for ``sampler`` with the caller's choices laid over it."""
+    settings = config.for_sampler(sampler)
+    if sigma_schedule is not None:
+        if sigma_schedule != "default" and sampler not in _SIGMA_SCHEDULED:
+            raise RequestError(
+                f"The scheduler {sampler} has no {sigma_schedule} sigmas; leave them at default, "
+                f"or choose one of: {', '.join(_SIGMA_SCHEDULED)}."
+            )
+        settings = replace(
+            settings,
+            use_karras_sigmas=sigma_schedule == "karras",
+            use_exponential_sigmas=sigma_schedule == "exponential",
+            use_beta_sigmas=False,
+            use_lu_lambdas=False,
+        )
+    if timestep_spacing is not None:
+        if timestep_spacing != "leading" and sampler in DISTILLED:
+            raise RequestError(
+                f"The scheduler {sampler} takes its timesteps from the distillation; leave out the "
+                "timestep spacing."
+            )
+        settings = replace(settings, timestep_spacing=timestep_spacing)
+    _check_settings(sampler, settings)
+    return settings
+
+
+def _check_settings(sampler: SamplerName, settings: SamplerConfig) -> None:
+    if settings.use_beta_sigmas:
+        raise RequestError(
+            "scheduler_config.json asks for beta sigmas, which are not available here; choose the "
+            "sigma schedule default, karras or exponential."
+        )
+    if settings.prediction_type in _NOT_PREDICTED.get(sampler, ()):
+        raise RequestError(
+            f"The scheduler {sampler} cannot run a model that predicts "
+            f"{settings.prediction_type}; choose ddim, euler or dpmpp_2m."
+        )
+    if settings.variance_type in ("learned", "learned_range") or not settings.predict_x0:
+        raise RequestError(
+            f"scheduler_config.json asks for a kind of {sampler} that is not available here "
+            "(learned variance, or predict_x0 false); choose the scheduler ddim."
+        )
+
+
+def _check_steps(sampler: SamplerName, settings: SamplerConfig, steps: int) -> None:
+    least, most = 1, settings.num_train_timesteps
+    if sampler in DISTILLED:
+        most = min(most, settings.original_inference_steps)
+    if sampler == "pndm" and not settings.skip_prk_steps:
+        least = PRK_STEPS + 1
+    whole = isinstance(steps, (int, np.integer)) and not isinstance(steps, bool)
+    if not whole or not least <= steps <= most:
+        raise RequestError(
+            f"The number of steps is {steps!r}; give {sampler} a whole number from {least} to "
+            f"{most}."
+        )
+
+
+def _check_falling(
+    sampler: SamplerName, levels: tuple[Level, ...], settings: SamplerConfig
+) -> None:
+    *lams, last = (level.lam for level in levels)
+    rises = all(low < high for low, high in pairwise(lams)) and lams[-1] <= last
+    if not rises or lams[-1] == math.inf:
+        raise RequestError(
+            f"{len(lams)} steps of {sampler} would repeat noise levels on this grid; ask for "
+            "fewer, or check sigma_min in scheduler_config.json."
+        )
+    if levels[0].alpha == 0.0 and settings.prediction_type == "epsilon":
+        raise RequestError(
+            f"With zero terminal SNR {sampler} starts from pure noise, from which a model that "
+            "predicts epsilon cannot tell the picture; choose the timestep spacing leading."
+        )
+
+
+def _init_scale(sampler: SamplerName, settings: SamplerConfig, sigma_max: float) -> float:
+    if sampler not in _VARIANCE_EXPLODING:
+        return 1.0
+    if settings.timestep_spacing == "leading":
+        return math.sqrt(sigma_max**2 + 1.0)
+    return sigma_max
+
+
+def _lay(
     sampler: SamplerName, settings: SamplerConfig, steps: int, alphas: Float32
 ) -> tuple[Floats, Floats]:
     """Return the sigmas [steps + 1] and the timesteps [steps] that diffusers' class would lay.
@@ -41,9 +185,19 @@ def lay_grid(
         return _distilled_grid(sampler, settings, steps, alphas)
     if sampler in ("ddim", "pndm"):
         return _training_grid(settings, steps, alphas)
-    if sampler in MULTISTEP:
+    if sampler in _MULTISTEP:
         return _multistep_grid(sampler, settings, steps, alphas)
     return _sigma_grid(sampler, settings, steps, alphas)
+
+
+def _levels(sampler: SamplerName, sigmas: Floats, timesteps: Floats) -> tuple[Level, ...]:
+    """Return the levels of sigmas [steps + 1], those of x0 + sigma eps, as the sampler has them."""
+    sigmas = sigmas.astype(np.float32).astype(np.float64)
+    if sampler in _VARIANCE_EXPLODING:
+        return make_levels(np.ones_like(sigmas), sigmas, timesteps)
+    with np.errstate(divide="ignore"):  # at the picture
+        shares = 1.0 / np.sqrt(1.0 + sigmas**-2.0)
+    return make_levels(1.0 / np.sqrt(1.0 + sigmas**2), shares, timesteps)
 
 
 def _training_grid(settings: SamplerConfig, steps: int, alphas: Float32) -> tuple[Floats, Floats]:
@@ -138,10 +292,10 @@ def _sigma_grid(
         sigmas = sigmas_between(schedule, *_ends(settings, sigmas, own=own), steps)
         timesteps = timesteps_of(sigmas, train_sigmas).astype(np.float32)
     # diffusers takes log-linear sigmas one step further when timesteps are continuous.
-    if len(sigmas) == steps or has_continuous_timesteps(settings):
+    if len(sigmas) == steps or _has_continuous_timesteps(settings):
         sigma_last = float(train_sigmas[0]) if settings.final_sigmas_type == "sigma_min" else 0.0
         sigmas = np.append(sigmas, sigma_last)
-    if has_continuous_timesteps(settings):
+    if _has_continuous_timesteps(settings):
         timesteps = np.float32(0.25) * np.log(sigmas[:-1].astype(np.float32))
     return sigmas, timesteps
 
@@ -162,7 +316,7 @@ def _ends(settings: SamplerConfig, falling: Floats, *, own: bool = False) -> tup
     return high, low
 
 
-def has_continuous_timesteps(settings: SamplerConfig) -> bool:
+def _has_continuous_timesteps(settings: SamplerConfig) -> bool:
     """Return whether the model is told log(sigma) / 4 instead of a training timestep."""
     return settings.timestep_type == "continuous" and settings.prediction_type == "v_prediction"
 

@@ -16,7 +16,7 @@ from sdvino.diffusion.torch_noise import TorchNoise
 from sdvino.errors import RequestError
 from sdvino.settings import MAX_SEED, MIN_SEED, NOISES, NoiseName
 
-__all__ = ["BatchNoise", "CudaNoise", "NoiseSource", "TorchNoise", "make_noise"]
+__all__ = ["CudaNoise", "NoiseSource", "TorchNoise", "make_noise"]
 
 
 class NoiseSource(Protocol):
@@ -25,32 +25,6 @@ class NoiseSource(Protocol):
     def randn(self, shape: Sequence[int]) -> NDArray[np.float32]:
         """Return standard normal float32 numbers of ``shape``."""
         ...
-
-
-class BatchNoise:
-    """One stream for each picture of a batch, as a list of generators gives in diffusers.
-
-    Picture i gets the noise it would get alone.
-    """
-
-    def __init__(self, sources: Sequence[NoiseSource]) -> None:
-        if not sources:
-            raise RequestError("There is no seed to draw noise from; ask for at least one picture.")
-        self._sources = tuple(sources)
-
-    def randn(self, shape: Sequence[int]) -> NDArray[np.float32]:
-        """Return float32 noise of ``shape`` [N, ...]; N must be the number of sources.
-
-        Raises:
-            RequestError: the batch has another size.
-        """
-        if len(shape) == 0 or shape[0] != len(self._sources):
-            raise RequestError(
-                f"Noise of shape {tuple(shape)} was asked of {len(self._sources)} seeds; "
-                "give one seed for each picture of the batch."
-            )
-        single = (1, *shape[1:])
-        return np.concatenate([source.randn(single) for source in self._sources])
 
 
 def make_noise(name: NoiseName, seed: int) -> NoiseSource:

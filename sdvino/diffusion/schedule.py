@@ -1,246 +1,178 @@
-"""The grid of noise levels and timesteps that a sampler walks down, exactly as diffusers lays it.
+"""The noise schedule of the training, and how timesteps and sigmas are chosen from it.
 
-Grid, rounding and initial scale belong to the sampler: with Karras sigmas and 4 steps Euler asks
-the model at timestep 687.15 and DPM-Solver++ at 687.
+Rounding is part of the contract: where diffusers computes in float32, so do these.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
-from functools import cached_property
 
 import numpy as np
+from numpy.typing import NDArray
 
-from sdvino.diffusion.grids import Float32, sigmas_of, train_alphas_cumprod
-from sdvino.diffusion.layout import DISTILLED, MULTISTEP, Floats, has_continuous_timesteps, lay_grid
-from sdvino.diffusion.scheduler_config import PredictionType, SamplerConfig, SchedulerConfig
-from sdvino.errors import RequestError, SdvinoError
-from sdvino.settings import SAMPLERS, SamplerName, SigmaScheduleName, TimestepSpacing
+from sdvino.diffusion.scheduler_config import SamplerConfig
+from sdvino.errors import ModelFolderError
+from sdvino.settings import SigmaScheduleName, TimestepSpacing
 
-#: Their state is x0 + sigma * eps. The others' is sqrt(a) * x0 + sqrt(1 - a) * eps.
-_VARIANCE_EXPLODING = ("euler", "euler_ancestral", "heun", "lms")
-_SIGMA_SCHEDULED = ("euler", "heun", "lms", *MULTISTEP)
-_KEEP_ZERO_ALPHA = ("ddim", "lcm", "tcd")
-#: diffusers has no code for these pairs.
-_NOT_PREDICTED: dict[str, tuple[PredictionType, ...]] = {
-    "euler_ancestral": ("sample",),
-    "pndm": ("sample",),
-}
-#: Runge-Kutta steps that start PNDM, four evaluations each.
-PRK_STEPS = 3
+Float32 = NDArray[np.float32]
+Float64 = NDArray[np.float64]
+
+#: What stands for zero as the last cumulative alpha, where a sampler must divide by it.
+_SMALLEST_ALPHA = 2.0**-24
+_KARRAS_RHO = 7.0
 
 
-@dataclass(frozen=True)
-class Schedule:
-    """A grid of ``steps`` steps.
-
-    The latents that a sampler takes and yields are diffusers' own for that sampler: noise of unit
-    variance times ``init_scale`` at the start, and what the decoder takes (before its own scaling
-    factor) at the end. Their noise level in between is ``sigmas``: x = x0 + sigma * eps for the
-    variance-exploding samplers, that over sqrt(1 + sigma**2) for the variance-preserving ones.
-    """
-
-    sampler: SamplerName
-    #: float32 [steps + 1], falling. The last is what noise remains. Infinite for an alpha of 0.
-    sigmas: Float32
-    #: float32 [steps], what the model is told; fractional where diffusers' are.
-    timesteps: Float32
-    #: float32 [num_train_timesteps]
-    alphas_cumprod: Float32
-    #: The cumulative alpha below timestep 0 (DDIM, PNDM).
-    final_alpha_cumprod: float
-    init_scale: float
-    #: How often the model is asked; more than ``steps`` for Heun and PNDM.
-    evaluations: int
-    #: What the sampler reads of the folder's scheduler configuration.
-    config: SamplerConfig
-
-    @property
-    def steps(self) -> int:
-        """How many states the sampler yields."""
-        return len(self.timesteps)
-
-    @property
-    def prediction_type(self) -> PredictionType:
-        """What the model's output means."""
-        return self.config.prediction_type
-
-    @property
-    def variance_preserving(self) -> bool:
-        """Whether the latents keep unit variance on the way."""
-        return self.sampler not in _VARIANCE_EXPLODING
-
-    def alpha_cumprod(self, timestep: int) -> float:
-        """Return the cumulative alpha at a whole training timestep; below 0, the final one."""
-        if timestep < 0:
-            return self.final_alpha_cumprod
-        return float(self.alphas_cumprod[timestep])
-
-    def sigma_at(self, timestep: float) -> float:
-        """Return the noise level that belongs to ``timestep``, which may be fractional."""
-        if has_continuous_timesteps(self.config):
-            return math.exp(4.0 * timestep)
-        return float(np.interp(timestep, np.arange(len(self._train_sigmas)), self._train_sigmas))
-
-    @cached_property
-    def _train_sigmas(self) -> Float32:
-        return sigmas_of(self.alphas_cumprod)
-
-
-def initial_latents(noise: Floats, schedule: Schedule) -> Float32:
-    """Scale unit-variance noise (drawn, or given by the user) to where the sampler starts."""
-    x: Float32 = np.asarray(noise, np.float32) * np.float32(schedule.init_scale)
-    return x
-
-
-def final_latents(x: Floats, schedule: Schedule) -> Float32:
-    """Return diffusers' final latents from the last state of the sampler, as an array of their own.
-
-    Raises:
-        SdvinoError: they are not finite, which a decoder would turn into a black picture.
-    """
-    if not np.isfinite(x).all():
-        raise SdvinoError(
-            f"The latents are not finite after {schedule.steps} steps of {schedule.sampler}; run "
-            "the UNet in f32, or lower the guidance scale."
-        )
-    return np.array(x, np.float32)
-
-
-def make_schedule(
-    sampler: SamplerName,
-    config: SchedulerConfig,
-    steps: int,
-    *,
-    sigma_schedule: SigmaScheduleName | None = None,
-    timestep_spacing: TimestepSpacing | None = None,
-) -> Schedule:
-    """Lay the grid of ``sampler`` for ``steps`` steps.
+def train_alphas_cumprod(config: SamplerConfig, *, keep_zero: bool) -> Float32:
+    """Return the cumulative products of 1 - beta over the training timesteps.
 
     Args:
-        sampler: any of ``SAMPLERS``.
-        config: the model folder's.
-        steps: from 1 to the number of training timesteps.
-        sigma_schedule: sigmas between the ends; None: as ``config`` says.
-        timestep_spacing: how timesteps are thinned out; None: as ``config`` says.
+        config: ``beta_schedule``, ``beta_start``, ``beta_end``, ``trained_betas`` and
+            ``rescale_betas_zero_snr`` are read.
+        keep_zero: with zero terminal SNR, leave the last one exactly 0 (DDIM, LCM, TCD) instead of
+            2**-24 (all others).
+
+    Returns:
+        float32 [num_train_timesteps], falling.
 
     Raises:
-        RequestError: the sampler has no such sigmas, spacing or prediction type, or not that many
-            steps.
-        ModelFolderError: ``config`` contradicts itself.
+        ModelFolderError: ``trained_betas`` has another length than ``num_train_timesteps``, or
+            the noise levels are not distinct.
     """
-    if sampler not in SAMPLERS:
-        raise RequestError(f"Unknown scheduler {sampler!r}; choose one of: {', '.join(SAMPLERS)}.")
-    settings = _settings(sampler, config, sigma_schedule, timestep_spacing)
-    _check_steps(sampler, settings, steps)
-    alphas = train_alphas_cumprod(settings, keep_zero=sampler in _KEEP_ZERO_ALPHA)
-    sigmas, timesteps = lay_grid(sampler, settings, steps, alphas)
-    sigmas = sigmas.astype(np.float32)
-    _check_falling(sampler, sigmas, settings)
-    return Schedule(
-        sampler=sampler,
-        sigmas=sigmas,
-        timesteps=timesteps.astype(np.float32),
-        alphas_cumprod=alphas,
-        final_alpha_cumprod=1.0 if settings.set_alpha_to_one else float(alphas[0]),
-        init_scale=_init_scale(sampler, settings, float(sigmas[0])),
-        evaluations=_evaluations(sampler, settings, len(timesteps)),
-        config=settings,
-    )
-
-
-def _settings(
-    sampler: SamplerName,
-    config: SchedulerConfig,
-    sigma_schedule: SigmaScheduleName | None,
-    timestep_spacing: TimestepSpacing | None,
-) -> SamplerConfig:
-    """Return the folder's configuration for ``sampler`` with the caller's choices laid over it."""
-    settings = config.for_sampler(sampler)
-    if sigma_schedule is not None:
-        if sigma_schedule != "default" and sampler not in _SIGMA_SCHEDULED:
-            raise RequestError(
-                f"The scheduler {sampler} has no {sigma_schedule} sigmas; leave them at default, "
-                f"or choose one of: {', '.join(_SIGMA_SCHEDULED)}."
-            )
-        settings = replace(
-            settings,
-            use_karras_sigmas=sigma_schedule == "karras",
-            use_exponential_sigmas=sigma_schedule == "exponential",
-            use_beta_sigmas=False,
-            use_lu_lambdas=False,
+    betas = _betas(config)
+    if len(betas) != config.num_train_timesteps:
+        raise ModelFolderError(
+            f"scheduler_config.json has {len(betas)} trained_betas for "
+            f"{config.num_train_timesteps} training timesteps; the two must agree."
         )
-    if timestep_spacing is not None:
-        if timestep_spacing != "leading" and sampler in DISTILLED:
-            raise RequestError(
-                f"The scheduler {sampler} takes its timesteps from the distillation; leave out the "
-                "timestep spacing."
-            )
-        settings = replace(settings, timestep_spacing=timestep_spacing)
-    _check_settings(sampler, settings)
-    return settings
-
-
-def _check_settings(sampler: SamplerName, settings: SamplerConfig) -> None:
-    if settings.use_beta_sigmas:
-        raise RequestError(
-            "scheduler_config.json asks for beta sigmas, which are not available here; choose the "
-            "sigma schedule default, karras or exponential."
+    alphas_cumprod = _cumprod(np.float32(1.0) - betas)
+    if alphas_cumprod[0] >= 1.0 or alphas_cumprod[-1] <= 0.0 or _repeats(alphas_cumprod):
+        raise ModelFolderError(
+            "The betas of scheduler_config.json are so small or large that float32 cannot tell the "
+            "noise levels apart; correct beta_start and beta_end."
         )
-    if settings.prediction_type in _NOT_PREDICTED.get(sampler, ()):
-        raise RequestError(
-            f"The scheduler {sampler} cannot run a model that predicts "
-            f"{settings.prediction_type}; choose ddim, euler or dpmpp_2m."
-        )
-    if settings.variance_type in ("learned", "learned_range") or not settings.predict_x0:
-        raise RequestError(
-            f"scheduler_config.json asks for a kind of {sampler} that is not available here "
-            "(learned variance, or predict_x0 false); choose the scheduler ddim."
-        )
+    if config.rescale_betas_zero_snr:
+        alphas_cumprod = _cumprod(np.float32(1.0) - _rescale_zero_terminal_snr(alphas_cumprod))
+    if config.rescale_betas_zero_snr and not keep_zero:
+        alphas_cumprod[-1] = _SMALLEST_ALPHA
+    return alphas_cumprod
 
 
-def _check_steps(sampler: SamplerName, settings: SamplerConfig, steps: int) -> None:
-    least, most = 1, settings.num_train_timesteps
-    if sampler in DISTILLED:
-        most = min(most, settings.original_inference_steps)
-    if sampler == "pndm" and not settings.skip_prk_steps:
-        least = PRK_STEPS + 1
-    whole = isinstance(steps, (int, np.integer)) and not isinstance(steps, bool)
-    if not whole or not least <= steps <= most:
-        raise RequestError(
-            f"The number of steps is {steps!r}; give {sampler} a whole number from {least} to "
-            f"{most}."
-        )
+def _betas(config: SamplerConfig) -> Float32:
+    count = config.num_train_timesteps
+    if config.trained_betas is not None:
+        return np.array(config.trained_betas, np.float32)
+    if config.beta_schedule == "linear":
+        return linspace32(config.beta_start, config.beta_end, count)
+    if config.beta_schedule == "scaled_linear":
+        root = linspace32(math.sqrt(config.beta_start), math.sqrt(config.beta_end), count)
+        return np.square(root)
+    edges = np.arange(count + 1) / count
+    if config.beta_schedule == "exp":
+        alpha_bar = np.exp(-12.0 * edges)
+    else:  # squaredcos_cap_v2: Nichol & Dhariwal 2021, "Improved DDPM"
+        alpha_bar = np.cos((edges + 0.008) / 1.008 * math.pi / 2) ** 2
+    betas = np.minimum(1.0 - alpha_bar[1:] / alpha_bar[:-1], 0.999)
+    return betas.astype(np.float32)
 
 
-def _check_falling(sampler: SamplerName, sigmas: Float32, settings: SamplerConfig) -> None:
-    falls = np.all(sigmas[1:-1] < sigmas[:-2]) and sigmas[-1] <= sigmas[-2]
-    if not falls or not np.all(sigmas[:-1] > 0):
-        raise RequestError(
-            f"{len(sigmas) - 1} steps of {sampler} would repeat noise levels on this grid; ask for "
-            "fewer, or check sigma_min in scheduler_config.json."
-        )
-    if np.isinf(sigmas[0]) and settings.prediction_type == "epsilon":
-        raise RequestError(
-            f"With zero terminal SNR {sampler} starts from pure noise, from which a model that "
-            "predicts epsilon cannot tell the picture; choose the timestep spacing leading."
-        )
+def linspace32(start: float, end: float, count: int) -> Float32:
+    """Return torch.linspace's float32 numbers: from both ends inwards, each rounded once."""
+    first, last = np.float32(start), np.float32(end)
+    step = float((last - first) / np.float32(count - 1))
+    i = np.arange(count)
+    rising = float(first) + step * i
+    falling = float(last) - step * (count - 1 - i)
+    return np.where(i < count // 2, rising, falling).astype(np.float32)
 
 
-def _init_scale(sampler: SamplerName, settings: SamplerConfig, sigma_max: float) -> float:
-    if sampler not in _VARIANCE_EXPLODING:
-        return 1.0
-    if settings.timestep_spacing == "leading":
-        return math.sqrt(sigma_max**2 + 1.0)
-    return sigma_max
+def _cumprod(alphas: Float32) -> Float32:
+    return np.cumprod(alphas, dtype=np.float64).astype(np.float32)
 
 
-def _evaluations(sampler: SamplerName, settings: SamplerConfig, steps: int) -> int:
-    if sampler == "heun":
-        return 2 * steps - 1
-    if sampler == "pndm" and not settings.skip_prk_steps:
-        return steps + 3 * PRK_STEPS
-    if sampler == "pndm" and steps > 1:
-        return steps + 1
-    return steps
+def _repeats(falling: Float32) -> bool:
+    return bool(np.any(falling[1:] >= falling[:-1]))
+
+
+def _rescale_zero_terminal_snr(alphas_cumprod: Float32) -> Float32:
+    """Return betas such that nothing of the picture is left at the last timestep.
+
+    Lin et al. 2023, "Common Diffusion Noise Schedules and Sample Steps are Flawed", algorithm 1.
+    """
+    root = np.sqrt(alphas_cumprod)
+    first, last = root[0], root[-1]
+    root = (root - last) * (first / (first - last))
+    alphas_cumprod = root * root
+    ratios = alphas_cumprod[1:] / alphas_cumprod[:-1]
+    rescaled: Float32 = np.float32(1.0) - np.concatenate([alphas_cumprod[:1], ratios])
+    return rescaled
+
+
+def sigmas_of(alphas_cumprod: Float32) -> Float32:
+    """Return sqrt((1 - a) / a), the noise level in x = x0 + sigma * eps; infinite where a is 0."""
+    with np.errstate(divide="ignore"):
+        sigmas: Float32 = np.sqrt((np.float32(1.0) - alphas_cumprod) / alphas_cumprod)
+    return sigmas
+
+
+def spaced_timesteps(
+    spacing: TimestepSpacing,
+    steps: int,
+    train: int,
+    *,
+    offset: int = 0,
+    end: int | None = None,
+    beyond: bool = False,
+) -> Float64:
+    """Thin ``train`` timesteps out to ``steps`` of them, largest first; linspace's are fractional.
+
+    Args:
+        spacing: the three ways of diffusers (Lin et al. 2023, table 2).
+        steps: how many.
+        train: how many timesteps the model was trained on.
+        offset: added for ``leading``.
+        end: leave out the training timesteps from this one on.
+        beyond: space as if the end of the grid (timestep 0) were one more step and leave it out,
+            as the multistep solvers do.
+
+    Returns:
+        float64 [steps], or fewer for ``trailing`` when ``end`` cuts some off.
+    """
+    last = train if end is None else end
+    count = steps + 1 if beyond else steps
+    if spacing == "linspace":
+        timesteps: NDArray[np.floating] = np.linspace(0, last - 1, count)[::-1]
+    elif spacing == "leading":
+        timesteps = np.arange(count)[::-1] * float(last // count) + offset
+    else:
+        timesteps = np.arange(float(last), 0.0, -train / steps).round() - 1.0
+    return timesteps[:steps].astype(np.float64)
+
+
+def sigmas_between(
+    name: SigmaScheduleName, sigma_max: float, sigma_min: float, steps: int
+) -> Float64:
+    """Return ``steps`` sigmas from ``sigma_max`` down to ``sigma_min``, both included.
+
+    ``karras``: Karras et al. 2022, "Elucidating the Design Space", equation 5, rho = 7.
+    ``exponential``: evenly spaced logarithms.
+    """
+    if name == "exponential":
+        return np.exp(np.linspace(math.log(sigma_max), math.log(sigma_min), steps))
+    ramp = np.linspace(0.0, 1.0, steps)
+    high, low = sigma_max ** (1 / _KARRAS_RHO), sigma_min ** (1 / _KARRAS_RHO)
+    sigmas: Float64 = (high + ramp * (low - high)) ** _KARRAS_RHO
+    return sigmas
+
+
+def timesteps_of(sigmas: Float64, train_sigmas: Float32) -> Float64:
+    """Return the fractional timesteps whose noise levels are ``sigmas``, linear in log sigma."""
+    log_sigmas = np.log(np.maximum(sigmas, 1e-10))
+    log_train = np.log(train_sigmas)
+    # The last one at or below. (With zero terminal SNR the last few may be out of order.)
+    reached = log_sigmas[:, None] >= log_train
+    low = np.where(reached.any(axis=1), len(log_train) - 1 - reached[:, ::-1].argmax(axis=1), 0)
+    low = np.minimum(low, len(log_train) - 2)
+    gap = log_train[low] - log_train[low + 1]
+    w = np.clip((log_train[low] - log_sigmas) / gap, 0.0, 1.0)
+    timesteps: Float64 = (1.0 - w) * low + w * (low + 1)
+    return timesteps

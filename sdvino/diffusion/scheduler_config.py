@@ -14,7 +14,7 @@ from typing import Any, Literal
 from sdvino.errors import ModelFolderError
 from sdvino.settings import TIMESTEP_SPACINGS, SamplerName, TimestepSpacing
 
-PredictionType = Literal["epsilon", "v_prediction", "sample"]
+PredictionType = Literal["epsilon", "v_prediction", "sample", "flow_prediction"]
 
 _FILE = "scheduler_config.json"
 _MAX_TRAIN_TIMESTEPS = 10_000

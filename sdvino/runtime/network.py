@@ -169,17 +169,15 @@ def both_in_one(cond: Mapping[str, Array], uncond: Mapping[str, Array]) -> dict[
 class Unet:
     """A UNet for one picture: compiled segments, run in turn.
 
-    With step caching the deep one is left out but at every so many timesteps, what it gave then
-    being used again; the count is of timesteps, so all branches of a step do alike. With pieces
-    every segment is loaded, run for all branches, and unloaded.
+    With step caching the deep one is left out but at every so many steps, what it gave then being
+    used again; all branches of a step do alike. With pieces every segment is loaded, run for all
+    branches, and unloaded.
     """
 
     def __init__(self, segments: Sequence[Component], plan: UnetPlan) -> None:
         self.plan = plan
         self._segments = segments
         self._inputs: dict[int, list[frozenset[str]]] = {}
-        self._timesteps = -1
-        self._last: float | None = None
         self._timestep = np.empty(1, np.float32)
 
     @property
@@ -189,14 +187,13 @@ class Unet:
         stays = self.plan.pieces == 1 and isinstance(first, Component)
         return first.hardware if stays else ()
 
-    def evaluate(self, x_in: Array, t: float, branches: Sequence[Branch]) -> list[Array]:
+    def evaluate(self, x_in: Array, t: float, step: int, branches: Sequence[Branch]) -> list[Array]:
         """Return each branch's raw prediction, float32 [N, C, h, w], for ``x_in`` at ``t``.
 
-        The arrays are views that the next call writes again.
+        ``step`` counts timesteps from 0: the deep segment runs at every so many of them, and where
+        nothing of it is kept. The arrays are views that the next call writes again.
         """
-        if t != self._last:
-            self._timesteps, self._last = self._timesteps + 1, t
-        fresh = self._timesteps % self.plan.cache_interval == 0
+        fresh = step % self.plan.cache_interval == 0
         fresh = fresh or not all(branch.kept for branch in branches)
         self._timestep[0] = t
         given = {"sample": x_in, "timestep": self._timestep}

@@ -16,14 +16,14 @@ from sdvino.compress.calibration import (
     CalibrationPlan,
     collect,
     load_samples,
-    make_grid,
     make_plan,
     save_samples,
     timestep_grid,
+    trajectory_grid,
 )
 from sdvino.compress.recipes import CalibrationRecipe
-from sdvino.diffusion.grids import train_alphas_cumprod
-from sdvino.diffusion.schedule import make_schedule
+from sdvino.diffusion.layout import make_grid
+from sdvino.diffusion.schedule import train_alphas_cumprod
 from sdvino.diffusion.scheduler_config import SchedulerConfig
 from sdvino.errors import SdvinoError
 from sdvino.settings import SamplerName
@@ -146,10 +146,10 @@ def test_few_step_models_are_asked_where_their_sampler_asks(sampler: SamplerName
     few = plan(few_steps=(4, 1), sampler=sampler, guidance_scale=1.0)
     inputs = collect(PerfectModel("epsilon"), few, lambda share: None)
     assert few.evaluations == len(inputs.unet) == 10
-    own = make_grid(few, 0, config)
+    own = trajectory_grid(few, 0, config)
     assert own.steps == 4
-    expected = make_schedule(sampler, config, 4)
-    np.testing.assert_array_equal(own.timesteps, expected.timesteps)
+    expected = make_grid(sampler, config, 4)
+    assert own.levels == expected.levels
     np.testing.assert_allclose(inputs.tiny_vae[0]["latent_sample"], PICTURE, atol=2e-2)
 
 

@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 from oracle_schedulers import CLASSES, oracle_scheduler
 
 from sdvino.diffusion.denoiser import Denoiser
+from sdvino.diffusion.grid import Float32, Level
+from sdvino.diffusion.layout import make_grid
 from sdvino.diffusion.noise import make_noise
 from sdvino.diffusion.samplers import get_sampler
-from sdvino.diffusion.schedule import initial_latents, make_schedule
 from sdvino.diffusion.scheduler_config import SchedulerConfig
 from sdvino.settings import SamplerName, SigmaScheduleName, TimestepSpacing
 
@@ -41,6 +42,11 @@ def model(x_in: NDArray[np.float32], t: float) -> NDArray[np.float32]:
     phase = t / 1000.0
     mixed = 0.7 * x + 0.2 * np.roll(x, 1, axis=-1) - 0.1 * np.roll(x, 1, axis=-3)
     return (np.tanh(mixed) + 0.3 * np.sin(3.0 * phase + mixed)).astype(np.float32)
+
+
+def predict_at(x_in: Float32, level: Level) -> Float32:
+    """Return what `model` says at a level's timestep."""
+    return model(x_in, level.t)
 
 
 @contextmanager
@@ -106,8 +112,8 @@ def _run_diffusers(config: Mapping[str, object], case: Case) -> NDArray[np.float
 
 
 def run_sdvino(config: Mapping[str, object], case: Case) -> NDArray[np.float32]:
-    """Return our final latents; checks that the schedule counts steps and evaluations right."""
-    schedule = make_schedule(
+    """Return our final latents; checks that the grid counts steps and evaluations right."""
+    grid = make_grid(
         case.sampler,
         SchedulerConfig.from_dict(config),
         case.steps,
@@ -117,17 +123,17 @@ def run_sdvino(config: Mapping[str, object], case: Case) -> NDArray[np.float32]:
     noise = make_noise("torch", case.seed)
     evaluations = 0
 
-    def predict(x_in: NDArray[np.float32], t: float) -> NDArray[np.float32]:
+    def predict(x_in: Float32, level: Level) -> Float32:
         nonlocal evaluations
         evaluations += 1
         assert x_in.dtype == np.float32
-        return model(x_in, t)
+        return predict_at(x_in, level)
 
-    x = initial_latents(noise.randn(SHAPE), schedule)
-    denoise = Denoiser(predict, schedule.prediction_type)
-    steps = list(get_sampler(case.sampler)(denoise, x, schedule, noise, eta=case.eta))
-    assert [step.index for step in steps] == list(range(schedule.steps))
-    assert evaluations == schedule.evaluations
+    x = grid.initial(noise.randn(SHAPE))
+    denoise = Denoiser(predict, grid.prediction_type)
+    steps = list(get_sampler(case.sampler)(denoise, x, grid, noise, eta=case.eta))
+    assert [step.index for step in steps] == list(range(grid.steps))
+    assert evaluations == grid.evaluations
     assert all(step.x.dtype == step.denoised.dtype == np.float32 for step in steps)
     return steps[-1].x
 

@@ -1,21 +1,25 @@
 from __future__ import annotations
 
+import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 
 from sdvino.diffusion.denoiser import Predict
+from sdvino.diffusion.grid import Float32, Grid, Level
 from sdvino.diffusion.guidance import Guidance, combine, interval_of_steps
-from sdvino.diffusion.schedule import make_schedule
+from sdvino.diffusion.layout import make_grid
+from sdvino.diffusion.noise import make_noise
+from sdvino.diffusion.samplers import get_sampler
 from sdvino.diffusion.scheduler_config import SchedulerConfig
 from sdvino.errors import RequestError
 from sdvino.settings import SamplerName
 from tests.diffusion.oracle import STABLE_DIFFUSION
 
-Float32 = NDArray[np.float32]
+LEVEL = Level(0, 0.8, 0.6, 5.0)
 
 
 def numbers(seed: int) -> Float32:
@@ -26,8 +30,8 @@ COND, UNCOND = numbers(0), numbers(1)
 
 
 def saying(answer: Float32, calls: list[float]) -> Predict:
-    def predict(x_in: Float32, t: float) -> Float32:
-        calls.append(t)
+    def predict(x_in: Float32, level: Level) -> Float32:
+        calls.append(level.t)
         return answer
 
     return predict
@@ -56,24 +60,24 @@ def test_one_run_is_enough_up_to_one(scale: float) -> None:
     calls: list[float] = []
     unneeded: list[float] = []
     guidance = Guidance(saying(COND, calls), saying(UNCOND, unneeded), guidance_scale=scale)
-    np.testing.assert_array_equal(guidance(COND, 5.0), COND)
+    np.testing.assert_array_equal(guidance(COND, LEVEL), COND)
     assert (calls, unneeded) == ([5.0], [])
-    assert not guidance.guides(5.0)
+    assert not guidance.guides(LEVEL)
 
 
 def test_two_runs_above_one() -> None:
     calls: list[float] = []
     guidance = Guidance(saying(COND, calls), saying(UNCOND, calls), guidance_scale=3.0)
-    np.testing.assert_array_equal(guidance(COND, 5.0), combine(COND, UNCOND, 3.0))
+    np.testing.assert_array_equal(guidance(COND, LEVEL), combine(COND, UNCOND, 3.0))
     assert calls == [5.0, 5.0]
 
 
 def test_both_at_once() -> None:
     calls: list[float] = []
     guidance = Guidance(
-        saying(COND, calls), both=lambda x_in, t: (COND, UNCOND), guidance_scale=3.0
+        saying(COND, calls), both=lambda x_in, level: (COND, UNCOND), guidance_scale=3.0
     )
-    np.testing.assert_array_equal(guidance(COND, 5.0), combine(COND, UNCOND, 3.0))
+    np.testing.assert_array_equal(guidance(COND, LEVEL), combine(COND, UNCOND, 3.0))
     assert calls == []
 
 
@@ -81,30 +85,35 @@ def test_a_component_may_reuse_its_output() -> None:
     buffer = np.empty_like(COND)
 
     def says(answer: Float32) -> Predict:
-        def predict(x_in: Float32, t: float) -> Float32:
+        def predict(x_in: Float32, level: Level) -> Float32:
             buffer[...] = answer
             return buffer
 
         return predict
 
     guidance = Guidance(says(COND), says(UNCOND), guidance_scale=3.0)
-    np.testing.assert_array_equal(guidance(COND, 5.0), combine(COND, UNCOND, 3.0))
+    np.testing.assert_array_equal(guidance(COND, LEVEL), combine(COND, UNCOND, 3.0))
 
 
-def test_only_inside_an_interval_of_noise_levels() -> None:
-    schedule = make_schedule("euler", SchedulerConfig.from_dict(STABLE_DIFFUSION), 10)
+def grid_of(sampler: SamplerName, steps: int = 10, **options: object) -> Grid:
+    return make_grid(sampler, SchedulerConfig.from_dict({**STABLE_DIFFUSION, **options}), steps)
+
+
+def guided(grid: Grid, start: float, end: float) -> Guidance:
+    interval = interval_of_steps(grid, start, end)
+    says = saying(COND, []), saying(UNCOND, [])
+    return Guidance(*says, guidance_scale=3.0, interval=interval)
+
+
+def test_only_inside_an_interval() -> None:
+    calls: list[float] = []
     guidance = Guidance(
-        saying(COND, []),
-        saying(UNCOND, []),
-        guidance_scale=3.0,
-        interval=(0.3, 5.0),
-        schedule=schedule,
+        saying(COND, calls), saying(UNCOND, calls), guidance_scale=3.0, interval=(100.0, 500.0)
     )
-    guided = [guidance.guides(t) for t in schedule.timesteps.tolist()]
-    assert guided == [0.3 <= sigma <= 5.0 for sigma in schedule.sigmas.tolist()[:-1]]
-    assert any(guided)
-    assert not all(guided)
-    np.testing.assert_array_equal(guidance(COND, 999.0), COND)
+    for t, times in ((99.0, 1), (100.0, 2), (500.0, 2), (501.0, 1)):
+        calls.clear()
+        guidance(COND, replace(LEVEL, t=t))
+        assert calls == [t] * times
 
 
 @pytest.mark.parametrize(
@@ -116,7 +125,6 @@ def test_only_inside_an_interval_of_noise_levels() -> None:
         (3.0, math.nan, None),
         (3.0, 0.0, (2.0, 1.0)),
         (3.0, 0.0, (math.nan, 1.0)),
-        (3.0, 0.0, (0.0, 1.0)),  # without a schedule
     ],
 )
 def test_wrong_numbers_are_refused(
@@ -152,13 +160,24 @@ def test_guidance_needs_a_negative_prediction() -> None:
 def test_an_interval_by_fractions_of_the_steps(
     sampler: SamplerName, start: float, end: float, expected: list[int]
 ) -> None:
-    schedule = make_schedule(sampler, SchedulerConfig.from_dict(STABLE_DIFFUSION), 10)
-    guidance = Guidance(
-        saying(COND, []),
-        saying(UNCOND, []),
-        guidance_scale=3.0,
-        interval=interval_of_steps(schedule, start, end),
-        schedule=schedule,
-    )
-    guided = [i for i, t in enumerate(schedule.timesteps.tolist()) if guidance.guides(t)]
-    assert guided == expected
+    grid = grid_of(sampler)
+    guidance = guided(grid, start, end)
+    assert [i for i, level, _ in grid.walk() if guidance.guides(level)] == expected
+
+
+def test_an_evaluation_between_steps_goes_with_the_nearer_one() -> None:
+    # Four evaluations a step: at its ends and, twice, halfway between them.
+    grid = grid_of("pndm", skip_prk_steps=False)
+    guidance = guided(grid, 0.1, 0.2)  # the second of ten steps
+    asked: list[Level] = []
+
+    def denoise(x: Float32, level: Level) -> Float32:
+        asked.append(level)
+        half: Float32 = x * np.float32(0.5)
+        return half
+
+    list(get_sampler("pndm")(denoise, COND, grid, make_noise("torch", 0)))
+    t = [level.t for level in grid.levels]
+    halves = [(a + b) / 2 for a, b in itertools.pairwise(t)]
+    inside = {level.t for level in asked if guidance.guides(level)}
+    assert inside == {halves[0], t[1], halves[1]}

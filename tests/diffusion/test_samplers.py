@@ -9,9 +9,9 @@ import pytest
 from oracle_schedulers import COMBINATIONS, Combination
 
 from sdvino.diffusion.denoiser import Denoiser
+from sdvino.diffusion.layout import make_grid
 from sdvino.diffusion.noise import make_noise
 from sdvino.diffusion.samplers import get_sampler
-from sdvino.diffusion.schedule import initial_latents, make_schedule
 from sdvino.diffusion.scheduler_config import PredictionType, SchedulerConfig
 from sdvino.errors import RequestError
 from sdvino.settings import SAMPLERS, SamplerName
@@ -19,7 +19,7 @@ from tests.diffusion.oracle import (
     SHAPE,
     STABLE_DIFFUSION,
     Case,
-    model,
+    predict_at,
     relative_error,
     run_diffusers,
     run_sdvino,
@@ -150,18 +150,18 @@ def test_third_order_as_an_sde_is_the_papers_where_diffusers_is_not() -> None:
     from sdvino.diffusion.samplers.dpmpp_2m import _weights
 
     h = 1e-3
-    weights = _weights([1.0, float(np.exp(-h / 2))], 0, 3, float(np.exp(-h)), "midpoint")
+    weights = _weights(h, 3, "midpoint")
     assert weights == pytest.approx([h, h / 2, h / 6], rel=2e-3)
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_the_latents_given_are_left_alone_and_steps_share_no_memory(sampler: SamplerName) -> None:
-    schedule = make_schedule(sampler, SchedulerConfig.from_dict(STABLE_DIFFUSION), 5)
+    grid = make_grid(sampler, SchedulerConfig.from_dict(STABLE_DIFFUSION), 5)
     noise = make_noise("torch", 0)
-    x = initial_latents(noise.randn(SHAPE), schedule)
+    x = grid.initial(noise.randn(SHAPE))
     before = x.copy()
-    denoise = Denoiser(model, schedule.prediction_type)
-    steps = list(get_sampler(sampler)(denoise, x, schedule, noise, eta=0.4))
+    denoise = Denoiser(predict_at, grid.prediction_type)
+    steps = list(get_sampler(sampler)(denoise, x, grid, noise, eta=0.4))
     np.testing.assert_array_equal(x, before)
     arrays = [x, *(step.x for step in steps), *(step.denoised for step in steps)]
     for i, one in enumerate(arrays):
@@ -170,35 +170,18 @@ def test_the_latents_given_are_left_alone_and_steps_share_no_memory(sampler: Sam
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_writing_into_the_state_changes_what_follows(sampler: SamplerName) -> None:
-    schedule = make_schedule(sampler, SchedulerConfig.from_dict(STABLE_DIFFUSION), 3)
+    grid = make_grid(sampler, SchedulerConfig.from_dict(STABLE_DIFFUSION), 3)
     ends = []
     for change in (0.0, 0.5):
         noise = make_noise("torch", 0)
-        denoise = Denoiser(model, schedule.prediction_type)
-        x = initial_latents(noise.randn(SHAPE), schedule)
-        for step in get_sampler(sampler)(denoise, x, schedule, noise):
+        denoise = Denoiser(predict_at, grid.prediction_type)
+        x = grid.initial(noise.randn(SHAPE))
+        for step in get_sampler(sampler)(denoise, x, grid, noise):
             if step.index == 1:
                 step.x[...] += change
             x = step.x
         ends.append(x)
     assert relative_error(ends[1], ends[0]) > 1e-3
-
-
-@pytest.mark.parametrize("sampler", SAMPLERS)
-def test_a_batch_is_the_pictures_one_by_one(sampler: SamplerName) -> None:
-    from sdvino.diffusion.noise import BatchNoise
-
-    schedule = make_schedule(sampler, SchedulerConfig.from_dict(STABLE_DIFFUSION), 4)
-    denoise = Denoiser(model, schedule.prediction_type)
-    alone = []
-    for seed in (1, 2):
-        noise = make_noise("torch", seed)
-        x = initial_latents(noise.randn(SHAPE), schedule)
-        alone.append(list(get_sampler(sampler)(denoise, x, schedule, noise, eta=0.4))[-1].x)
-    batch = BatchNoise([make_noise("torch", seed) for seed in (1, 2)])
-    x = initial_latents(batch.randn((2, *SHAPE[1:])), schedule)
-    together = list(get_sampler(sampler)(denoise, x, schedule, batch, eta=0.4))[-1].x
-    np.testing.assert_allclose(together, np.concatenate(alone), atol=1e-6)
 
 
 def test_an_unknown_sampler_is_refused() -> None:

@@ -1,7 +1,7 @@
 """Samplers: pure generators, one file each, with diffusers' results.
 
 Every sampler has the signature of ``Sampler`` and yields one ``SamplerStep`` for each of
-``schedule.steps`` steps. Nothing is shown, cancelled or previewed inside: whoever iterates does it.
+the grid's steps. Nothing is shown, cancelled or previewed inside: whoever iterates does it.
 """
 
 from __future__ import annotations

@@ -1,24 +1,20 @@
-"""Euler: one step along the probability-flow ODE."""
+"""Euler: one step along the probability-flow ODE, of any noise process."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-import numpy as np
-
 from sdvino.diffusion.denoiser import Denoise
+from sdvino.diffusion.grid import Float32, Grid
 from sdvino.diffusion.noise import NoiseSource
-from sdvino.diffusion.samplers.step import Float32, SamplerStep
-from sdvino.diffusion.schedule import Schedule
+from sdvino.diffusion.samplers.step import SamplerStep, advance
 
 
 def sample_euler(
-    denoise: Denoise, x: Float32, schedule: Schedule, noise: NoiseSource, *, eta: float = 0.0
+    denoise: Denoise, x: Float32, grid: Grid, noise: NoiseSource, *, eta: float = 0.0
 ) -> Iterator[SamplerStep]:
     """Karras et al. 2022, "Elucidating the Design Space", algorithm 1 without its second half."""
-    sigmas = schedule.sigmas.tolist()
-    for i, t in enumerate(schedule.timesteps.tolist()):
-        denoised = denoise(x, sigmas[i], t)
-        d = (x - denoised) / np.float32(sigmas[i])
-        x = x + d * np.float32(sigmas[i + 1] - sigmas[i])
-        yield SamplerStep(i, x, denoised, sigmas[i], t)
+    for i, level, to in grid.walk():
+        x0 = denoise(x, level)
+        x = advance(x, x0, level, to)
+        yield SamplerStep(i, x, x0, level)

@@ -4,26 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 
 from sdvino.diffusion.denoiser import Denoise
+from sdvino.diffusion.grid import Float32, Grid
 from sdvino.diffusion.noise import NoiseSource
-from sdvino.diffusion.samplers.step import Float32, SamplerStep
-from sdvino.diffusion.schedule import Schedule
+from sdvino.diffusion.samplers.step import SamplerStep, advance
 
 
 def sample_euler_ancestral(
-    denoise: Denoise, x: Float32, schedule: Schedule, noise: NoiseSource, *, eta: float = 0.0
+    denoise: Denoise, x: Float32, grid: Grid, noise: NoiseSource, *, eta: float = 0.0
 ) -> Iterator[SamplerStep]:
     """Ancestral sampling (Ho et al. 2020) with Euler steps: K. Crowson's k-diffusion."""
-    sigmas = schedule.sigmas.tolist()
-    for i, t in enumerate(schedule.timesteps.tolist()):
-        sigma, sigma_to = sigmas[i], sigmas[i + 1]
-        denoised = denoise(x, sigma, t)
-        sigma_up = sigma_to * math.sqrt(sigma**2 - sigma_to**2) / sigma
-        sigma_down = sigma_to**2 / sigma
-        d = (x - denoised) / np.float32(sigma)
-        x = x + d * np.float32(sigma_down - sigma)
-        x += noise.randn(x.shape) * np.float32(sigma_up)
-        yield SamplerStep(i, x, denoised, sigma, t)
+    for i, level, to in grid.walk():
+        x0 = denoise(x, level)
+        up = to.sigma * math.sqrt(level.sigma**2 - to.sigma**2) / level.sigma
+        x = advance(x, x0, level, replace(to, sigma=to.sigma**2 / level.sigma))
+        x += noise.randn(x.shape) * np.float32(up)
+        yield SamplerStep(i, x, x0, level)

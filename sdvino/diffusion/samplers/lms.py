@@ -9,27 +9,27 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from sdvino.diffusion.denoiser import Denoise
+from sdvino.diffusion.grid import Float32, Grid
 from sdvino.diffusion.noise import NoiseSource
-from sdvino.diffusion.samplers.step import Float32, SamplerStep
-from sdvino.diffusion.schedule import Schedule
+from sdvino.diffusion.samplers.step import SamplerStep
 
 _ORDER = 4
 
 
 def sample_lms(
-    denoise: Denoise, x: Float32, schedule: Schedule, noise: NoiseSource, *, eta: float = 0.0
+    denoise: Denoise, x: Float32, grid: Grid, noise: NoiseSource, *, eta: float = 0.0
 ) -> Iterator[SamplerStep]:
-    """Linear multistep with unequal steps: K. Crowson's k-diffusion."""
-    sigmas = schedule.sigmas.tolist()
-    slopes: deque[Float32] = deque(maxlen=_ORDER)  # the newest first
-    for i, t in enumerate(schedule.timesteps.tolist()):
-        denoised = denoise(x, sigmas[i], t)
-        slopes.appendleft((x - denoised) / np.float32(sigmas[i]))
-        nodes = sigmas[i::-1][: len(slopes)]
+    """Linear multistep with unequal steps (alpha = 1): K. Crowson's k-diffusion."""
+    slopes: deque[Float32] = deque(maxlen=_ORDER)  # dx / dsigma, which is eps; the newest first
+    nodes: deque[float] = deque(maxlen=_ORDER)
+    for i, level, to in grid.walk():
+        x0 = denoise(x, level)
+        slopes.appendleft(level.eps(x, x0))
+        nodes.appendleft(level.sigma)
         x = x.copy()
-        for k, d in enumerate(slopes):
-            x += d * np.float32(_lagrange_integral(nodes, k, sigmas[i], sigmas[i + 1]))
-        yield SamplerStep(i, x, denoised, sigmas[i], t)
+        for k, eps in enumerate(slopes):
+            x += eps * np.float32(_lagrange_integral(nodes, k, level.sigma, to.sigma))
+        yield SamplerStep(i, x, x0, level)
 
 
 def _lagrange_integral(nodes: Sequence[float], k: int, start: float, end: float) -> float:

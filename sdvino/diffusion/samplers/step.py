@@ -2,37 +2,31 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from sdvino.diffusion.denoiser import Denoise
+from sdvino.diffusion.grid import Float32, Grid, Level
 from sdvino.diffusion.noise import NoiseSource
-from sdvino.diffusion.schedule import Schedule
 from sdvino.diffusion.scheduler_config import SamplerConfig
-
-Float32 = NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)
 class SamplerStep:
     """The state after a step."""
 
-    #: From 0 to ``schedule.steps - 1``.
+    #: From ``grid.begin`` to ``grid.steps - 1``.
     index: int
     #: float32 [N, C, h, w]. The sampler goes on from this very array: writing into it between two
     #: steps changes what follows, as returning latents from diffusers' callback does.
     x: Float32
     #: float32 [N, C, h, w], the model's estimate of the finished latents: what a preview shows.
     denoised: Float32
-    #: Noise level that the step started from.
-    sigma: float
-    #: Timestep that the model was told.
-    timestep: float
+    #: Where the step started from.
+    level: Level
 
 
 class Sampler(Protocol):
@@ -42,7 +36,7 @@ class Sampler(Protocol):
         self,
         denoise: Denoise,
         x: Float32,
-        schedule: Schedule,
+        grid: Grid,
         noise: NoiseSource,
         *,
         eta: float = 0.0,
@@ -50,25 +44,23 @@ class Sampler(Protocol):
         """Yield the state after each step.
 
         Args:
-            denoise: asked ``schedule.evaluations`` times.
-            x: float32 [N, C, h, w], of ``initial_latents``; left as it is.
-            schedule: made for this very sampler.
+            denoise: asked ``grid.evaluations`` times.
+            x: float32 [N, C, h, w], of ``grid.initial``; left as it is.
+            grid: made for this very sampler.
             noise: drawn from by the stochastic samplers, in diffusers' order.
             eta: DDIM's and TCD's share of fresh noise, 0 to 1; the others have no use for it.
         """
         ...
 
 
-def x0_and_eps(denoise: Denoise, x: Float32, sigma: float, t: float) -> tuple[Float32, Float32]:
-    """Split a variance-preserving state into the picture and the noise that the model sees in it.
+def advance(x: Float32, x0: Float32, level: Level, to: Level) -> Float32:
+    """Return alpha' x0 + sigma' eps, the state at ``to`` with the noise that is in ``x``.
 
-    ``x`` is sqrt(a) * x0 + sqrt(1 - a) * eps with sigma = sqrt((1 - a) / a), possibly infinite.
+    It is written as what changes on the way from ``level``, which rounds as diffusers' Euler does.
     """
-    if math.isinf(sigma):
-        return denoise(x, sigma, t), x
-    scaled = x * np.float32(math.sqrt(1.0 + sigma**2))
-    x0 = denoise(scaled, sigma, t)
-    return x0, (scaled - x0) / np.float32(sigma)
+    x_to: Float32 = x + np.float32(to.alpha - level.alpha) * x0
+    x_to += np.float32(to.sigma - level.sigma) * level.eps(x, x0)
+    return x_to
 
 
 def clip_x0(x0: Float32, config: SamplerConfig) -> Float32:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sdvino.diffusion.grids import train_alphas_cumprod
+from sdvino.diffusion.schedule import train_alphas_cumprod
 from sdvino.diffusion.scheduler_config import SchedulerConfig
 from sdvino.errors import RequestError
 from sdvino.train.distillation.settings import check_steps

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from sdvino.diffusion.denoiser import Denoiser
+from sdvino.diffusion.layout import make_grid
 from sdvino.diffusion.noise import make_noise
 from sdvino.diffusion.samplers import get_sampler
-from sdvino.diffusion.schedule import make_schedule
 from sdvino.diffusion.scheduler_config import SchedulerConfig
 from sdvino.errors import RequestError
 from sdvino.train.distillation.noise_levels import NoiseLevels, draw_timesteps
@@ -31,10 +31,10 @@ def process(prediction: str, **changes: Any) -> NoiseLevels:
 def test_jumps_over_the_grid_are_the_runtimes_own_sampling(prediction: str, steps: int) -> None:
     """What a student is trained to do is what sdvino does with its folder's scheduler."""
     config = few_step_scheduler({**SCHEDULER, "prediction_type": prediction})
-    schedule = make_schedule("ddim", SchedulerConfig.from_dict(config), steps)
+    runtime = make_grid("ddim", SchedulerConfig.from_dict(config), steps)
     levels = NoiseLevels(config)
     grid = levels.grid(steps)
-    assert grid[:-1] == schedule.timesteps.tolist()
+    assert grid[:-1] == [level.t for level in runtime.levels[:-1]]
     rng = np.random.default_rng(0)
     mix = rng.standard_normal((4, 4), dtype=np.float32) / 2
 
@@ -42,9 +42,9 @@ def test_jumps_over_the_grid_are_the_runtimes_own_sampling(prediction: str, step
         return np.einsum("ij,njhw->nihw", mix, np.asarray(x)) * np.float32(np.cos(t))
 
     begin = rng.standard_normal((2, 4, 3, 3), dtype=np.float32)
-    denoiser = Denoiser(model, levels.prediction_type)
+    denoiser = Denoiser(lambda x, level: model(x, level.t), levels.prediction_type)
     noise = make_noise("torch", 0)
-    *_, last = get_sampler("ddim")(denoiser, begin, schedule, noise)
+    *_, last = get_sampler("ddim")(denoiser, begin, runtime, noise)
     x = torch.from_numpy(begin)
     for t, to in pairwise(grid):
         at = torch.full((2,), t)
