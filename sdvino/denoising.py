@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
@@ -18,7 +19,7 @@ from sdvino.request import ResolvedRequest
 from sdvino.runtime.components import Components
 from sdvino.runtime.guidance import guidance_mode_for
 from sdvino.runtime.memory_plan import MemoryPlan
-from sdvino.runtime.network import Branch, Unet, UnetPlan, both_in_one
+from sdvino.runtime.network import Branch, Network, NetworkPlan, both_in_one
 from sdvino.runtime.remote import keep_on_device
 from sdvino.runtime.waiting import result_of
 from sdvino.settings import GuidanceMode, RunSettings, SpeedSettings
@@ -40,7 +41,7 @@ def unet_plans(
     *,
     guided: bool,
     text_apart: bool = False,
-) -> list[UnetPlan]:
+) -> list[NetworkPlan]:
     """Return the UNets that a picture takes: the one for guidance first, if it is another.
 
     A batch of two is a graph of its own; with a guidance interval single runs need theirs too.
@@ -51,7 +52,7 @@ def unet_plans(
             "Step caching keeps the whole UNet in memory, which --low-memory or --max-memory rules"
             " out; leave one of them out."
         )
-    single = UnetPlan(
+    single = NetworkPlan(
         streams=2 if guided and mode == "streams" else 1,
         token_downsampling=speed.token_downsampling,
         cache_interval=speed.cache_interval,
@@ -63,6 +64,19 @@ def unet_plans(
         return [single]
     pair = replace(single, batch=2)
     return [pair] if speed.guidance_interval is None else [pair, single]
+
+
+class _Steps:
+    """Counts the timesteps that a network is asked at."""
+
+    def __init__(self) -> None:
+        self._count, self._last = -1, math.nan
+
+    def at(self, t: float) -> int:
+        """Return the number of the timestep ``t``, which is the last one or a new one."""
+        if t != self._last:
+            self._count, self._last = self._count + 1, t
+        return self._count
 
 
 class PictureDenoiser:
@@ -88,7 +102,7 @@ class PictureDenoiser:
         factor = components.folder.vae_scale_factor
         self._size = request.height // factor, request.width // factor
         self._pool = ThreadPoolExecutor(1, "sdvino-load")
-        self._loading: Future[list[Unet]] | None = None
+        self._loading: Future[list[Network]] | None = None
 
     def __enter__(self) -> PictureDenoiser:
         return self
@@ -111,7 +125,7 @@ class PictureDenoiser:
         if self._memory.load_ahead and components.observe is None and not components.text_apart:
             self._loading = self._pool.submit(components.unets, self._size, self._plans(guided))
 
-    def _plans(self, guided: bool) -> list[UnetPlan]:
+    def _plans(self, guided: bool) -> list[NetworkPlan]:
         speed, memory = self._request.speed, self._memory
         return unet_plans(speed, memory, self._mode, guided=guided, text_apart=self._apart)
 
@@ -139,11 +153,12 @@ class PictureDenoiser:
         with clock(self._timings, "load"):
             self._wait()
             unets = self._components.unets(self._size, plans)
+        steps = [_Steps() for _ in unets]
         interval = request.speed.guidance_interval if guided else None
         branch = Branch(keep_on_device(unets[-1].hardware, cond))
         guidance = Guidance(
-            self._one(unets[-1], branch),
-            both=None if uncond is None else self._both(unets[0], branch, cond, uncond),
+            self._one(unets[-1], steps[-1], branch),
+            both=None if uncond is None else self._both(unets[0], steps[0], branch, cond, uncond),
             guidance_scale=request.guidance_scale if guided else 1.0,
             guidance_rescale=request.guidance_rescale,
             interval=None if interval is None else interval_of_steps(self._schedule, *interval),
@@ -151,21 +166,22 @@ class PictureDenoiser:
         )
         return Denoiser(guidance, self._schedule.prediction_type)
 
-    def _one(self, unet: Unet, branch: Branch) -> Predict:
+    def _one(self, unet: Network, steps: _Steps, branch: Branch) -> Predict:
         def predict(x_in: Array, t: float, /) -> Array:
             self._timings.unet_evaluations += 1
-            return unet.evaluate(x_in, t, [branch])[0]
+            return unet.evaluate(x_in, t, steps.at(t), [branch])[0]
 
         return predict
 
     def _both(
         self,
-        unet: Unet,
+        unet: Network,
+        steps: _Steps,
         branch: Branch,
         cond: Mapping[str, Array],
         uncond: Mapping[str, Array],
     ) -> PredictBoth:
-        if unet.plan.batch == 2:
+        if unet.batch == 2:
             both = both_in_one(cond, uncond)
             pair = [Branch(keep_on_device(unet.hardware, both))]
         else:
@@ -174,9 +190,9 @@ class PictureDenoiser:
         def predict(x_in: Array, t: float) -> tuple[Array, Array]:
             self._timings.unet_evaluations += 2
             if len(pair) == 2:
-                first, second = unet.evaluate(x_in, t, pair)
+                first, second = unet.evaluate(x_in, t, steps.at(t), pair)
                 return first, second
-            (result,) = unet.evaluate(np.concatenate([x_in, x_in]), t, pair)
+            (result,) = unet.evaluate(np.concatenate([x_in, x_in]), t, steps.at(t), pair)
             return result[:1], result[1:]
 
         return predict

@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from openvino import opset13 as ops
 
 from sdvino.compress.layers import is_constant
-from sdvino.compress.statistics import Statistics, Value, value_of
+from sdvino.compress.statistics import Statistics, value_of
+from sdvino.graph.cut import Value
 from sdvino.graph.walk import consumers
 
 Array = NDArray[np.float32]

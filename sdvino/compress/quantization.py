@@ -28,18 +28,19 @@ from sdvino.compress.layers import (
     operations,
     residual_sources,
 )
-from sdvino.compress.parts import Value, choose_ends
+from sdvino.compress.parts import choose_ends
 from sdvino.compress.post_training import apply_nncf
 from sdvino.compress.statistics import Recorder, Statistics, fix_shapes
 from sdvino.compress.stepwise import (
     PART_BYTES,
-    PartedModel,
+    Evaluator,
     Progress,
     Sample,
     compress_in_parts,
 )
 from sdvino.compress.targets import Target
 from sdvino.compress.weights import compress_linears
+from sdvino.graph.cut import Value
 from sdvino.graph.upsampling import split_upsampling
 
 #: `Target.overflow_fix` -> NNCF's OverflowFix.
@@ -134,9 +135,9 @@ def measure(
     """
     fix_shapes(model, samples[0])
     recorder = Recorder(path)
-    parted = PartedModel(model, choose_ends(model, samples[0], part_bytes), recorder=recorder)
+    evaluator = Evaluator(model, choose_ends(model, samples[0], part_bytes), recorder=recorder)
     with tempfile.TemporaryDirectory(prefix="flow-", dir=path.parent) as folder:
-        parted.evaluate(samples, Path(folder), progress=progress)
+        evaluator.evaluate(samples, Path(folder), progress=progress)
     return recorder.close()
 
 

@@ -10,9 +10,9 @@ import openvino as ov
 import pytest
 
 from sdvino.compress.similarity import relative_error
+from sdvino.graph.cut import cut_at_skip, stage_count
 from sdvino.graph.geglu import split_projections
 from sdvino.graph.saving import save_graph
-from sdvino.graph.segments import cut_at_skip, segment_count
 from sdvino.graph.shapes import reshape_static
 from sdvino.graph.text_keys import give_text_keys
 from sdvino.graph.text_states import give_states, state_name
@@ -53,7 +53,7 @@ def test_rewrites_of_a_unet(tmp_path: Path, arch: str) -> None:
         assert all(port.get_partial_shape().is_static for port in op.outputs())
     freeze_shapes(model)
     assert split_projections(model) == kinds.count("GEGLU")
-    assert segment_count(cut_at_skip(model)) == 3
+    assert stage_count(cut_at_skip(model)) == 3
     inputs["timestep"] = inputs["timestep"].astype(np.float32)
     assert relative_error(run(model, inputs)["out_sample"], expected) < 2e-3  # half precision
     thinned = model.clone()
