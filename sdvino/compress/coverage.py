@@ -17,15 +17,15 @@ from sdvino.compress.fragile import fragile_nodes
 from sdvino.compress.layers import (
     CONVOLUTIONS,
     attention_nodes,
-    is_constant,
     nodes_with_weights,
     residual_sources,
 )
 from sdvino.folder.index import ModelFolder
 from sdvino.graph.shapes import reshape_static
+from sdvino.graph.walk import is_constant
 from sdvino.runtime.compiling import rewrite_for
+from sdvino.runtime.components import unet_shapes
 from sdvino.runtime.core import device_facts, shared_core
-from sdvino.runtime.network import unet_shapes
 from sdvino.runtime.properties import compile_properties, precision_in
 from sdvino.settings import DeviceSettings
 

@@ -15,6 +15,7 @@ from typing import Any
 import openvino as ov
 
 from sdvino.errors import SdvinoError
+from sdvino.graph.walk import is_constant
 
 #: Types that only compressed constants have.
 _SMALL_TYPES = frozenset(
@@ -63,7 +64,7 @@ def restored(base: ov.Model, compressed: ov.Model, names: Iterable[str]) -> ov.M
         layer, twin = layers[name], floats[name]
         for port in layer.inputs():
             value = port.get_source_output()
-            if _is_constant(value):
+            if is_constant(value):
                 if _is_small(value):
                     port.replace_source_output(twin.input_value(port.get_index()))
             elif _chain(value, original):
@@ -77,7 +78,7 @@ def restored(base: ov.Model, compressed: ov.Model, names: Iterable[str]) -> ov.M
 
 def _is_compressed(op: ov.Node, original: Collection[str]) -> bool:
     for value in op.input_values():
-        if _is_constant(value):
+        if is_constant(value):
             if _is_small(value):
                 return True
         elif any(node.get_type_name() == "FakeQuantize" for node in _chain(value, original)):
@@ -112,17 +113,8 @@ def _bypass(port: Any, original: Collection[str]) -> None:
 def _is_added(node: ov.Node, original: Collection[str]) -> bool:
     kind = node.get_type_name()
     if kind == "Multiply":  # SmoothQuant's scales
-        return node.get_friendly_name() not in original and _is_constant(node.input_value(1))
+        return node.get_friendly_name() not in original and is_constant(node.input_value(1))
     return bool(kind == "FakeQuantize")
-
-
-def _is_constant(value: ov.Output) -> bool:
-    """Return whether ``value`` depends on constants alone."""
-    node = value.get_node()
-    if node.get_type_name() == "Constant":
-        return True
-    kinds = ("Convert", "Subtract", "Multiply", "Reshape", "Transpose", "FakeQuantize", "Unsqueeze")
-    return node.get_type_name() in kinds and all(map(_is_constant, node.input_values()))
 
 
 def _is_small(value: ov.Output) -> bool:
@@ -136,7 +128,7 @@ def _bias(op: ov.Node) -> Any:
     """Return the input port of the addition behind ``op`` that holds a constant, or None."""
     users = [port.get_node() for port in op.output(0).get_target_inputs()]
     if len(users) == 1 and users[0].get_type_name() == "Add":
-        return next((p for p in users[0].inputs() if _is_constant(p.get_source_output())), None)
+        return next((p for p in users[0].inputs() if is_constant(p.get_source_output())), None)
     return None
 
 

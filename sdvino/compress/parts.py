@@ -18,9 +18,10 @@ import numpy as np
 import openvino as ov
 from numpy.typing import NDArray
 
-from sdvino.compress.layers import PRODUCTS, is_constant
+from sdvino.compress.layers import PRODUCTS
 from sdvino.graph.cut import Ports, Stages, result_name
 from sdvino.graph.shapes import reshape_static
+from sdvino.graph.walk import is_constant
 
 _FLOATS = ("f32", "f16", "bf16")
 #: A shape that a later block takes from an earlier one: up to this many numbers.

@@ -19,11 +19,11 @@ import openvino as ov
 from numpy.typing import NDArray
 from openvino import opset13 as ops
 
-from sdvino.compress.layers import CONVOLUTIONS, is_constant
+from sdvino.compress.layers import CONVOLUTIONS
 from sdvino.errors import SdvinoError
 from sdvino.graph.cut import Value
 from sdvino.graph.protocol import find_input
-from sdvino.graph.walk import freeze_shapes
+from sdvino.graph.walk import freeze_shapes, is_constant
 
 Array = NDArray[np.float32]
 #: The output that holds them.

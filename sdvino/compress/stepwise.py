@@ -7,8 +7,8 @@ its parts only follow each other.
 from __future__ import annotations
 
 import gc
-from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping, Sequence
+from collections import Counter, UserDict
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -149,47 +149,37 @@ class Graph:
         self._request = None
 
 
-class _Pool(MutableMapping[str, Array]):
+class _Pool(UserDict[str, Array]):
     """The tensors of one evaluation: what flows between parts is in files, until it was read."""
 
     def __init__(
         self, sample: Sample, stem: Path, readers: Mapping[str, int], row: Array | None
     ) -> None:
         """Statistics go to the file's ``row``, if there is one; ``stem`` begins files' names."""
-        self._held = dict(sample)
-        self._stem = stem
+        super().__init__()
+        self.data.update(sample)
         self._left = dict(readers)
+        self._stem = stem
         self._row = row
+
+    def __setitem__(self, name: str, array: Array) -> None:
+        if name in self._left:
+            np.save(self._file(name), array)
+            self.data[name] = np.empty(0)  # in its place
+        elif name == _OUTPUT:
+            self.data[name] = array
+        elif name == STATISTICS and self._row is not None:
+            self._row[: len(array)] = array
+            self._row = self._row[len(array) :]
 
     def __getitem__(self, name: str) -> Array:
         if name not in self._left:
-            return self._held[name]
+            return self.data[name]
         array: Array = np.load(self._file(name), allow_pickle=False)
         self._left[name] -= 1
         if not self._left[name]:
             self._file(name).unlink()
         return array
-
-    def __setitem__(self, name: str, array: Array) -> None:
-        if name in self._left:
-            np.save(self._file(name), array)
-        elif name == _OUTPUT:
-            self._held[name] = array
-        elif name == STATISTICS and self._row is not None:
-            self._row[: len(array)] = array
-            self._row = self._row[len(array) :]
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._left or name in self._held
-
-    def __delitem__(self, name: str) -> None:
-        del self._held[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter((*self._held, *self._left))
-
-    def __len__(self) -> int:
-        return len(self._held) + len(self._left)
 
     def _file(self, name: str) -> Path:
         return self._stem.with_name(f"{self._stem.name}-{name}.npy")

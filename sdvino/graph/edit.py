@@ -40,6 +40,11 @@ class Edit:
             raise TypeError(f"{self.name} is no function at the top of a module of sdvino.")
         _said(self.arguments, str)
 
+    @classmethod
+    def of(cls, change: Callable[..., object], **arguments: Plain) -> Edit:
+        """Return the edit by ``change`` with ``arguments``."""
+        return cls(change, arguments)
+
     def __call__(self, model: ov.Model) -> None:
         """Change ``model``, in place; raises what ``change`` raises."""
         self.change(model, **self.arguments)

@@ -18,6 +18,7 @@ from openvino import opset13 as ops
 
 from sdvino.errors import ModelFolderError, RequestError
 from sdvino.graph.protocol import find_output
+from sdvino.graph.walk import is_constant
 
 #: The pooled state, projected (transformers' CLIPTextModelWithProjection).
 POOLED = "text_embeds"
@@ -112,21 +113,9 @@ def _operand(node: ov.Node, *, constant: bool) -> ov.Output:
     """Return the weight (or else the data) that the affine ``node`` of a layer norm takes."""
     for port in node.inputs():
         source = port.get_source_output()
-        if _is_constant(source.get_node()) == constant:
+        if is_constant(source) == constant:
             return source
     raise _not_clip()
-
-
-def _is_constant(node: ov.Node) -> bool:
-    """Return whether ``node`` is a weight, stored as it is, as f16, or compressed."""
-    if node.get_type_name() == "Constant":
-        return True
-    inputs = node.inputs()
-    return (
-        bool(inputs)
-        and all(_is_constant(i.get_source_output().get_node()) for i in inputs)
-        and (node.get_type_name() in _AFFINE | _TRANSPARENT | {"Subtract", "Reshape"})
-    )
 
 
 def _layer_outputs(state: ov.Output) -> list[ov.Output]:

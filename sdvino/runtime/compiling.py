@@ -112,13 +112,11 @@ def rewrite_for(
 
     ``component`` is what the graph is of, ``precision`` what its floats are computed in.
     """
-    return Edit(
+    return Edit.of(
         prepare_for_hardware,
-        {
-            "convolutions": convolves_linears(settings, facts),
-            "biases": cpus_alone(facts),
-            "channels": norms_by_channel(component, precision, facts),
-        },
+        convolutions=convolves_linears(settings, facts),
+        biases=cpus_alone(facts),
+        channels=norms_by_channel(component, precision, facts),
     )
 
 

@@ -68,14 +68,12 @@ class Components:
         Its outputs are those of `sdvino.graph.text_states.give_states`.
         """
         kind = self.folder.kind
-        edit = Edit(
+        edit = Edit.of(
             prepare_text_encoder,
-            {
-                "skipped": tuple(skipped),
-                "final_norm": kind.final_norm,
-                "pooled": name == kind.pooled_encoder,
-                "length": self.folder.text_length,
-            },
+            skipped=tuple(skipped),
+            final_norm=kind.final_norm,
+            pooled=name == kind.pooled_encoder,
+            length=self.folder.text_length,
         )
         return self._get(name, edit)
 
@@ -106,7 +104,15 @@ class Components:
         self, stages: Sequence[Component], size: tuple[int, int], plan: NetworkPlan
     ) -> Network:
         """Return the stages as a network; of observed pieces the whole that they make is seen."""
-        network = Network.planned(stages, plan, unet_shapes(self.folder, *size, plan.batch))
+        network = Network(
+            stages,
+            batch=plan.batch,
+            together=plan.streams > 1,
+            in_turn=plan.pieces > 1,
+            reused=(DEEP,) if plan.caches else (),
+            interval=plan.cache_interval,
+            input_names=unet_shapes(self.folder, *size, plan.batch),
+        )
         if self.observe is None or plan.pieces == 1:
             return network
         return Network([self.observe("unet", cast(Component, network))], batch=plan.batch)
@@ -116,7 +122,7 @@ class Components:
         folder = self.folder
         factor = folder.vae_scale_factor
         shapes = unet_shapes(folder, folder.height // factor, folder.width // factor)
-        edit = Edit(prepare_text_keys, {"shapes": shapes})
+        edit = Edit.of(prepare_text_keys, shapes=shapes)
         component = self._get("unet.text", edit, load=False)
         if self._text_keys is None or self._text_keys.component is not component:
             self._text_keys = TextKeys(component)
@@ -143,14 +149,13 @@ class Components:
     def _unet_edit(
         self, size: tuple[int, int], plan: NetworkPlan, stage: int | None = None
     ) -> Edit:
-        return Edit(
+        cut = {} if stage is None else {**plan.cut, "stage": stage}
+        return Edit.of(
             prepare_unet,
-            {
-                "shapes": unet_shapes(self.folder, *size, plan.batch),
-                "text_apart": plan.text_apart,
-                "token_downsampling": plan.token_downsampling,
-                **({} if stage is None else {**plan.cut, "stage": stage}),
-            },
+            shapes=unet_shapes(self.folder, *size, plan.batch),
+            text_apart=plan.text_apart,
+            token_downsampling=plan.token_downsampling,
+            **cut,
         )
 
     def _stage(self, name: str, size: tuple[int, int], plan: NetworkPlan) -> Component:
@@ -170,26 +175,22 @@ class Components:
 
         It gives uint8 pixels, or floats from 0 to 1 where they are to be blended or returned.
         """
-        edit = Edit(
+        edit = Edit.of(
             prepare_decoder,
-            {
-                "pixels": pixels,
-                "scaling": self.folder.scaling_factor,
-                "shift": self.folder.shift_factor,
-                "shape": (1, self.folder.latent_channels, height, width),
-            },
+            pixels=pixels,
+            scaling=self.folder.scaling_factor,
+            shift=self.folder.shift_factor,
+            shape=(1, self.folder.latent_channels, height, width),
         )
         return self._get("vae_decoder", edit)
 
     def vae_encoder(self, height: int, width: int) -> Component:
         """Return the encoder for pictures of ``height`` x ``width`` pixels."""
-        edit = Edit(
+        edit = Edit.of(
             prepare_encoder,
-            {
-                "scaling": self.folder.scaling_factor,
-                "shift": self.folder.shift_factor,
-                "shape": (1, height, width, 3),
-            },
+            scaling=self.folder.scaling_factor,
+            shift=self.folder.shift_factor,
+            shape=(1, height, width, 3),
         )
         return self._get("vae_encoder", edit)
 
@@ -198,9 +199,7 @@ class Components:
         if "tiny_vae" not in self.folder.components:
             return None
         shape = (1, self.folder.latent_channels, height, width)
-        edit = Edit(
-            prepare_decoder, {"pixels": True, "scaling": 1.0, "shift": None, "shape": shape}
-        )
+        edit = Edit.of(prepare_decoder, pixels=True, scaling=1.0, shift=None, shape=shape)
         return self._get("tiny_vae", edit)
 
     def release(self, *parts: str) -> None:

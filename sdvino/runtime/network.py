@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdvino.errors import ModelFolderError
-from sdvino.graph.cut import DEEP
+from sdvino.graph.protocol import InferenceComponent
 from sdvino.graph.text_keys import TEXT, is_text_key
 from sdvino.runtime.component import Component
 from sdvino.runtime.memory import return_memory
@@ -30,15 +30,12 @@ KEPT_PROMPTS = 4
 PREDICTION = "out_sample"
 
 
-class Stage(Protocol):
+class Stage(InferenceComponent, Protocol):
     """A graph that runs: `sdvino.runtime.component.Component` is one, and so is `Network`."""
 
     @property
     def input_names(self) -> Sequence[frozenset[str]]:
         """The names of each input."""
-
-    def infer(self, inputs: Mapping[str, NDArray[Any]]) -> Mapping[str, NDArray[Any]]:
-        """Return the outputs by name: views that the next call writes again."""
 
     def infer_each(
         self, inputs: Sequence[Mapping[str, NDArray[Any]]], *, together: bool = False
@@ -122,9 +119,10 @@ def both_in_one(cond: Mapping[str, Array], uncond: Mapping[str, Array]) -> dict[
 class Network:
     """Stages for one picture, run in turn.
 
-    With an ``interval`` above 1 the stages ``reused`` run at every so many steps only, what they
-    gave last being used again. ``in_turn``: each stage is loaded, run on all pools, and unloaded,
-    unless it is the only one. A network is a `Stage` itself, with the inputs ``input_names``.
+    ``together``: each runs on all pools at once. With an ``interval`` above 1 the stages ``reused``
+    run at every so many steps only, what they gave last being used again. ``in_turn``: each stage
+    is loaded, run on all pools, and unloaded, unless it is the only one. A network is a `Stage`
+    itself, with the inputs ``input_names``.
     """
 
     def __init__(
@@ -132,7 +130,7 @@ class Network:
         stages: Sequence[Stage],
         *,
         batch: int = 1,
-        streams: int = 1,
+        together: bool = False,
         in_turn: bool = False,
         reused: Collection[int] = (),
         interval: int = 1,
@@ -141,7 +139,7 @@ class Network:
         self.batch = batch
         self.input_names = tuple(frozenset({name}) for name in input_names)
         self._stages = stages
-        self._streams = streams
+        self._together = together
         self._in_turn = in_turn
         self._reused = reused
         self._interval = interval
@@ -149,21 +147,6 @@ class Network:
         self._inputs: dict[int, Sequence[frozenset[str]]] = {}
         self._given: dict[int, tuple[str, ...]] = {}
         self._timestep = np.empty(1, np.float32)
-
-    @classmethod
-    def planned(
-        cls, stages: Sequence[Stage], plan: NetworkPlan, input_names: Iterable[str] = ()
-    ) -> Network:
-        """Return the network of the stages that ``plan`` says."""
-        return cls(
-            stages,
-            batch=plan.batch,
-            streams=plan.streams,
-            in_turn=plan.pieces > 1,
-            reused=(DEEP,) if plan.caches else (),
-            interval=plan.cache_interval,
-            input_names=input_names,
-        )
 
     @property
     def hardware(self) -> tuple[str, ...]:
@@ -210,7 +193,7 @@ class Network:
             if not self._in_turn:
                 results = stage.infer_each(
                     [{name: pool[name] for name in wanted} for pool in pools],
-                    together=self._streams > 1,
+                    together=self._together,
                 )
                 for pool, outputs in zip(pools, results, strict=True):
                     pool.update(outputs)

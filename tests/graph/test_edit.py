@@ -22,7 +22,7 @@ EDITS = "sdvino.graph.prepare"
 
 
 def key(change: Any = reshape_static, **arguments: Any) -> str:
-    return Edit(change, arguments).key(sha256_of)
+    return Edit.of(change, **arguments).key(sha256_of)
 
 
 def test_other_arguments_are_another_edit() -> None:
@@ -51,9 +51,9 @@ def within() -> Callable[[Any], None]:
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: Edit(within()),
-        lambda: Edit(test_a_file_is_known_by_its_content),
-        lambda: Edit(reshape_static, {"shapes": object()}),  # type: ignore[dict-item]
+        lambda: Edit.of(within()),
+        lambda: Edit.of(test_a_file_is_known_by_its_content),
+        lambda: Edit.of(reshape_static, shapes=object()),  # type: ignore[arg-type]
     ],
     ids=["in a function", "of another package", "not plain"],
 )

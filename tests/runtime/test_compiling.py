@@ -53,7 +53,7 @@ def table(path: Path, seed: int = 0) -> Path:
 
 
 def fixed(length: int) -> Edit:
-    return Edit(reshape_static, {"shapes": {"ids": [1, length]}})
+    return Edit.of(reshape_static, shapes={"ids": [1, length]})
 
 
 def component(xml: Path, cache: Path, edit: Any, **settings: Any) -> Component:
