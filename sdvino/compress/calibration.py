@@ -56,7 +56,7 @@ _ONCE_A_STEP: tuple[SamplerName, ...] = ("euler", "euler_ancestral", "lcm", "tcd
 _FIRST_SEED = 3_000_000_000
 
 
-class FloatPipeline(Protocol):
+class FloatComponents(Protocol):
     """The float components that calibration runs."""
 
     #: The folder's scheduler_config.json.
@@ -243,7 +243,7 @@ def make_grid(plan: CalibrationPlan, trajectory: int, config: SchedulerConfig) -
 
 
 def collect(
-    pipeline: FloatPipeline, plan: CalibrationPlan, progress: Callable[[float], None]
+    pipeline: FloatComponents, plan: CalibrationPlan, progress: Callable[[float], None]
 ) -> CalibrationInputs:
     """Denoise every prompt of the plan in float and return what the components were fed.
 
@@ -278,7 +278,7 @@ def collect(
 class _Recorder:
     """Runs the UNet, keeps the chosen inputs and reports progress."""
 
-    pipeline: FloatPipeline
+    pipeline: FloatComponents
     #: Numbers of evaluations, counted through one trajectory after the other.
     chosen: frozenset[int]
     total: int

@@ -46,13 +46,14 @@ def cut_at_ends(model: ov.Model, ends: Sequence[str]) -> Stages:
 
     ``ends`` are names of operations, each computed from the one before.
     """
+    if not ends:
+        return dict.fromkeys(model.get_ops(), 0)
     graph = _Graph(model)
     part: dict[int, int] = {}
     for index, end in enumerate(ends):
         for i in graph.behind(graph.index[end]):
             part.setdefault(i, index)
-    for i in graph.shared_readers() if ends else ():
-        part[i] = 0
+    part |= dict.fromkeys(graph.shared_readers(), 0)
     for i, kind in enumerate(graph.kinds):
         if kind == "Result":
             part[i] = part.get(graph.reads[i][0][0], len(ends))

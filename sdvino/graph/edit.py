@@ -41,7 +41,7 @@ class Edit:
         _said(self.arguments, str)
 
     @classmethod
-    def of(cls, change: Callable[..., object], **arguments: Plain) -> Edit:
+    def of(cls, change: Callable[..., object], /, **arguments: Plain) -> Edit:
         """Return the edit by ``change`` with ``arguments``."""
         return cls(change, arguments)
 
