@@ -351,7 +351,7 @@ class Component:
             known = root / "digests"
             digests = self._digests(xml, known)
             cache = CompiledCache(root, self.settings.cache_limit_bytes)
-            changes = [rewrite] if self._prepare is None else [self._prepare, rewrite]
+            changes: list[Change] = [rewrite] if self._prepare is None else [self._prepare, rewrite]
             key = key_of_files(digests, changes, device, properties, facts, known)
             if key is not None:
                 return cache.compile(key, compiler.by_key)
