@@ -17,16 +17,15 @@ from sdvino.compress.fragile import fragile_nodes
 from sdvino.compress.layers import (
     CONVOLUTIONS,
     attention_nodes,
-    is_constant,
     nodes_with_weights,
     residual_sources,
 )
 from sdvino.folder.index import ModelFolder
-from sdvino.graph.walk import reshape_static
+from sdvino.graph.walk import is_constant, reshape_static
+from sdvino.runtime.compiling import rewrite_for
+from sdvino.runtime.components import unet_shapes
 from sdvino.runtime.core import device_facts, shared_core
-from sdvino.runtime.network import unet_shapes
 from sdvino.runtime.properties import compile_properties, precision_in
-from sdvino.runtime.rewrites import rewrite_for
 from sdvino.settings import DeviceSettings
 
 #: The share of multiply-adds, outside attention and the named exceptions, that must run in 8 bits.
@@ -131,7 +130,7 @@ def measure(component: str, model: ov.Model, compiled: ov.CompiledModel | None =
         facts = {"CPU": device_facts(core, "CPU")}
         settings = DeviceSettings()
         properties = compile_properties(settings, "CPU", facts)
-        rewrite_for(model, component, settings, precision_in(properties), facts)
+        rewrite_for(component, settings, precision_in(properties), facts)(model)
         compiled = core.compile_model(model, "CPU", properties)
     running, unknown = running_layers(compiled.get_runtime_model(), layers)
     return Coverage(

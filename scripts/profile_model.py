@@ -23,10 +23,11 @@ from graph_coverage import fix_shapes
 
 from sdvino.errors import RequestError, SdvinoError
 from sdvino.folder.index import ModelFolder
+from sdvino.graph.prepare import prepare_unet
+from sdvino.runtime.compiling import rewrite_for
+from sdvino.runtime.components import unet_shapes
 from sdvino.runtime.core import device_facts, shared_core
-from sdvino.runtime.network import UnetPlan, prepare_unet, unet_shapes
 from sdvino.runtime.properties import compile_properties, precision_in
-from sdvino.runtime.rewrites import rewrite_for
 from sdvino.settings import DeviceSettings, LinearKernel, Precision
 
 #: Counters of these states say nothing.
@@ -57,13 +58,13 @@ def prepared(
     model = ov.Core().read_model(folder.components[component].xml)
     latents = side // folder.vae_scale_factor
     if component == "unet":
-        prepare_unet(model, unet_shapes(folder, latents, latents), UnetPlan(), None)
+        prepare_unet(model, shapes=unet_shapes(folder, latents, latents))
     else:
         fix_shapes(folder, component, model, latents, latents)
     facts = {"CPU": device_facts(shared_core(), "CPU")}
     eight_bits = folder.components[component].ir.quantized
     properties = compile_properties(settings, "CPU", facts, component, eight_bits=eight_bits)
-    rewrite_for(model, component, settings, precision_in(properties), facts)
+    rewrite_for(component, settings, precision_in(properties), facts)(model)
     return model, properties
 
 

@@ -28,8 +28,7 @@ from sdvino.convert.api import convert
 from sdvino.errors import SdvinoError
 from sdvino.folder.index import ModelFolder
 from sdvino.graph.saving import read_ir
-from sdvino.runtime.components import Components
-from sdvino.runtime.network import unet_shapes
+from sdvino.runtime.components import Components, unet_shapes
 
 Say = Callable[[str], None]
 

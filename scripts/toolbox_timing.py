@@ -31,8 +31,7 @@ from toolbox_adherence import settings_of
 from toolbox_variants import Variant
 
 from sdvino import DeviceSettings, RunSettings, StableDiffusionPipeline
-from sdvino.runtime.components import Components
-from sdvino.runtime.network import unet_shapes
+from sdvino.runtime.components import Components, unet_shapes
 
 #: Evaluations of the UNet that one variant does in a row, each round; their median counts.
 EVALUATIONS_AT_ONCE = 5

@@ -18,7 +18,7 @@ from sdvino.request import ResolvedRequest
 from sdvino.runtime.components import Components
 from sdvino.runtime.defaults import guidance_mode_for
 from sdvino.runtime.memory_plan import MemoryPlan
-from sdvino.runtime.network import Branch, Unet, UnetPlan, both_in_one
+from sdvino.runtime.network import Branch, Network, NetworkPlan, both_in_one
 from sdvino.runtime.remote import keep_on_device
 from sdvino.runtime.timings import Timings, clock
 from sdvino.runtime.waiting import result_of
@@ -41,7 +41,7 @@ def unet_plans(
     *,
     guided: bool,
     text_apart: bool = False,
-) -> list[UnetPlan]:
+) -> list[NetworkPlan]:
     """Return the UNets that a picture takes: the one for guidance first, if it is another.
 
     A batch of two is a graph of its own; with a guidance interval single runs need theirs too.
@@ -52,7 +52,7 @@ def unet_plans(
             "Step caching keeps the whole UNet in memory, which --low-memory or --max-memory rules"
             " out; leave one of them out."
         )
-    single = UnetPlan(
+    single = NetworkPlan(
         streams=2 if guided and mode == "streams" else 1,
         token_downsampling=speed.token_downsampling,
         cache_interval=speed.cache_interval,
@@ -89,7 +89,7 @@ class PictureDenoiser:
         factor = components.folder.vae_scale_factor
         self._size = request.height // factor, request.width // factor
         self._pool = ThreadPoolExecutor(1, "sdvino-load")
-        self._loading: Future[list[Unet]] | None = None
+        self._loading: Future[list[Network]] | None = None
 
     def __enter__(self) -> PictureDenoiser:
         return self
@@ -112,7 +112,7 @@ class PictureDenoiser:
         if self._memory.load_ahead and components.observe is None and not components.text_apart:
             self._loading = self._pool.submit(components.unets, self._size, self._plans(guided))
 
-    def _plans(self, guided: bool) -> list[UnetPlan]:
+    def _plans(self, guided: bool) -> list[NetworkPlan]:
         speed, memory = self._request.speed, self._memory
         return unet_plans(speed, memory, self._mode, guided=guided, text_apart=self._apart)
 
@@ -151,7 +151,7 @@ class PictureDenoiser:
         )
         return Denoiser(guidance, self._grid.prediction_type)
 
-    def _one(self, unet: Unet, branch: Branch) -> Predict:
+    def _one(self, unet: Network, branch: Branch) -> Predict:
         def predict(x_in: Array, level: Level, /) -> Array:
             self._timings.unet_evaluations += 1
             return unet.evaluate(x_in, level.t, level.step, [branch])[0]
@@ -160,12 +160,12 @@ class PictureDenoiser:
 
     def _both(
         self,
-        unet: Unet,
+        unet: Network,
         branch: Branch,
         cond: Mapping[str, Array],
         uncond: Mapping[str, Array],
     ) -> PredictBoth:
-        if unet.plan.batch == 2:
+        if unet.batch == 2:
             both = both_in_one(cond, uncond)
             pair = [Branch(keep_on_device(unet.hardware, both))]
         else:

@@ -68,14 +68,21 @@ class StableDiffusionPipeline:
         *,
         vae_tiling: bool | None = None,
         guard: Guard | None = None,
+        components: Components | None = None,
     ) -> None:
+        """``components`` run in place of the folder's own, which ``guard`` looks at.
+
+        Raises ModelFolderError for a folder of a kind that does not run here.
+        """
         if folder.refusal is not None:
             raise ModelFolderError(folder.refusal)
         self.folder = folder
         #: Decode in tiles, which bounds the decoder's memory; None: only where pictures are large.
         self.vae_tiling = vae_tiling
         self.settings = RunSettings() if settings is None else settings
-        self.components = Components(folder, self.settings, Guard() if guard is None else guard)
+        if components is None:
+            components = Components(folder, self.settings, Guard() if guard is None else guard)
+        self.components = components
         self.conditioner = Conditioner(self.components)
         self._scheduler_config = SchedulerConfig.from_dict(folder.scheduler_config)
 

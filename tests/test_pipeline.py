@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from sdvino import Cancelled, RequestError, StableDiffusionPipeline
+from sdvino import Cancelled, RequestError, RunSettings, StableDiffusionPipeline
+from sdvino.folder.index import ModelFolder
+from sdvino.graph.text_keys import TEXT
 from sdvino.outputs import PictureEvent, StepEvent
 from sdvino.request import Request
+from sdvino.runtime.components import Components
+from sdvino.runtime.network import PREDICTION, Network, NetworkPlan, Stage
 
 PROMPT = "a big red circle on a blue background"
 
@@ -165,6 +170,47 @@ def test_wrong_arguments(
 ) -> None:
     with pytest.raises(RequestError, match=words):
         pipe(**{"prompt": PROMPT, "seed": 0, **options})
+
+
+class GivesBack:
+    """Stands for the UNet: predicts what it is given."""
+
+    input_names = (frozenset({"sample"}), frozenset({"timestep"}), frozenset({TEXT}))
+
+    def __init__(self) -> None:
+        self.timesteps: list[float] = []
+
+    def infer(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+        return self.infer_each([inputs])[0]
+
+    def infer_each(
+        self, inputs: Sequence[Mapping[str, Any]], *, together: bool = False
+    ) -> list[Mapping[str, Any]]:
+        self.timesteps += [float(given["timestep"][0]) for given in inputs]
+        return [{PREDICTION: np.array(given["sample"])} for given in inputs]
+
+    def unload(self) -> None: ...
+
+
+class WithUnet(Components):
+    """The folder's components, with another UNet."""
+
+    def __init__(self, folder: ModelFolder, stage: Stage) -> None:
+        super().__init__(folder, RunSettings())
+        self._stage_given = stage
+
+    def unets(self, size: tuple[int, int], plans: Sequence[NetworkPlan]) -> list[Network]:
+        return [Network([self._stage_given]) for _ in plans]
+
+
+def test_components_that_are_passed_in_are_what_runs(pipe: StableDiffusionPipeline) -> None:
+    stage = GivesBack()
+    fake = StableDiffusionPipeline(pipe.folder, components=WithUnet(pipe.folder, stage))
+    out = fake(PROMPT, num_inference_steps=3, seed=0, guidance_scale=4, scheduler="euler")
+    assert out.images[0].size == (pipe.folder.width, pipe.folder.height)
+    assert stage.timesteps == sorted(stage.timesteps, reverse=True)
+    assert len(stage.timesteps) == out.timings.unet_evaluations == 6
+    assert "unet" not in fake.components.parts
 
 
 def test_an_unknown_argument_raises(pipe: StableDiffusionPipeline) -> None:

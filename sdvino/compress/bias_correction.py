@@ -18,9 +18,9 @@ import openvino as ov
 from numpy.typing import NDArray
 from openvino import opset13 as ops
 
-from sdvino.compress.layers import is_constant
-from sdvino.compress.statistics import Statistics, Value, value_of
-from sdvino.graph.walk import bias_of
+from sdvino.compress.statistics import Statistics, value_of
+from sdvino.graph.cut import Value
+from sdvino.graph.walk import bias_of, is_constant
 
 Array = NDArray[np.float32]
 

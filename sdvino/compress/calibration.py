@@ -57,7 +57,7 @@ _ONCE_A_STEP: tuple[SamplerName, ...] = ("euler", "euler_ancestral", "lcm", "tcd
 _FIRST_SEED = 3_000_000_000
 
 
-class Drawing(Protocol):
+class FloatComponents(Protocol):
     """The float components that calibration runs."""
 
     #: The folder's scheduler_config.json.
@@ -227,7 +227,7 @@ def trajectory_grid(plan: CalibrationPlan, trajectory: int, config: SchedulerCon
 
 
 def collect(
-    pipeline: Drawing, plan: CalibrationPlan, progress: Callable[[float], None]
+    pipeline: FloatComponents, plan: CalibrationPlan, progress: Callable[[float], None]
 ) -> CalibrationInputs:
     """Denoise every prompt of the plan in float and return what the components were fed.
 
@@ -262,7 +262,7 @@ def collect(
 class _Recorder:
     """Runs the UNet, keeps the chosen inputs and reports progress."""
 
-    pipeline: Drawing
+    pipeline: FloatComponents
     #: Numbers of evaluations, counted through one trajectory after the other.
     chosen: frozenset[int]
     total: int

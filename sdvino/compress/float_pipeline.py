@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from sdvino.compress.calibration import CalibrationInputs, CalibrationPlan
 from sdvino.compress.parts import choose_ends
 from sdvino.compress.statistics import Recorder, fix_shapes
-from sdvino.compress.stepwise import PART_BYTES, PartedModel
+from sdvino.compress.stepwise import PART_BYTES, Evaluator
 from sdvino.diffusion.scheduler_config import SchedulerConfig
 from sdvino.folder.index import ModelFolder
 from sdvino.graph.timestep import float_timestep
@@ -67,7 +67,7 @@ class FloatPipeline:
         self._recorders = {name: Recorder(file) for name, file in measured.items()}
         self._recorded = plan.recorded
         self._predicted = 0
-        self._loaded: tuple[str, PartedModel] | None = None
+        self._loaded: tuple[str, Evaluator] | None = None
 
     def conditions(
         self, prompt: str, negative: str | None
@@ -125,7 +125,7 @@ class FloatPipeline:
             outputs = self._loaded[1].evaluate(inputs, Path(folder), recorded)
         return [np.asarray(output, np.float32) for output in outputs]
 
-    def _make(self, name: str, inputs: Mapping[str, NDArray[Any]]) -> PartedModel:
+    def _make(self, name: str, inputs: Mapping[str, NDArray[Any]]) -> Evaluator:
         """Return a component as it will be quantized, for one shape; a large UNet in parts."""
         core = shared_core()
         model = core.read_model(self._folder.components[name].xml)  # its weights are mapped
@@ -137,7 +137,7 @@ class FloatPipeline:
         properties = compile_properties(
             DeviceSettings(), "CPU", {"CPU": device_facts(core, "CPU")}, name, eight_bits=True
         )
-        return PartedModel(model, ends, properties=properties, recorder=self._recorders.get(name))
+        return Evaluator(model, ends, properties=properties, recorder=self._recorders.get(name))
 
 
 def part_of(latents: Array, index: int) -> Array:

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 
 import openvino as ov
 
+from sdvino.graph.walk import is_constant
+
 CONVOLUTIONS = ("Convolution", "GroupConvolution", "ConvolutionBackpropData")
 #: What multiplies: by weights, or one activation by another.
 PRODUCTS = (*CONVOLUTIONS, "MatMul", "ScaledDotProductAttention")
-_PASSING = ("Convert", "Reshape", "Transpose", "Multiply", "Subtract", "FakeQuantize")
 _FLOATS = ("f32", "f16", "bf16")
 
 
@@ -72,14 +73,6 @@ def residual_sources(model: ov.Model) -> list[str]:
         for op in model.get_ordered_ops()
         if op.get_type_name() == "Convolution" and _is_residual(_with_bias(op))
     ]
-
-
-def is_constant(value: ov.Output) -> bool:
-    """Tell whether ``value`` comes from a constant: weights, also compressed or quantized ones."""
-    node = value.get_node()
-    while node.get_type_name() in _PASSING:
-        node = node.input_value(0).get_node()
-    return bool(node.get_type_name() == "Constant")
 
 
 def _names(model: ov.Model, kinds: Sequence[str]) -> list[str]:

@@ -1,11 +1,10 @@
-"""A graph cut into parts that follow each other, and the parts joined again.
+"""Where compression cuts a graph into parts, and the parts joined again.
 
 Cuts are made behind additions of two activations, where a block adds its residual: such a sum
-stays in float, so that quantizing part by part quantizes what quantizing the whole does. A part is
-what the end of its block depends on and no earlier part holds. A value that crosses is an output
-of the part that makes it and an input of those that read it. Shapes cross too: OpenVINO's export
-computes one for all blocks of a size, and in Stable Diffusion XL's UNet the way up reads those of
-the way down.
+stays in float, so that quantizing part by part quantizes what quantizing the whole does. A part, a
+stage of `sdvino.graph.cut`, is what the end of its block depends on and no earlier part holds.
+Shapes cross too: OpenVINO's export computes one for all blocks of a size, and in Stable Diffusion
+XL's UNet the way up reads those of the way down.
 """
 
 from __future__ import annotations
@@ -19,11 +18,9 @@ import numpy as np
 import openvino as ov
 from numpy.typing import NDArray
 
-from sdvino.compress.layers import PRODUCTS, is_constant
-from sdvino.graph.walk import reshape_static
-
-#: A value of a graph: the name of the operation that makes it, and which of its outputs.
-Value = tuple[str, int]
+from sdvino.compress.layers import PRODUCTS
+from sdvino.graph.cut import Ports, Stages, result_name
+from sdvino.graph.walk import is_constant, reshape_static
 
 _FLOATS = ("f32", "f16", "bf16")
 #: A shape that a later block takes from an earlier one: up to this many numbers.
@@ -43,83 +40,27 @@ _CLOSE_FROM = 0.5
 _SHARED = 0.1
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
-    """One part of a graph, as a model of its own."""
+def cut_at_ends(model: ov.Model, ends: Sequence[str]) -> Stages:
+    """Cut ``model`` at the operations ``ends``: one at the end of every part but the last.
 
-    #: Its inputs are those of the graph that it reads, by their own names, and ``crossing``.
-    model: ov.Model
-    #: Name of an input -> the value of an earlier part that it stands for.
-    crossing: Mapping[str, Value]
-    #: What its outputs are, in order.
-    given: tuple[Value, ...]
-
-
-class Cuts:
-    """A graph, cut at the operations ``ends``: one at the end of every part but the last."""
-
-    def __init__(self, model: ov.Model, ends: Sequence[str]) -> None:
-        """``ends`` are names of operations of ``model``, each computed from the one before."""
-        self._graph = _Graph(model)
-        self._ends = len(ends)
-        #: Operation -> its part.
-        self._part: dict[int, int] = {}
-        for index, end in enumerate(ends):
-            for operation in self._graph.behind(self._graph.index[end]):
-                self._part.setdefault(operation, index)
-        for operation in self._graph.shared_readers():
-            self._part[operation] = 0
-
-    def extract(self, part: int) -> Part:
-        """Return one part of the graph. The graph is taken apart by it: it only has parts now."""
-        graph = self._graph
-        inside = [i for i in range(len(graph.ops)) if self._where(i) == part]
-        crossing: dict[str, Value] = {}
-        inputs: dict[Value, Any] = {}
-        own: dict[str, Any] = {}
-        for i in inside:
-            for port, (j, output) in zip(graph.ops[i].inputs(), graph.reads[i], strict=True):
-                value = (graph.names[j], output)
-                if graph.kinds[j] == "Parameter":
-                    own[graph.names[j]] = graph.ops[j]
-                elif -1 < self._where(j) < part:
-                    if value not in inputs:
-                        name = f"crossing.{part}.{len(inputs)}"
-                        inputs[value] = _parameter(port.get_source_output(), name)
-                        crossing[name] = value
-                    port.replace_source_output(inputs[value].output(0))
-        given = tuple(self._given(part))
-        outputs = [graph.ops[graph.index[name]].output(port) for name, port in given]
-        # A copy: what was cut off would still be found behind these operations.
-        model = ov.Model(outputs, [*own.values(), *inputs.values()]).clone()
-        return Part(model, crossing, given)
-
-    def last_reader(self) -> dict[Value, int]:
-        """Return for each value that crosses the last part that reads it."""
-        graph = self._graph
-        found: dict[Value, int] = {}
-        for i in range(len(graph.ops)):
-            for j, port in graph.reads[i]:
-                if self._where(i) > self._where(j) > -1:
-                    value = (graph.names[j], port)
-                    found[value] = max(found.get(value, 0), self._where(i))
-        return found
-
-    def _given(self, part: int) -> Iterator[Value]:
-        """Give each value of ``part`` that later parts read, or that is an output of the graph."""
-        graph = self._graph
-        seen = set()
-        for i in range(len(graph.ops)):
-            if self._where(i) > part or graph.kinds[i] == "Result":
-                for j, port in graph.reads[i]:
-                    if self._where(j) == part and (j, port) not in seen:
-                        seen.add((j, port))
-                        yield graph.names[j], port
-
-    def _where(self, i: int) -> int:
-        """Return the part of an operation; -1 for constants and inputs, which belong to any."""
-        graph = self._graph
-        return -1 if i in graph.given else self._part.get(i, self._ends)
+    ``ends`` are names of operations, each computed from the one before.
+    """
+    if not ends:
+        return dict.fromkeys(model.get_ops(), 0)
+    graph = _Graph(model)
+    part: dict[int, int] = {}
+    for index, end in enumerate(ends):
+        for i in graph.behind(graph.index[end]):
+            part.setdefault(i, index)
+    part |= dict.fromkeys(graph.shared_readers(), 0)
+    for i, kind in enumerate(graph.kinds):
+        if kind == "Result":
+            part[i] = part.get(graph.reads[i][0][0], len(ends))
+    return {
+        operation: part.get(i, len(ends))
+        for i, operation in enumerate(graph.ops)
+        if i not in graph.given
+    }
 
 
 def choose_ends(model: ov.Model, inputs: Mapping[str, NDArray[Any]], limit: int) -> tuple[str, ...]:
@@ -182,32 +123,32 @@ class Joiner:
     def __init__(self, whole: ov.Model) -> None:
         """``whole`` is the graph as it was before it was cut; it is consumed."""
         self._whole = whole
-        self._values: dict[Value, Any] = {}
+        self._values: dict[str, Any] = {}
         self._names: Counter[str] = Counter()
 
-    def add(self, part: Part) -> None:
-        """Connect a part that has been changed inside since it was extracted."""
-        for operation in part.model.get_ops():
+    def add(self, part: ov.Model, ports: Ports) -> None:
+        """Connect a part that has been changed inside since it was cut off."""
+        for operation in part.get_ops():
             name = operation.get_friendly_name()
             self._names[name] += 1
             if self._names[name] > 1 and operation.get_type_name() not in ("Parameter", "Result"):
                 operation.set_friendly_name(f"{name}.{self._names[name]}")
-        for parameter in part.model.get_parameters():
+        for parameter in part.get_parameters():
             name = parameter.output(0).get_any_name()
-            if name in part.crossing:
-                source = self._values[part.crossing[name]]
+            if name in ports.taken:
+                source = self._values[name]
             else:
                 source = self._whole.input(name).get_node().output(0)
             for port in parameter.output(0).get_target_inputs():
                 port.replace_source_output(source)
-        for value, result in zip(part.given, part.model.get_results(), strict=True):
-            self._values[value] = result.input(0).get_source_output()
+        for name, result in zip(ports.given, part.get_results(), strict=True):
+            self._values[name] = result.input(0).get_source_output()
 
     def finish(self) -> ov.Model:
         """Return the whole, computing as the parts do."""
-        for result in self._whole.get_results():
+        for index, result in enumerate(self._whole.get_results()):
             old = result.input(0).get_source_output()
-            new = self._values[old.get_node().get_friendly_name(), old.get_index()]
+            new = self._values[result_name(index)]
             new.get_tensor().add_names(old.get_names())
             result.input(0).replace_source_output(new)
         self._whole.validate_nodes_and_infer_types()
@@ -321,10 +262,3 @@ def _bytes(value: Any) -> int:
     """Return the bytes of a tensor in float32."""
     shape = value.get_partial_shape()
     return 0 if shape.is_dynamic else 4 * int(np.prod(shape.to_shape()))
-
-
-def _parameter(value: Any, name: str) -> Any:
-    parameter = ov.op.Parameter(value.get_element_type(), value.get_partial_shape())
-    parameter.set_friendly_name(name)
-    parameter.output(0).get_tensor().set_names({name})
-    return parameter

@@ -17,8 +17,9 @@ import openvino as ov
 
 from sdvino.compress.bias_correction import constant_value, smoothing
 from sdvino.compress.quiet import quiet
-from sdvino.compress.statistics import Array, Channels, Statistics, Value, value_of
+from sdvino.compress.statistics import Array, Channels, Statistics, value_of
 from sdvino.errors import SdvinoError
+from sdvino.graph.cut import Value
 from sdvino.graph.walk import by_name, consumers
 
 #: What hands values on as they are, or some of them.

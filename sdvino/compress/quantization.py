@@ -33,13 +33,13 @@ from sdvino.compress.layers import (
     operations,
     residual_sources,
 )
-from sdvino.compress.parts import Value, choose_ends
+from sdvino.compress.parts import choose_ends
 from sdvino.compress.post_training import apply_nncf
 from sdvino.compress.quiet import quiet
 from sdvino.compress.statistics import Recorder, Statistics, fix_shapes
 from sdvino.compress.stepwise import (
     PART_BYTES,
-    PartedModel,
+    Evaluator,
     Progress,
     Sample,
     compress_in_parts,
@@ -47,6 +47,7 @@ from sdvino.compress.stepwise import (
 from sdvino.compress.targets import Target
 from sdvino.compress.weight_coding import Coding
 from sdvino.compress.weight_graph import put_encoded, weight_layers
+from sdvino.graph.cut import Value
 from sdvino.graph.upsampling import split_upsampling
 from sdvino.graph.walk import by_name
 
@@ -147,9 +148,9 @@ def measure(
     """
     fix_shapes(model, samples[0])
     recorder = Recorder(path)
-    parted = PartedModel(model, choose_ends(model, samples[0], part_bytes), recorder=recorder)
+    evaluator = Evaluator(model, choose_ends(model, samples[0], part_bytes), recorder=recorder)
     with tempfile.TemporaryDirectory(prefix="flow-", dir=path.parent) as folder:
-        parted.evaluate(samples, Path(folder), progress=progress)
+        evaluator.evaluate(samples, Path(folder), progress=progress)
     return recorder.close()
 
 

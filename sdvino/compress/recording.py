@@ -33,11 +33,7 @@ class Tap:
 
     def infer(self, inputs: Arrays) -> Arrays:
         """Run the component; see `sdvino.runtime.component.Component.infer`."""
-        outputs = self.component.infer(inputs)
-        if self.open:
-            kept = {name: np.array(value) for name, value in inputs.items()}
-            self.calls.append(Call(kept, floats(outputs)))
-        return outputs
+        return self.infer_each([inputs])[0]
 
     def infer_each(self, inputs: Sequence[Arrays], *, together: bool = False) -> list[Arrays]:
         """Run the component once for each of ``inputs``, and write that down."""

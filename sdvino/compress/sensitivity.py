@@ -14,12 +14,14 @@ import openvino as ov
 from numpy.typing import NDArray
 
 from sdvino.compress.float_layers import compressed_layers, group_layers, operation_names, restored
+from sdvino.compress.stepwise import Graph
 from sdvino.errors import SdvinoError
+from sdvino.graph.cut import cut_by_weight, split
 from sdvino.graph.saving import read_ir
-from sdvino.graph.segments import cut_by_weight, keep_segment, names_in_pool, segment_count
 from sdvino.graph.upsampling import split_like
 from sdvino.graph.walk import freeze_shapes
 from sdvino.runtime.memory_plan import LOW_MEMORY_PIECES
+from sdvino.runtime.network import Network, Pool
 from sdvino.weights.numbers import mean_relative_error
 
 Sample = Mapping[str, NDArray[Any]]
@@ -29,6 +31,7 @@ _FEWEST_GROUPS = 4
 _COPIES = 4
 #: Compressed products would else round what they read, by a rule of the plugin's own.
 _EXACT = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
+_OUTPUT = "compared"
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,29 +123,13 @@ def run_model(
     ports = {name: port for port in fixed.inputs for name in port.get_names()}
     fixed.reshape({ports[name]: list(value.shape) for name, value in samples[0].items()})
     types = {name: port.get_element_type().to_dtype() for name, port in ports.items()}
-    typed = [{k: value.astype(types[k]) for k, value in sample.items()} for sample in samples]
+    fixed.outputs[0].get_tensor().add_names({_OUTPUT})
+    stages = [fixed]
     if pieces > 1:
-        return _run_in_pieces(fixed, typed, pieces)
-    run = ov.Core().compile_model(fixed, "CPU", _EXACT)
-    return [np.array(run(sample)[0]) for sample in typed]
-
-
-def _run_in_pieces(
-    model: ov.Model, samples: Sequence[Sample], pieces: int
-) -> list[NDArray[np.float32]]:
-    """Return the first output of ``model``, of fixed shapes, for each of ``samples``."""
-    freeze_shapes(model)
-    output = "result"
-    model.output(0).get_tensor().add_names({output})
-    pools = [dict(sample) for sample in samples]
-    for number in range(segment_count(cut_by_weight(model, pieces))):
-        piece = model.clone()
-        keep_segment(piece, cut_by_weight(piece, pieces), number)
-        run = ov.Core().compile_model(piece, "CPU", _EXACT)
-        wanted = names_in_pool((port.get_names() for port in run.inputs), pools[0])
-        for pool in pools:
-            results = run({name: pool[name] for name in wanted})
-            for port in run.outputs:
-                value = np.array(results[port])
-                pool.update(dict.fromkeys(port.get_names(), value))
-    return [pool[output] for pool in pools]
+        freeze_shapes(fixed)
+        stages = [piece for piece, _ in split(fixed, lambda whole: cut_by_weight(whole, pieces))]
+    pools: list[Pool] = [
+        {name: value.astype(types[name]) for name, value in sample.items()} for sample in samples
+    ]
+    Network([Graph(stage, _EXACT) for stage in stages], in_turn=True).run(pools)
+    return [pool[_OUTPUT] for pool in pools]

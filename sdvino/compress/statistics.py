@@ -19,15 +19,15 @@ import openvino as ov
 from numpy.typing import NDArray
 from openvino import opset13 as ops
 
-from sdvino.compress.layers import CONVOLUTIONS, is_constant
+from sdvino.compress.layers import CONVOLUTIONS
 from sdvino.errors import SdvinoError
+from sdvino.graph.cut import Value
 from sdvino.graph.protocol import find_input
-from sdvino.graph.walk import freeze_shapes
+from sdvino.graph.walk import freeze_shapes, is_constant
 
 Array = NDArray[np.float32]
-#: A value of a graph: the name of the operation that makes it, and which of its outputs.
-Value = tuple[str, int]
-
+#: The output that holds them.
+STATISTICS = "statistics"
 #: Least, greatest and mean value.
 _KINDS = 3
 #: Products of activations, and what NNCF quantizes in front of: one range for all channels.
@@ -120,7 +120,7 @@ def read_by_products(model: ov.Model) -> dict[ov.Output, int | None]:
 def add_statistics(
     model: ov.Model, crossing: Mapping[str, Value], known: Iterable[Point]
 ) -> list[Point]:
-    """Give ``model`` an output of the statistics of what its products read.
+    """Give ``model`` an output `STATISTICS` of what its products read is like.
 
     It is the last one, [3 x channels]: of one point after the other the least values, the greatest
     and the means. ``crossing`` says which values its inputs stand for. Returns the points; those
@@ -149,6 +149,7 @@ def add_statistics(
         ]
     if points:
         together: Any = ops.concat(measured, 0)
+        together.output(0).set_names({STATISTICS})
         model.add_results([ops.result(together)])
         model.validate_nodes_and_infer_types()
     return points

@@ -7,7 +7,8 @@ its parts only follow each other.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections import Counter, UserDict
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,15 @@ import numpy as np
 import openvino as ov
 from numpy.typing import NDArray
 
-from sdvino.compress.parts import Cuts, Joiner, Part, Value
-from sdvino.compress.statistics import Point, Recorder, add_statistics
+from sdvino.compress.parts import Joiner, cut_at_ends
+from sdvino.compress.statistics import STATISTICS, Recorder, add_statistics
+from sdvino.graph.cut import Ports, Value, keep_stage, split
 from sdvino.graph.saving import read_ir
 from sdvino.runtime.memory import return_memory
+from sdvino.runtime.network import Network
 
-Sample = Mapping[str, NDArray[Any]]
+Array = NDArray[Any]
+Sample = Mapping[str, Array]
 Progress = Callable[[float], None]
 #: Compresses a part of a model, whose inputs stand for these values of the whole.
 Compress = Callable[[ov.Model, Mapping[str, Value]], ov.Model]
@@ -29,6 +33,8 @@ Compress = Callable[[ov.Model, Mapping[str, Value]], ov.Model]
 #: take less and cost more time.
 PART_BYTES = 2_500_000_000
 _EXACT: Mapping[str, Any] = {"INFERENCE_PRECISION_HINT": "f32"}
+#: The last output of a model that is evaluated.
+_OUTPUT = "evaluated"
 
 
 def compress_in_parts(
@@ -43,24 +49,24 @@ def compress_in_parts(
     ``ends`` are those of `sdvino.compress.parts.choose_ends`; ``folder`` is empty, and holds the
     finished parts meanwhile.
     """
-    ports: list[tuple[Mapping[str, Value], tuple[Value, ...]]] = []
+    joined: list[Ports] = []
     for index in range(len(ends) + 1):
-        part = Cuts(read(), ends).extract(index)
-        model = compress(part.model, part.crossing)
-        ov.save_model(model, _xml(folder, index), compress_to_fp16=True)
-        ports.append((part.crossing, part.given))
-        del part, model
+        part = read()
+        joined.append(keep_stage(part, cut_at_ends(part, ends), index))
+        part = compress(part, joined[-1].taken)
+        ov.save_model(part, _xml(folder, index), compress_to_fp16=True)
+        del part
         gc.collect()
         return_memory()
         progress((index + 1) / (len(ends) + 1))
     joiner = Joiner(read())
-    for index, (crossing, given) in enumerate(ports):
-        joiner.add(Part(read_ir(_xml(folder, index)), crossing, given))
+    for index, ports in enumerate(joined):
+        joiner.add(read_ir(_xml(folder, index)), ports)
     return joiner.finish()
 
 
-class PartedModel:
-    """A float model of which one part at a time is compiled; evaluated on many inputs at once."""
+class Evaluator:
+    """A float model evaluated on many inputs at once; of its parts one at a time is compiled."""
 
     def __init__(
         self,
@@ -75,17 +81,15 @@ class PartedModel:
         ``properties`` are OpenVINO's. With a ``recorder``, whose shapes are static, evaluations
         tell what they are like. ``model`` is consumed.
         """
-        cuts = Cuts(model, ends)
-        self._readers = cuts.last_reader()
-        self._parts = [cuts.extract(index) for index in range(len(ends) + 1)]
-        self._properties = dict(properties)
+        model.outputs[-1].get_tensor().add_names({_OUTPUT})
+        parts = split(model, lambda whole: cut_at_ends(whole, ends))
         self._recorder = recorder
-        self._points: list[list[Point]] = []
-        self._whole: ov.InferRequest | None = None
         if recorder is not None:
-            for part in self._parts:
-                self._points.append(add_statistics(part.model, part.crossing, recorder.points))
-                recorder.points += self._points[-1]
+            for part, ports in parts:
+                recorder.points += add_statistics(part, ports.taken, recorder.points)
+        #: How many parts read what crosses.
+        self._readers = Counter(name for _, ports in parts for name in ports.taken)
+        self._network = Network([Graph(part, properties) for part, _ in parts], in_turn=True)
 
     def evaluate(
         self,
@@ -93,93 +97,92 @@ class PartedModel:
         folder: Path,
         recorded: Collection[int] | None = None,
         progress: Progress = lambda share: None,
-    ) -> list[NDArray[Any]]:
+    ) -> list[Array]:
         """Return the model's last output for each of ``samples``.
 
         ``folder`` holds what flows between the parts meanwhile. ``recorded`` are the numbers of the
         samples that the recorder keeps the statistics of; None: all.
         """
         kept = range(len(samples)) if recorded is None else sorted(recorded)
-        rows: dict[int, Any] = {}
+        rows: dict[int, Array] = {}
         if self._recorder is not None and kept and self._recorder.points:
             rows = dict(zip(kept, self._recorder.rows(len(kept)), strict=True))
-        flow = _Flow(folder)
-        results: list[NDArray[Any]] = []
-        for index, part in enumerate(self._parts):
-            request = self._request(part)
-            inputs = _Inputs(part, samples, flow)
-            for sample in range(len(samples)):
-                request.infer(dict(inputs[sample]), share_inputs=True)
-                for output, value in enumerate(part.given):
-                    if value in self._readers:
-                        flow.put(value, sample, request.get_output_tensor(output).data)
-                if index + 1 == len(self._parts):
-                    output = len(part.given) - 1
-                    results.append(np.array(request.get_output_tensor(output).data))
-                if sample in rows and self._points[index]:
-                    measured = request.get_output_tensor(len(part.given)).data
-                    start = 3 * self._points[index][0].start
-                    rows[sample][start : start + len(measured)] = measured
-                progress((index + (sample + 1) / len(samples)) / len(self._parts))
-            flow.drop(value for value, reader in self._readers.items() if reader == index)
-            del request  # before the next part is compiled
-            return_memory()
-        return results
-
-    def _request(self, part: Part) -> ov.InferRequest:
-        """Return what evaluates ``part``; of a whole model it is kept."""
-        if self._whole is not None:
-            return self._whole
-        request = (
-            ov.Core().compile_model(part.model, "CPU", self._properties).create_infer_request()
-        )
-        if len(self._parts) == 1:
-            self._whole = request
-        return request
+        pools = [
+            _Pool(sample, folder / str(number), self._readers, rows.get(number))
+            for number, sample in enumerate(samples)
+        ]
+        self._network.run(pools, progress=progress)
+        return [pool[_OUTPUT] for pool in pools]
 
 
-class _Flow:
-    """The values that flow from part to part, for each calibration input a file."""
+class Graph:
+    """A graph in memory that is compiled for the CPU when it runs; a `runtime.network.Stage`."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._numbers: dict[Value, int] = {}
-        self._samples = 0
+    def __init__(self, model: ov.Model, properties: Mapping[str, Any]) -> None:
+        self.input_names = [frozenset(port.get_names()) for port in model.inputs]
+        self._model = model
+        self._properties = dict(properties)
+        self._request: ov.InferRequest | None = None
 
-    def put(self, value: Value, sample: int, array: NDArray[Any]) -> None:
-        self._numbers.setdefault(value, len(self._numbers))
-        self._samples = max(self._samples, sample + 1)
-        np.save(self._file(value, sample), array)
+    def infer(self, inputs: Sample) -> dict[str, Array]:
+        """Return the outputs by name: views that the next call writes again."""
+        if self._request is None:
+            compiled = ov.Core().compile_model(self._model, "CPU", self._properties)
+            self._request = compiled.create_infer_request()
+        self._request.infer(dict(inputs), share_inputs=True)
+        return {
+            name: self._request.get_output_tensor(index).data
+            for index, port in enumerate(self._model.outputs)
+            for name in port.get_names()
+        }
 
-    def get(self, value: Value, sample: int) -> NDArray[Any]:
-        array: NDArray[Any] = np.load(self._file(value, sample), allow_pickle=False)
+    def infer_each(
+        self, inputs: Sequence[Sample], *, together: bool = False
+    ) -> list[dict[str, Array]]:
+        """Return the outputs for each of ``inputs``, which are run one after the other."""
+        return [
+            {name: np.array(value) for name, value in self.infer(given).items()} for given in inputs
+        ]
+
+    def unload(self) -> None:
+        """Let go of what was compiled."""
+        self._request = None
+
+
+class _Pool(UserDict[str, Array]):
+    """The tensors of one evaluation: what flows between parts is in files, until it was read."""
+
+    def __init__(
+        self, sample: Sample, stem: Path, readers: Mapping[str, int], row: Array | None
+    ) -> None:
+        """Statistics go to the file's ``row``, if there is one; ``stem`` begins files' names."""
+        super().__init__()
+        self.data.update(sample)
+        self._left = dict(readers)
+        self._stem = stem
+        self._row = row
+
+    def __setitem__(self, name: str, array: Array) -> None:
+        if name in self._left:
+            np.save(self._file(name), array)
+            self.data[name] = np.empty(0)  # in its place
+        elif name == _OUTPUT:
+            self.data[name] = array
+        elif name == STATISTICS and self._row is not None:
+            self._row[: len(array)] = array
+            self._row = self._row[len(array) :]
+
+    def __getitem__(self, name: str) -> Array:
+        if name not in self._left:
+            return self.data[name]
+        array: Array = np.load(self._file(name), allow_pickle=False)
+        self._left[name] -= 1
+        if not self._left[name]:
+            self._file(name).unlink()
         return array
 
-    def drop(self, values: Iterable[Value]) -> None:
-        """Remove ``values``: nothing reads them any more."""
-        for value in values:
-            for sample in range(self._samples):
-                self._file(value, sample).unlink(missing_ok=True)
-
-    def _file(self, value: Value, sample: int) -> Path:
-        return self._folder / f"value-{self._numbers[value]}-{sample}.npy"
-
-
-class _Inputs(Sequence[Sample]):
-    """The inputs of one part: those of the whole that it reads, and what crosses into it."""
-
-    def __init__(self, part: Part, samples: Sequence[Sample], flow: _Flow) -> None:
-        self._samples, self._flow, self._crossing = samples, flow, part.crossing
-        names = [port.get_names() for port in part.model.inputs]
-        self._own = [name for name in samples[0] if any(name in found for found in names)]
-
-    def __len__(self) -> int:
-        return len(self._samples)
-
-    def __getitem__(self, index: Any) -> Any:
-        sample = {name: self._samples[index][name] for name in self._own}
-        crossing = {name: self._flow.get(value, index) for name, value in self._crossing.items()}
-        return sample | crossing
+    def _file(self, name: str) -> Path:
+        return self._stem.with_name(f"{self._stem.name}-{name}.npy")
 
 
 def _xml(folder: Path, index: int) -> Path:

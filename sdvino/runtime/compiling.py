@@ -1,16 +1,14 @@
 """A graph's files become a compiled model: read, edited and compiled, or as the cache keeps it.
 
-An edit that can say what it does (a `functools.partial` of a function of sdvino) has the fastest
-second start: what it made is known by the files, the edit and the program, so the graph is neither
-read nor edited again, and OpenVINO imports the blob. Any other edit is made again, and OpenVINO
-looks for its blob by a hash of the edited graph, all its weights included.
+An `sdvino.graph.edit.Edit` has the fastest second start: what it made is known by the files, the
+edit and the code that makes it, so the graph is neither read nor edited again, and OpenVINO imports
+the blob. Any other function is run again, and OpenVINO looks for its blob by a hash of the edited
+graph, all its weights included.
 """
 
 from __future__ import annotations
 
 import ctypes
-import functools
-import hashlib
 import logging
 import mmap
 import os
@@ -23,13 +21,22 @@ from typing import Any
 import openvino as ov
 from numpy import frombuffer, uint8
 
+from sdvino.graph.edit import Edit
+from sdvino.graph.prepare import prepare_for_hardware
+from sdvino.inputs.digests import digest_of
 from sdvino.runtime.cache import cache_key
 from sdvino.runtime.mapped import pages_dropped
-from sdvino.runtime.properties import DeviceFacts
+from sdvino.runtime.properties import (
+    DeviceFacts,
+    convolves_linears,
+    cpus_alone,
+    norms_by_channel,
+)
+from sdvino.settings import DeviceSettings
 
 _log = logging.getLogger("sdvino")
-#: Changes a graph in place before it is compiled.
-Edit = Callable[[ov.Model], object]
+#: Changes a graph in place before it is compiled: an `Edit`, or what is not known again.
+Change = Callable[[ov.Model], object]
 #: Devices that take blobs without weights.
 _WEIGHTLESS = ("CPU", "GPU", "AUTO", "HETERO")
 #: The line before a model in OpenVINO's cache is not longer, and says how the model is padded.
@@ -37,7 +44,6 @@ _HEADER_BYTES = 4096
 _PADDED = re.compile(rb'header_size_alignment="[^0"]')
 #: A blob without weights has some 10 MB.
 _COPIED_BYTES = 64 * 2**20
-_PACKAGE = Path(__file__).resolve().parent.parent
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,46 +102,48 @@ class Compiler:
         return pages_dropped(mapped if tuple(self.facts) == ("CPU",) else [])
 
 
-def key_of_files(
-    files: Sequence[str],
-    edit: Edit | None,
-    more: object,
-    device: str,
-    properties: Mapping[str, Any],
+def rewrite_for(
+    component: str,
+    settings: DeviceSettings,
+    precision: str | None,
     facts: Mapping[str, DeviceFacts],
-) -> str | None:
-    """Return a key for what ``edit`` makes of these files on the device CPU, the graph unread.
+) -> Edit:
+    """Return what makes of a graph the one that runs fastest where ``facts`` are of; exact.
 
-    ``files`` are the SHA-256 of graph and weights, ``more`` what else decides on the compiled
-    model. None where the edit does not say what it does, and for other devices, AUTO and HETERO
-    among them.
+    ``component`` is what the graph is of, ``precision`` what its floats are computed in.
     """
-    said = _said_of(edit)
-    if said is None or device != "CPU":
-        return None
-    return cache_key(
-        ov.get_version(),
-        program_digest(),
-        list(files),
-        said,
-        more,
-        sorted(properties.items()),
-        [_kind_of(entry) for entry in facts.values()],
+    return Edit.of(
+        prepare_for_hardware,
+        convolutions=convolves_linears(settings, facts),
+        biases=cpus_alone(facts),
+        channels=norms_by_channel(component, precision, facts),
     )
 
 
-def _said_of(edit: Edit | None) -> str | None:
-    """Return what ``edit`` is and is given; None where that cannot be told from another's."""
-    if edit is None:
-        return ""
-    if not isinstance(edit, functools.partial):
+def key_of_files(
+    files: Sequence[str],
+    changes: Sequence[Change],
+    device: str,
+    properties: Mapping[str, Any],
+    facts: Mapping[str, DeviceFacts],
+    known: Path | None = None,
+) -> str | None:
+    """Return a key for what ``changes`` make of these files on the device CPU, the graph unread.
+
+    ``files`` are the SHA-256 of graph and weights; ``known`` keeps those of files that an edit
+    reads between runs (see `sdvino.inputs.digests`). None where a change is no `Edit`, and for
+    other devices, AUTO and HETERO among them.
+    """
+    edits = [change for change in changes if isinstance(change, Edit)]
+    if len(edits) < len(changes) or device != "CPU":
         return None
-    name = f"{edit.func.__module__}.{edit.func.__qualname__}"
-    said = repr((name, edit.args, sorted(edit.keywords.items())))
-    # `program_digest` covers sdvino's functions alone. One within another, and an object known by
-    # its address, are other ones every time.
-    own = name.startswith("sdvino.") and "<" not in name
-    return said if own and " at 0x" not in said else None
+    return cache_key(
+        ov.get_version(),
+        list(files),
+        [edit.key(lambda path: digest_of(path, known)) for edit in edits],
+        sorted(properties.items()),
+        [_kind_of(entry) for entry in facts.values()],
+    )
 
 
 def _kind_of(facts: DeviceFacts) -> object:
@@ -143,17 +151,6 @@ def _kind_of(facts: DeviceFacts) -> object:
     cpu = facts.cpu
     known = None if cpu is None else (cpu.vendor, sorted(cpu.flags), cpu.limited)
     return sorted(facts.capabilities), facts.amx, known
-
-
-@functools.cache
-def program_digest() -> str:
-    """Return a digest of sdvino's own code: an edit of the same name may do other things in it."""
-    digest = hashlib.sha256()
-    for path in sorted(_PACKAGE.rglob("*.py")):
-        content = path.read_bytes()
-        digest.update(f"{path.relative_to(_PACKAGE).as_posix()} {len(content)} ".encode())
-        digest.update(content)
-    return digest.hexdigest()
 
 
 def _mapped(blob: Path) -> ov.Tensor | None:

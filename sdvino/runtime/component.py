@@ -18,7 +18,7 @@ from sdvino.graph.walk import check_folding
 from sdvino.inputs.digests import digest_of, wrong_file
 from sdvino.inputs.ir import quantizes_activations, read_xml
 from sdvino.runtime.cache import CompiledCache, default_cache_dir, graph_key
-from sdvino.runtime.compiling import Compiler, Edit, key_of_files
+from sdvino.runtime.compiling import Change, Compiler, key_of_files, rewrite_for
 from sdvino.runtime.core import device_facts, shared_core, short_reason
 from sdvino.runtime.properties import (
     compile_properties,
@@ -27,7 +27,6 @@ from sdvino.runtime.properties import (
     precision_in,
 )
 from sdvino.runtime.remote import DeviceArray
-from sdvino.runtime.rewrites import rewrite_for
 from sdvino.settings import DeviceSettings
 
 Array = NDArray[Any]
@@ -64,14 +63,14 @@ class Component:
         settings: DeviceSettings | None = None,
         *,
         core: ov.Core | None = None,
-        prepare: Edit | None = None,
+        prepare: Change | None = None,
         keep_graph: bool = False,
         sha256: Mapping[str, str] | None = None,
     ) -> None:
         """Describe the component; nothing is read before `load`.
 
-        ``prepare`` edits the graph in memory before it is compiled (see sdvino.graph); one that
-        says what it does loads fastest from the cache (see sdvino.runtime.compiling).
+        ``prepare`` changes the graph in memory before it is compiled; an `sdvino.graph.edit.Edit`
+        loads fastest from the cache (see sdvino.runtime.compiling).
         ``keep_graph`` is for what is loaded often: the edited graph stays after `unload`, without
         its weights, which are a mapped file. ``sha256`` is what the files should be, by name, where
         that is known: others are refused.
@@ -313,10 +312,12 @@ class Component:
         self._hardware = tuple(facts)
         self._precision = precision_in(properties)
 
+        rewrite = rewrite_for(self.name, self.settings, self._precision, facts)
+
         @functools.cache
         def read() -> ov.Model:
             model = self._read(core)
-            rewrite_for(model, self.name, self.settings, self._precision, facts)
+            rewrite(model)
             return model
 
         weights = self.xml_path.with_suffix(".bin")
@@ -336,10 +337,11 @@ class Component:
             if root is None:
                 self._digests(xml, None)
                 return compiler.by_openvino(None)
-            digests = self._digests(xml, root / "digests")
+            known = root / "digests"
+            digests = self._digests(xml, known)
             cache = CompiledCache(root, self.settings.cache_limit_bytes)
-            known_by = (self.name, self.settings.linear_kernel)
-            key = key_of_files(digests, self._prepare, known_by, device, properties, facts)
+            changes: list[Change] = [rewrite] if self._prepare is None else [self._prepare, rewrite]
+            key = key_of_files(digests, changes, device, properties, facts, known)
             if key is not None:
                 return cache.compile(key, compiler.by_key)
             key = graph_key(read(), digests, device, properties)

@@ -9,11 +9,11 @@ from typing import Any
 import openvino as ov
 
 from sdvino.errors import DeviceError
+from sdvino.runtime.compiling import rewrite_for
 from sdvino.runtime.core import device_facts, shared_core
 from sdvino.runtime.defaults import cpu_defaults
 from sdvino.runtime.memory import MemoryStatus, memory_status
 from sdvino.runtime.profile import Profile, ProfileStore, machine_name
-from sdvino.runtime.rewrites import rewrites_for
 from sdvino.runtime.topology import CpuReport, read_cpu
 from sdvino.settings import DeviceSettings
 
@@ -27,6 +27,12 @@ _FACTS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "NPU_DEVICE_TOTAL_MEM_SIZE": ("memory it can reach", lambda size: f"{int(size) / 1e9:.1f} GB"),
     "NPU_DRIVER_VERSION": ("driver", str),
     "NPU_COMPILER_VERSION": ("compiler", str),
+}
+#: Argument of `sdvino.graph.prepare.prepare_for_hardware` -> what it does.
+_REWRITES = {
+    "convolutions": "8-bit linears as convolutions",
+    "biases": "zero points in biases",
+    "channels": "group norms by channel",
 }
 _PRECISIONS = {"FP32": "f32", "FP16": "f16", "BF16": "bf16", "INT8": "int8"}
 
@@ -139,9 +145,10 @@ def _defaults(core: ov.Core, device: str) -> dict[str, str]:
             found[title] = f"{chosen.precision} ({chosen.why})"
     for title, component in (("UNet", "unet"), ("VAE", "vae_decoder")):
         precision = facts.precision_for(device, component, eight_bits=True).precision
-        rewrites = rewrites_for(component, DeviceSettings(), precision, {device: facts})
-        if rewrites:
-            found[f"rewrites of the {title}"] = ", ".join(rewrites)
+        rewrite = rewrite_for(component, DeviceSettings(), precision, {device: facts})
+        made = [what for name, what in _REWRITES.items() if rewrite.arguments[name]]
+        if made:
+            found[f"rewrites of the {title}"] = ", ".join(made)
     return found
 
 

@@ -1,45 +1,54 @@
-"""The UNet as the denoising loop asks it: in one graph or in segments, for one prompt or two."""
+"""A network as the denoising loop asks it: stages, run in turn over named tensors.
+
+A pool holds all tensors of one prediction by name: what it begins with, and what the stages give. A
+stage reads from it what its inputs are called. One whole graph is a network, and so are the stages
+that step caching leaves one out of, and the pieces of which one at a time is in memory.
+"""
 
 from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import numpy as np
-import openvino as ov
 from numpy.typing import NDArray
 
 from sdvino.errors import ModelFolderError
-from sdvino.families import TIME_IDS
-from sdvino.folder.index import ModelFolder
-from sdvino.graph.geglu import split_projections
-from sdvino.graph.scales import fold_scales
-from sdvino.graph.segments import (
-    DEEP,
-    Segments,
-    cut_at_skip,
-    cut_by_weight,
-    keep_segment,
-    names_in_pool,
-    segment_count,
-)
-from sdvino.graph.text_keys import TEXT, give_text_keys, is_text_key, take_text_keys
-from sdvino.graph.timestep import float_timestep
-from sdvino.graph.tokens import thin_keys
-from sdvino.graph.walk import freeze_shapes, reshape_static
+from sdvino.graph.protocol import InferenceComponent
+from sdvino.graph.text_keys import TEXT, is_text_key
 from sdvino.runtime.component import Component
 from sdvino.runtime.memory import return_memory
 
 Array = NDArray[np.float32]
+Pool = MutableMapping[str, NDArray[Any]]
 #: Prompts whose keys and values are kept: both of a picture, and both of the next.
 KEPT_PROMPTS = 4
+#: What the last stage of a network gives.
+PREDICTION = "out_sample"
+
+
+class Stage(InferenceComponent, Protocol):
+    """A graph that runs: `sdvino.runtime.component.Component` is one, and so is `Network`."""
+
+    @property
+    def input_names(self) -> Sequence[frozenset[str]]:
+        """The names of each input."""
+
+    def infer_each(
+        self, inputs: Sequence[Mapping[str, NDArray[Any]]], *, together: bool = False
+    ) -> Sequence[Mapping[str, NDArray[Any]]]:
+        """Return the outputs for each of ``inputs``, all valid until the next call."""
+
+    def unload(self) -> None:
+        """Give the memory back; the next run loads again."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class UnetPlan:
-    """How the UNet is made ready and run."""
+class NetworkPlan:
+    """How a network is made ready and run."""
 
     #: Latents in one evaluation.
     batch: int = 1
@@ -49,79 +58,20 @@ class UnetPlan:
     token_downsampling: int = 1
     cache_interval: int = 1
     cache_branch: int = 0
-    #: Segments of equal weights, of which one at a time is in memory; 1: the whole UNet stays.
+    #: Stages of equal weights, of which one at a time is in memory; 1: the whole stays.
     pieces: int = 1
     #: Keys and values of the text are made by a model of their own.
     text_apart: bool = False
 
     @property
-    def graph(self) -> tuple[object, ...]:
-        """What of the plan tells compiled graphs apart."""
-        branch = self.cache_branch if self.caches else None
-        apart = self.text_apart
-        return self.batch, self.streams, self.token_downsampling, branch, self.pieces, apart
-
-    @property
     def caches(self) -> bool:
-        """Whether the deep segment is left out at some steps."""
+        """Whether the deep stage is left out at some steps."""
         return self.cache_interval > 1
 
-
-def unet_shapes(
-    folder: ModelFolder, height: int, width: int, batch: int = 1
-) -> dict[str, list[int]]:
-    """Return the shapes of the UNet's inputs, by name, for latents of ``height`` x ``width``."""
-    shapes = {
-        "sample": [batch, folder.in_channels, height, width],
-        "timestep": [1],
-        TEXT: [batch, folder.text_length, folder.cross_attention_dim],
-    }
-    if folder.pooled_width is not None:
-        shapes |= {"text_embeds": [batch, folder.pooled_width], "time_ids": [batch, TIME_IDS]}
-    if folder.guidance_width is not None:
-        shapes["timestep_cond"] = [batch, folder.guidance_width]
-    return shapes
-
-
-def prepare_unet(
-    model: ov.Model, shapes: Mapping[str, Sequence[int]], plan: UnetPlan, segment: int | None
-) -> None:
-    """Rewrite the exported UNet ``model``, in place, for ``plan``, and keep only one segment."""
-    _prepare(model, shapes)
-    if plan.text_apart:
-        take_text_keys(model)
-    if plan.token_downsampling > 1:
-        height, width = shapes["sample"][-2:]
-        thin_keys(model, plan.token_downsampling, (height, width))
-    if segment is not None:
-        keep_segment(model, _segments(model, plan), segment)
-
-
-def prepare_text_keys(model: ov.Model, shapes: Mapping[str, Sequence[int]]) -> None:
-    """Rewrite the exported UNet ``model``, in place, into what it makes of the text alone."""
-    _prepare(model, shapes)
-    give_text_keys(model)
-
-
-def count_segments(model: ov.Model, shapes: Mapping[str, Sequence[int]], plan: UnetPlan) -> int:
-    """Return how many segments `prepare_unet` cuts ``model`` into; rewrites it as that does."""
-    prepare_unet(model, shapes, plan, None)
-    return segment_count(_segments(model, plan))
-
-
-def _prepare(model: ov.Model, shapes: Mapping[str, Sequence[int]]) -> None:
-    """Make the exact rewrites that both parts of a UNet share, so that their tensors agree."""
-    float_timestep(model)
-    reshape_static(model, shapes)
-    freeze_shapes(model)
-    split_projections(model)
-    fold_scales(model)
-
-
-def _segments(model: ov.Model, plan: UnetPlan) -> Segments:
-    if plan.caches:
-        return cut_at_skip(model, plan.cache_branch)
-    return cut_by_weight(model, plan.pieces)
+    @property
+    def cut(self) -> dict[str, int]:
+        """Where the graph is cut; see `sdvino.graph.prepare.prepare_unet`."""
+        return {"branch": self.cache_branch} if self.caches else {"pieces": self.pieces}
 
 
 class TextKeys:
@@ -153,11 +103,11 @@ class TextKeys:
 
 @dataclass(slots=True)
 class Branch:
-    """One of the predictions of a picture: what the UNet is told, and what is kept of its depth."""
+    """One of the predictions of a picture: what the network is told, and what is used again."""
 
-    #: By input name, float32, of the plan's batch.
+    #: By input name, float32, of the network's batch.
     conditions: Mapping[str, Array]
-    #: Outputs of the deep segment when it last ran.
+    #: Outputs of the stages that may be left out, as they last ran.
     kept: dict[str, Array] = field(default_factory=dict)
 
 
@@ -166,100 +116,132 @@ def both_in_one(cond: Mapping[str, Array], uncond: Mapping[str, Array]) -> dict[
     return {name: np.concatenate([cond[name], uncond[name]]) for name in cond}
 
 
-class Unet:
-    """A UNet for one picture: compiled segments, run in turn.
+class Network:
+    """Stages for one picture, run in turn.
 
-    With step caching the deep one is left out but at every so many steps, what it gave then being
-    used again; all branches of a step do alike. With pieces every segment is loaded, run for all
-    branches, and unloaded.
+    ``together``: each runs on all pools at once. With an ``interval`` above 1 the stages ``reused``
+    run at every so many steps only, what they gave last being used again. ``in_turn``: each stage
+    is loaded, run on all pools, and unloaded, unless it is the only one. A network is a `Stage`
+    itself, with the inputs ``input_names``.
     """
 
-    def __init__(self, segments: Sequence[Component], plan: UnetPlan) -> None:
-        self.plan = plan
-        self._segments = segments
-        self._inputs: dict[int, list[frozenset[str]]] = {}
+    def __init__(
+        self,
+        stages: Sequence[Stage],
+        *,
+        batch: int = 1,
+        together: bool = False,
+        in_turn: bool = False,
+        reused: Collection[int] = (),
+        interval: int = 1,
+        input_names: Iterable[str] = (),
+    ) -> None:
+        self.batch = batch
+        self.input_names = tuple(frozenset({name}) for name in input_names)
+        self._stages = stages
+        self._together = together
+        self._in_turn = in_turn
+        self._reused = reused
+        self._interval = interval
+        #: By stage: what its inputs may be called, and what it gives.
+        self._inputs: dict[int, Sequence[frozenset[str]]] = {}
+        self._given: dict[int, tuple[str, ...]] = {}
         self._timestep = np.empty(1, np.float32)
 
     @property
     def hardware(self) -> tuple[str, ...]:
         """The devices that it may run on; none while it is in pieces, or observed."""
-        first = self._segments[0]
-        stays = self.plan.pieces == 1 and isinstance(first, Component)
-        return first.hardware if stays else ()
+        first = self._stages[0]
+        return first.hardware if isinstance(first, Component) and not self._in_turn else ()
 
     def evaluate(self, x_in: Array, t: float, step: int, branches: Sequence[Branch]) -> list[Array]:
         """Return each branch's raw prediction, float32 [N, C, h, w], for ``x_in`` at ``t``.
 
-        ``step`` counts timesteps from 0: the deep segment runs at every so many of them, and where
-        nothing of it is kept. The arrays are views that the next call writes again.
+        ``step`` counts the steps of the picture from 0. The arrays are views that the next call
+        writes again.
         """
-        fresh = step % self.plan.cache_interval == 0
-        fresh = fresh or not all(branch.kept for branch in branches)
+        fresh = step % self._interval == 0 or not all(branch.kept for branch in branches)
         self._timestep[0] = t
         given = {"sample": x_in, "timestep": self._timestep}
-        pools: list[dict[str, Array]] = [{**given, **branch.conditions} for branch in branches]
-        for number in range(len(self._segments)):
-            deep = self.plan.caches and number == DEEP
-            if deep and not fresh:
-                for pool, branch in zip(pools, branches, strict=True):
-                    pool.update(branch.kept)
-                continue
-            for pool, branch, outputs in zip(
-                pools, branches, self._run(number, pools), strict=True
-            ):
-                pool.update(outputs)
-                if deep:
-                    branch.kept = {name: np.array(value) for name, value in outputs.items()}
-        return _predictions(pools)
+        pools: list[Pool] = [{**given, **branch.conditions} for branch in branches]
+        if not fresh:
+            for pool, branch in zip(pools, branches, strict=True):
+                pool.update(branch.kept)
+        self.run(pools, () if fresh else self._reused)
+        if fresh:
+            names = [name for number in self._reused for name in self._given[number]]
+            for pool, branch in zip(pools, branches, strict=True):
+                branch.kept = {name: np.array(pool[name]) for name in names}
+        return [prediction_of(pool) for pool in pools]
 
-    def _run(self, number: int, pools: Sequence[Mapping[str, Array]]) -> list[dict[str, Array]]:
-        segment = self._segments[number]
-        if number not in self._inputs:
-            self._inputs[number] = list(segment.input_names)
-        wanted = names_in_pool(self._inputs[number], pools[0])
-        results = segment.infer_each(
-            [{name: pool[name] for name in wanted} for pool in pools],
-            together=self.plan.streams > 1,
-        )
-        if self.plan.pieces == 1:
-            return [dict(result) for result in results]
-        copies = [{k: np.array(v) for k, v in result.items()} for result in results]
-        segment.unload()  # with it go the arrays that it gave
-        return_memory()
-        return copies
+    def run(
+        self,
+        pools: Sequence[Pool],
+        left_out: Collection[int] = (),
+        progress: Callable[[float], None] = lambda share: None,
+    ) -> None:
+        """Run the stages on each of ``pools``, but for those ``left_out``.
 
-    def predict_each(self, inputs: Sequence[Mapping[str, Array]]) -> list[Array]:
-        """Return the raw prediction for each of ``inputs``: all that the UNet takes, by name.
-
-        For a UNet in pieces: each is loaded once for all of them.
+        ``progress`` is called with the share done where the stages run in turn.
         """
-        pools = [dict(given) for given in inputs]
-        for number in range(len(self._segments)):
-            for pool, outputs in zip(pools, self._run(number, pools), strict=True):
-                pool.update(outputs)
-        return _predictions(pools)
+        for number, stage in enumerate(self._stages):
+            if number in left_out:
+                continue
+            if number not in self._inputs:
+                self._inputs[number] = list(stage.input_names)
+            wanted = names_in_pool(self._inputs[number], pools[0])
+            if not self._in_turn:
+                results = stage.infer_each(
+                    [{name: pool[name] for name in wanted} for pool in pools],
+                    together=self._together,
+                )
+                for pool, outputs in zip(pools, results, strict=True):
+                    pool.update(outputs)
+                self._given[number] = tuple(results[0])
+                continue
+            for done, pool in enumerate(pools, 1):
+                outputs = stage.infer({name: pool[name] for name in wanted})
+                # With the stage go the arrays that it gave.
+                pool.update({name: np.array(value) for name, value in outputs.items()})
+                progress((number + done / len(pools)) / len(self._stages))
+            if len(self._stages) > 1:
+                stage.unload()
+                return_memory()
 
-
-def _predictions(pools: Sequence[Mapping[str, Array]]) -> list[Array]:
-    if "out_sample" not in pools[0]:
-        raise ModelFolderError("The graph of the unet has no out_sample; get the model again.")
-    return [pool["out_sample"] for pool in pools]
-
-
-class PiecedUnet:
-    """A UNet in pieces, to be asked as one component is: for what observes components."""
-
-    def __init__(self, unet: Unet, names: Iterable[str]) -> None:
-        """``names`` are the inputs of the whole."""
-        self._unet = unet
-        self.input_names = tuple(frozenset({name}) for name in names)
-
-    def infer(self, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
-        """Return the prediction, "out_sample"."""
+    def infer(self, inputs: Mapping[str, NDArray[Any]]) -> Mapping[str, NDArray[Any]]:
+        """Return the prediction for all that the network takes, by name."""
         return self.infer_each([inputs])[0]
 
     def infer_each(
-        self, inputs: Sequence[Mapping[str, Array]], *, together: bool = False
-    ) -> list[Mapping[str, Array]]:
-        """Return the predictions for all of ``inputs``; pieces never run ``together``."""
-        return [{"out_sample": result} for result in self._unet.predict_each(inputs)]
+        self, inputs: Sequence[Mapping[str, NDArray[Any]]], *, together: bool = False
+    ) -> list[Mapping[str, NDArray[Any]]]:
+        """Return the predictions for all of ``inputs``; how they run is the network's own choice.
+
+        In turn each stage is loaded once for all of them.
+        """
+        pools: list[Pool] = [dict(given) for given in inputs]
+        self.run(pools)
+        return [{PREDICTION: prediction_of(pool)} for pool in pools]
+
+    def unload(self) -> None:
+        """Unload the stages."""
+        for stage in self._stages:
+            stage.unload()
+
+
+def prediction_of(pool: Mapping[str, NDArray[Any]]) -> Array:
+    """Return what the network gave; raises ModelFolderError where it gave nothing of the name."""
+    if PREDICTION not in pool:
+        raise ModelFolderError(f"The model gives no {PREDICTION}; get the model again.")
+    return pool[PREDICTION]
+
+
+def names_in_pool(inputs: Iterable[Iterable[str]], pool: Mapping[str, NDArray[Any]]) -> list[str]:
+    """Return for each input of a stage, given by all its names, the one that ``pool`` knows.
+
+    Raises ModelFolderError for an input that nothing gives.
+    """
+    known = [next((name for name in sorted(names) if name in pool), None) for names in inputs]
+    if None in known:
+        raise ModelFolderError("The model has an input that nothing gives; get the model again.")
+    return [name for name in known if name is not None]

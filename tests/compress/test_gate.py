@@ -32,7 +32,7 @@ from sdvino.compress.verdict import Verdict, quality_line
 from sdvino.errors import RequestError
 from sdvino.folder.manifest import Manifest, Suggested
 from sdvino.graph.saving import read_ir, save_ir
-from sdvino.runtime.network import PiecedUnet
+from sdvino.runtime.network import Network
 from tests.conftest import SHAPES
 from tests.tiny_folder import (
     POOLED,
@@ -174,13 +174,13 @@ def test_too_little_memory_is_judged_in_pieces(
 ) -> None:
     folders, whole = sound
     made: list[int] = []
-    pieces = PiecedUnet.infer_each
+    pieces = Network.infer_each
 
-    def count(self: PiecedUnet, inputs: Any, **options: Any) -> Any:
+    def count(self: Network, inputs: Any, **options: Any) -> Any:
         made.append(len(inputs))
         return pieces(self, inputs, **options)
 
-    monkeypatch.setattr(PiecedUnet, "infer_each", count)
+    monkeypatch.setattr(Network, "infer_each", count)
     verdict = folders.judge(max_memory=1)
     assert set(made) == {1, 2}
     assert verdict.passed is True, verdict.failures

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -8,11 +9,12 @@ import pytest
 from openvino import opset13 as ops
 
 from sdvino.compress.component_recipe import ComponentRecipe
-from sdvino.compress.parts import Cuts, Joiner, choose_ends
+from sdvino.compress.parts import Joiner, choose_ends, cut_at_ends
 from sdvino.compress.quantization import quantize
 from sdvino.compress.recipes import get_recipe
-from sdvino.compress.stepwise import PartedModel
+from sdvino.compress.stepwise import Evaluator
 from sdvino.compress.targets import get_target
+from sdvino.graph.cut import split
 from tests.compress import nets
 
 CONTEXT = np.random.default_rng(2).standard_normal((4, 1, 4, nets.CHANNELS), dtype=np.float32)
@@ -67,6 +69,14 @@ def scales(model: ov.Model) -> dict[tuple[str, int], list[float]]:
     return found
 
 
+def joined(model: ov.Model, ends: Sequence[str]) -> ov.Model:
+    """Return what the parts of ``model`` make together again."""
+    joiner = Joiner(model.clone())
+    for part, ports in split(model.clone(), lambda whole: cut_at_ends(whole, ends)):
+        joiner.add(part, ports)
+    return joiner.finish()
+
+
 def test_a_model_that_fits_is_left_whole() -> None:
     assert choose_ends(blocks(), SAMPLES[0], 100 * CONVOLUTION) == ()
 
@@ -85,32 +95,31 @@ def test_a_model_is_cut_where_blocks_end(convolutions: int) -> None:
 def test_parts_joined_compute_what_the_whole_does() -> None:
     model = blocks()
     ends = choose_ends(model, SAMPLES[0], 3 * CONVOLUTION)
-    joiner = Joiner(model.clone())
-    for index in range(len(ends) + 1):
-        joiner.add(Cuts(model.clone(), ends).extract(index))
-    joined = joiner.finish()
+    again = joined(model, ends)
     for sample in SAMPLES:
-        np.testing.assert_array_equal(nets.run(joined, sample), nets.run(model, sample))
-    assert joined.output(0).get_names() == {"out_sample"}
-    assert joined.input("sample").get_partial_shape() == ov.PartialShape(
-        [-1, nets.CHANNELS, -1, -1]
-    )
-    assert joined.get_rt_info(["runtime_options", "ACTIVATIONS_SCALE_FACTOR"]).value == "8.0"
-    names = [sorted(op.get_friendly_name() for op in of.get_ops()) for of in (joined, model)]
+        np.testing.assert_array_equal(nets.run(again, sample), nets.run(model, sample))
+    assert again.output(0).get_names() == {"out_sample"}
+    assert again.input("sample").get_partial_shape() == ov.PartialShape([-1, nets.CHANNELS, -1, -1])
+    assert again.get_rt_info(["runtime_options", "ACTIVATIONS_SCALE_FACTOR"]).value == "8.0"
+    names = [sorted(op.get_friendly_name() for op in of.get_ops()) for of in (again, model)]
     assert names[0] == names[1]
 
 
-def test_what_crosses_is_kept_until_its_last_reader() -> None:
+def test_what_crosses_is_taken_by_all_that_read_it() -> None:
     ends = [f"__module.blocks.{index}/aten::add/Add" for index in (0, 2)]
-    readers = Cuts(blocks(), ends).last_reader()
-    assert readers[ends[0], 0] == readers[ends[1], 0] == 2
+    parts = split(blocks(), lambda whole: cut_at_ends(whole, ends))
+    taken = [{name for name, _ in ports.taken.values()} for _, ports in parts]
+    assert [end in taken[2] for end in ends] == [True, True]
+    assert ends[0] in taken[1]
+    assert not taken[0]
 
 
 def test_a_model_runs_in_parts(tmp_path: Path) -> None:
     model = blocks()
     expected = [nets.run(model, sample) for sample in SAMPLES]
     ends = choose_ends(model, SAMPLES[0], 3 * CONVOLUTION)
-    found = PartedModel(model, ends).evaluate(SAMPLES, tmp_path)
+    found = Evaluator(model, ends).evaluate(SAMPLES, tmp_path)
+    assert not list(tmp_path.iterdir())  # what was read by all is let go of
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -138,13 +147,10 @@ def test_a_shape_that_crosses_holds_nothing_together(tmp_path: Path) -> None:
     ends = choose_ends(model, samples[0], CONVOLUTION)
     assert ends == tuple(f"__module.blocks.{index}/aten::add/Add" for index in range(4))
     expected = [nets.run(model, sample) for sample in samples]
-    joiner = Joiner(model.clone())
-    for index in range(len(ends) + 1):
-        joiner.add(Cuts(model.clone(), ends).extract(index))
-    joined = joiner.finish()
+    again = joined(model, ends)
     for sample in [*samples, {"sample": samples[0]["sample"][:, :, :4, :6]}]:
-        np.testing.assert_array_equal(nets.run(joined, sample), nets.run(model, sample))
-    found = PartedModel(model, ends).evaluate(samples, tmp_path)
+        np.testing.assert_array_equal(nets.run(again, sample), nets.run(model, sample))
+    found = Evaluator(model, ends).evaluate(samples, tmp_path)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
 
 

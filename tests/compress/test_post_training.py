@@ -15,13 +15,13 @@ import pytest
 from sdvino.compress import quantization
 from sdvino.compress.bias_correction import constant_value
 from sdvino.compress.component_recipe import ComponentRecipe
-from sdvino.compress.layers import is_constant
 from sdvino.compress.quantization import measure, quantize
 from sdvino.compress.quiet import quiet
 from sdvino.compress.recipes import get_recipe
 from sdvino.compress.stepwise import Sample
 from sdvino.compress.targets import Target, get_target
 from sdvino.errors import SdvinoError
+from sdvino.graph.walk import is_constant
 from tests.compress import nets
 
 RECIPE = replace(get_recipe("int8").component("unet"), float_layers=("conv_in/", "conv_out/"))

@@ -11,7 +11,7 @@ import pytest
 
 from sdvino.compress.fragile import is_fragile
 from sdvino.compress.parts import choose_ends
-from sdvino.compress.stepwise import PartedModel
+from sdvino.compress.stepwise import Evaluator
 from sdvino.folder.index import ModelFolder
 from tests.convert.miniatures import Miniatures
 
@@ -60,5 +60,5 @@ def test_the_unet_of_a_large_model_comes_apart(miniatures: Miniatures, tmp_path:
     ends = choose_ends(model, samples[0], 2_500_000)  # of 21 million
     assert len(ends) >= 9
     assert {"down_blocks", "mid_block", "up_blocks"} <= {name.split(".")[0] for name in ends}
-    found = PartedModel(model, ends).evaluate(samples, tmp_path)
+    found = Evaluator(model, ends).evaluate(samples, tmp_path)
     np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)

@@ -17,16 +17,16 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 from numpy.typing import NDArray
 
 from sdvino.errors import ModelFolderError, RequestError
-from sdvino.graph.geglu import split_projections
-from sdvino.graph.scales import fold_scales
-from sdvino.graph.segments import (
+from sdvino.graph.cut import (
     DEEP,
-    Segments,
+    Stages,
     cut_at_skip,
     cut_by_weight,
-    keep_segment,
-    segment_count,
+    keep_stage,
+    stage_count,
 )
+from sdvino.graph.geglu import split_projections
+from sdvino.graph.scales import fold_scales
 from sdvino.graph.text_keys import TEXT, give_text_keys, is_text_key, take_text_keys
 from sdvino.graph.timestep import float_timestep
 from sdvino.graph.tokens import thin_keys
@@ -167,7 +167,7 @@ def test_a_unet_that_reads_no_text_is_refused(graph: Graph) -> None:
         take_text_keys(model)
 
 
-CUTS: dict[str, tuple[int, Callable[[ov.Model], Segments]]] = {
+CUTS: dict[str, tuple[int, Callable[[ov.Model], Stages]]] = {
     "at the outermost skip": (3, lambda model: cut_at_skip(model, 0)),
     "at the next": (3, lambda model: cut_at_skip(model, 1)),
     "in four pieces": (4, lambda model: cut_by_weight(model, 4)),
@@ -176,22 +176,22 @@ CUTS: dict[str, tuple[int, Callable[[ov.Model], Segments]]] = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("count", "cut"), CUTS.values(), ids=CUTS)
-def test_segments_in_turn_are_the_whole(
-    graph: Graph, count: int, cut: Callable[[ov.Model], Segments]
+def test_stages_in_turn_are_the_whole(
+    graph: Graph, count: int, cut: Callable[[ov.Model], Stages]
 ) -> None:
     pool = dict(graph.inputs)
-    assert segment_count(cut(graph.read())) == count
+    assert stage_count(cut(graph.read())) == count
     for number in range(count):
         model = graph.read()
-        keep_segment(model, cut(model), number)
+        keep_stage(model, cut(model), number)
         pool.update(graph.run(model, pool))
     assert graph.holds(pool["out_sample"])
 
 
-def test_the_deep_segment_is_most_of_the_unet(graph: Graph) -> None:
+def test_the_deep_stage_is_most_of_the_unet(graph: Graph) -> None:
     model = graph.read()
     whole = len(model.get_ops())
-    keep_segment(model, cut_at_skip(model), DEEP)
+    keep_stage(model, cut_at_skip(model), DEEP)
     assert len(model.get_ops()) > whole / 2
     assert len(model.outputs) == 1
     with pytest.raises(RequestError, match="skip connections"):
@@ -205,7 +205,7 @@ def test_pieces_are_about_equal() -> None:
     sizes = []
     for number in range(5):
         piece = model.clone()
-        keep_segment(piece, cut_by_weight(piece, 5), number)
+        keep_stage(piece, cut_by_weight(piece, 5), number)
         nodes = [node for node in piece.get_ops() if node.get_type_name() == "Constant"]
         sizes.append(sum(node.get_byte_size() for node in nodes))
     assert max(sizes) < 1.6 * sum(sizes) / 5

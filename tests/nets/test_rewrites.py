@@ -9,9 +9,9 @@ import numpy as np
 import openvino as ov
 import pytest
 
+from sdvino.graph.cut import cut_at_skip, stage_count
 from sdvino.graph.geglu import split_projections
 from sdvino.graph.saving import save_graph
-from sdvino.graph.segments import cut_at_skip, segment_count
 from sdvino.graph.text_keys import give_text_keys
 from sdvino.graph.text_states import give_states, state_name
 from sdvino.graph.timestep import float_timestep
@@ -52,7 +52,7 @@ def test_rewrites_of_a_unet(tmp_path: Path, arch: str) -> None:
         assert all(port.get_partial_shape().is_static for port in op.outputs())
     freeze_shapes(model)
     assert split_projections(model) == kinds.count("GEGLU")
-    assert segment_count(cut_at_skip(model)) == 3
+    assert stage_count(cut_at_skip(model)) == 3
     inputs["timestep"] = inputs["timestep"].astype(np.float32)
     assert relative_error(run(model, inputs)["out_sample"], expected) < 2e-3  # half precision
     thinned = model.clone()

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from sdvino import RequestError, RunSettings, SpeedSettings, StableDiffusionPipeline
+from sdvino import (
+    ModelFolderError,
+    RequestError,
+    RunSettings,
+    SpeedSettings,
+    StableDiffusionPipeline,
+)
 from sdvino.denoising import guidance_mode, unet_plans
+from sdvino.graph.cut import DEEP
 from sdvino.outputs import PictureEvent
 from sdvino.request import Request
 from sdvino.runtime.memory_plan import MemoryPlan
+from sdvino.runtime.network import PREDICTION, Branch, Network, Pool
 from sdvino.settings import FAST, DeviceSettings, GuidanceMode
 
 PROMPT = "a big red circle on a blue background"
@@ -32,6 +41,70 @@ IN_F32 = DeviceSettings(precision="f32")
 @pytest.fixture(scope="module")
 def pipe() -> StableDiffusionPipeline:
     return StableDiffusionPipeline.from_pretrained(settings=RunSettings(default=IN_F32))
+
+
+class Adds:
+    """A stage that adds one to a tensor."""
+
+    def __init__(self, takes: str, gives: str) -> None:
+        self.input_names = (frozenset({takes}),)
+        self._takes, self._gives = takes, gives
+        #: What was done with it, in order.
+        self.calls: list[str] = []
+
+    def infer(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+        self.calls.append("infer")
+        return {self._gives: inputs[self._takes] + 1}
+
+    def infer_each(
+        self, inputs: Sequence[Mapping[str, Any]], *, together: bool = False
+    ) -> list[Mapping[str, Any]]:
+        return [self.infer(given) for given in inputs]
+
+    def unload(self) -> None:
+        self.calls.append("unload")
+
+
+def three() -> list[Adds]:
+    return [Adds("sample", "shallow"), Adds("shallow", "deep"), Adds("deep", PREDICTION)]
+
+
+def zeros() -> Any:
+    return np.zeros((1, 4, 2, 2), np.float32)
+
+
+def test_stages_hand_on_what_they_give() -> None:
+    network = Network(three())
+    (found,) = network.evaluate(zeros(), 1.0, 0, [Branch({})])
+    assert (found == 3).all()
+    outer = Network([Network(three(), input_names=["sample"])])  # a network is a stage too
+    assert (outer.evaluate(zeros(), 1.0, 0, [Branch({})])[0] == 3).all()
+    with pytest.raises(ModelFolderError, match="nothing gives"):
+        Network([Adds("text", PREDICTION)]).evaluate(zeros(), 1.0, 0, [Branch({})])
+    with pytest.raises(ModelFolderError, match=PREDICTION):
+        Network([Adds("sample", "other")]).evaluate(zeros(), 1.0, 0, [Branch({})])
+
+
+def test_what_a_stage_gave_is_used_again_between_steps() -> None:
+    stages = three()
+    network = Network(stages, reused=(DEEP,), interval=2)
+    branches = [Branch({}), Branch({})]
+    found = [network.evaluate(zeros() + step, 1.0, step, branches)[1].max() for step in range(4)]
+    assert found == [3, 3, 5, 5]
+    assert [len(stage.calls) for stage in stages] == [8, 4, 8]
+    # A branch that has nothing kept is no reason to use what is not there.
+    assert network.evaluate(zeros(), 1.0, 3, [Branch({})])[0].max() == 3
+
+
+def test_in_turn_each_stage_runs_on_all_and_is_unloaded() -> None:
+    stages = three()
+    shares: list[float] = []
+    pools: list[Pool] = [{"sample": zeros() + number} for number in range(2)]
+    Network(stages, in_turn=True).run(pools, progress=shares.append)
+    assert [stage.calls for stage in stages] == [["infer", "infer", "unload"]] * 3
+    assert [pool[PREDICTION].max() for pool in pools] == [3, 4]
+    assert shares == sorted(shares)
+    assert shares[-1] == 1.0
 
 
 def run(pipe: StableDiffusionPipeline, **options: Any) -> tuple[Any, int]:
@@ -94,7 +167,7 @@ def test_text_keys_made_apart_give_the_same_picture(exact: Any, mode: GuidanceMo
     apart.components.text_apart = True
     latents, _ = run(apart, guidance_mode=mode)
     assert error(latents, exact) < (1e-6 if mode == "sequential" else 0.02)
-    assert {"unet.text"} < set(apart.components._loaded)
+    assert {"unet.text"} < set(apart.components.parts)
 
 
 @pytest.mark.slow
@@ -127,7 +200,7 @@ def test_pieces_in_turn_give_the_same_picture() -> None:
     )
     assert evaluations == 2
     assert error(latents, plain) < 1e-5
-    parts = {name: part for name, (_, part) in lean.components._loaded.items()}
+    parts = lean.components.parts
     assert not any(part.loaded for part in parts.values())
     kernels = {part.settings.linear_kernel for name, part in parts.items() if "unet." in name}
     assert kernels == {"matmul"}
@@ -143,8 +216,8 @@ def test_a_picture_drawn_once_is_the_same_and_leaves_nothing_loaded(
         [e for e in pipe.stream(request.resolve(pipe.folder), once=once) if hasattr(e, "pixels")]
         for once in (False, True)
     ]
-    parts = {name: part.loaded for name, (_, part) in pipe.components._loaded.items()}
-    assert not any(parts[name] for name in ("text_encoder", "unet", "vae_decoder"))
+    parts = pipe.components.parts
+    assert not any(parts[name].loaded for name in ("text_encoder", "unet", "vae_decoder"))
     np.testing.assert_array_equal(drawn[0][0].pixels, drawn[1][0].pixels)
     many = replace(request, num_images_per_prompt=2).resolve(pipe.folder)
     assert not pipe.memory_plan(many, once=True).release_models
@@ -168,7 +241,7 @@ def test_pictures_decoded_aside_are_the_same(pipe: StableDiffusionPipeline) -> N
     pictures = [e for e in many.stream(request) if isinstance(e, PictureEvent)]
     assert [picture.job.index for picture in pictures] == [0, 1, 2]
     expected = pipe.decode(np.concatenate([picture.latents for picture in pictures]))
-    assert {part.settings.num_streams for _, part in many.components._loaded.values()} == {1}
+    assert {part.settings.num_streams for part in many.components.parts.values()} == {1}
     for picture, plain in zip(pictures, expected, strict=True):
         assert picture.pixels is not None
         assert np.abs(picture.pixels.astype(int) - plain).max() <= 2

@@ -1,21 +1,22 @@
-"""Exact rewrite: one graph becomes several that are run in turn.
+"""Exact rewrite: one graph becomes several, its stages, that are run in turn.
 
-Two ways to cut. `cut_at_skip` gives a UNet's shallow beginning, its deep middle and its shallow end
+A rule says for each node to which stage it belongs; `keep_stage` makes a graph of one stage. Two
+rules are here. `cut_at_skip` gives a UNet's shallow beginning, its deep middle and its shallow end
 (DeepCache, arXiv:2312.00858: Ma et al. reuse the middle's features at the steps in between).
 `cut_by_weight` gives pieces of about equal weights, of which only one need be in memory at a time.
-Both say for each node to which segment it belongs; `keep_segment` makes a graph of one segment.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import openvino as ov
 from numpy.typing import NDArray
 from openvino import opset13 as ops
 
-from sdvino.errors import ModelFolderError, RequestError
+from sdvino.errors import RequestError
 from sdvino.graph.protocol import find_input
 from sdvino.graph.walk import (
     constant_nodes,
@@ -26,18 +27,30 @@ from sdvino.graph.walk import (
     new_input,
 )
 
-#: The segments of `cut_at_skip`.
+#: The stages of `cut_at_skip`.
 BEGINNING, DEEP, END = 0, 1, 2
-#: Node -> number of its segment. Inputs, and what comes of constants alone, belong to every one.
-Segments = Mapping[ov.Node, int]
+#: Node -> number of its stage. Inputs, and what comes of constants alone, belong to every one.
+Stages = Mapping[ov.Node, int]
+#: A value of a graph: the name of the operation that makes it, and which of its outputs.
+Value = tuple[str, int]
 #: How far from equal weights a cut may be moved to where little crosses it, as a share of a piece.
 _SLACK = 0.25
 
 
-def cut_at_skip(model: ov.Model, branch: int = 0) -> Segments:
+@dataclass(frozen=True, slots=True)
+class Ports:
+    """How one stage is joined to the others."""
+
+    #: Name of an input -> the value of another stage that it stands for.
+    taken: Mapping[str, Value]
+    #: What its outputs are called elsewhere, in order: as the others take them, or `result_name`.
+    given: tuple[str, ...]
+
+
+def cut_at_skip(model: ov.Model, branch: int = 0) -> Stages:
     """Cut the UNet ``model`` where its main path meets a skip connection again.
 
-    ``branch`` counts the skip connections from the outermost. The deep segment is what only the
+    ``branch`` counts the skip connections from the outermost. The deep stage is what only the
     main path into that meeting needs. Raises RequestError when there are fewer.
     """
     joins = _joins(model)
@@ -57,7 +70,7 @@ def cut_at_skip(model: ov.Model, branch: int = 0) -> Segments:
     }
 
 
-def cut_by_weight(model: ov.Model, count: int) -> Segments:
+def cut_by_weight(model: ov.Model, count: int) -> Stages:
     """Cut ``model`` into up to ``count`` pieces of about the same bytes of weights."""
     everywhere = _everywhere(model)
     order = [node for node in model.get_ordered_ops() if node not in everywhere]
@@ -76,85 +89,96 @@ def cut_by_weight(model: ov.Model, count: int) -> Segments:
     return dict(zip(order, numbers.tolist(), strict=True))
 
 
-def keep_segment(model: ov.Model, segments: Segments, number: int) -> None:
-    """Make of ``model``, in place, its segment ``number``; exact.
+def keep_stage(model: ov.Model, stages: Stages, number: int) -> Ports:
+    """Make of ``model``, in place, its stage ``number``; exact.
 
-    Tensors that pass from one segment to another are outputs of the first and inputs of the second,
-    float32 and named alike: the pool of names and arrays that the segments are run on is theirs.
+    Tensors that pass from one stage to another are outputs of the first and inputs of the second,
+    of their own type and named alike: the pool of names and arrays that stages are run on is
+    theirs. The names are the same for every copy of the model.
     """
     order = {node: i for i, node in enumerate(model.get_ordered_ops())}
     crossing: dict[tuple[ov.Node, int], str] = {}
     read: list[tuple[ov.Input, ov.Output]] = []
     for node in order:
-        if node not in segments:
+        if node not in stages:
             continue
         for target in node.inputs():
             source = target.get_source_output()
-            if segments.get(source.get_node(), segments[node]) == segments[node]:
+            if stages.get(source.get_node(), stages[node]) == stages[node]:
                 continue
             origin = _unrounded(source)
-            if origin.get_node() in segments:
+            if origin.get_node() in stages:
                 key = (origin.get_node(), origin.get_index())
                 crossing[key] = f"cut.{order[key[0]]}.{key[1]}"
-            if segments[node] == number:
+            if stages[node] == number:
                 read.append((target, source))
-    made = {key: name for key, name in crossing.items() if segments[key[0]] == number}
-    _keep_results(model, segments, number, made)
-    _feed(model, read, crossing, segments, number)
+    made = {key: name for key, name in crossing.items() if stages[key[0]] == number}
+    given = _keep_results(model, stages, number, made)
+    taken = _feed(model, read, crossing, stages, number)
     drop_unused_inputs(model)
     model.validate_nodes_and_infer_types()
+    return Ports(taken, given)
 
 
-def names_in_pool(inputs: Iterable[Iterable[str]], pool: Mapping[str, object]) -> list[str]:
-    """Return for each input of a segment, given by all its names, the one that ``pool`` knows.
-
-    Raises ModelFolderError for an input that nothing gives.
-    """
-    known = [next((name for name in sorted(names) if name in pool), None) for names in inputs]
-    if None in known:
-        raise ModelFolderError(
-            "The graph of the unet has an input of a name that none has; get the model again."
-        )
-    return [name for name in known if name is not None]
+def split(model: ov.Model, cut: Callable[[ov.Model], Stages]) -> list[tuple[ov.Model, Ports]]:
+    """Return every stage of ``model`` as a model; they share its weights. ``model`` is consumed."""
+    count = stage_count(cut(model))
+    if count == 1:
+        return [(model, keep_stage(model, cut(model), 0))]
+    for node in model.get_ops():  # copies have other names where nobody gave one
+        node.set_friendly_name(node.get_friendly_name())
+    copies = [model.clone() for _ in range(count)]
+    return [(copy, keep_stage(copy, cut(copy), number)) for number, copy in enumerate(copies)]
 
 
-def segment_count(segments: Segments) -> int:
-    """Return how many segments there are."""
-    return max(segments.values()) + 1
+def stage_count(stages: Stages) -> int:
+    """Return how many stages there are."""
+    return max(stages.values()) + 1
+
+
+def result_name(index: int) -> str:
+    """Return what `Ports.given` calls an output of the whole graph."""
+    return f"result.{index}"
 
 
 def _keep_results(
-    model: ov.Model, segments: Segments, number: int, made: Mapping[tuple[ov.Node, int], str]
-) -> None:
-    for result in model.get_results():
-        if segments[result] != number:
+    model: ov.Model, stages: Stages, number: int, made: Mapping[tuple[ov.Node, int], str]
+) -> tuple[str, ...]:
+    kept = []
+    for index, result in enumerate(model.get_results()):
+        if stages[result] == number:
+            kept.append(result_name(index))
+        else:
             model.remove_result(result)
     results = []
     for (node, index), name in made.items():
         node.output(index).add_names({name})
         results.append(ops.result(node.output(index)))
     model.add_results(results)
+    return (*kept, *made.values())
 
 
 def _feed(
     model: ov.Model,
     read: Iterable[tuple[ov.Input, ov.Output]],
     crossing: Mapping[tuple[ov.Node, int], str],
-    segments: Segments,
+    stages: Stages,
     number: int,
-) -> None:
-    """Give the inputs of segment ``number`` what comes from the others."""
+) -> dict[str, Value]:
+    """Give the inputs of stage ``number`` what comes from the others; return what that is."""
     inputs: dict[str, ov.Node] = {}
+    taken: dict[str, Value] = {}
     rounded: dict[tuple[ov.Node, int], ov.Output] = {}
     for target, source in read:
         key = (source.get_node(), source.get_index())
         if key not in rounded:
             origin = _unrounded(source)
             fed = origin
-            if segments.get(origin.get_node(), number) != number:
+            if stages.get(origin.get_node(), number) != number:
                 name = crossing[origin.get_node(), origin.get_index()]
                 if name not in inputs:
                     inputs[name] = new_input(origin, name)
+                    taken[name] = origin.get_node().get_friendly_name(), origin.get_index()
                 fed = inputs[name].output(0)
             if origin != source:  # 8-bit kernels need the rounding beside them
                 ranges = source.get_node().input_values()[1:]
@@ -163,6 +187,7 @@ def _feed(
             rounded[key] = fed
         target.replace_source_output(rounded[key])
     model.add_parameters(list(inputs.values()))
+    return taken
 
 
 def _unrounded(port: ov.Output) -> ov.Output:
