@@ -7,6 +7,8 @@ recipe, a report and a LoRA speak of it by the name that people know.
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
@@ -33,6 +35,8 @@ _TYPES: Mapping[str, ov.Type] = {
 _AFFINE = ("weight", "bias")
 # What older libraries saved with the weights: a table of 0, 1, 2 ...
 _IGNORED = ("position_ids",)
+# What OpenVINO calls the constants of a layer with a name: NAME/Constant_117.
+_NUMBERED = re.compile(r"(.+/[A-Za-z]+)_\d+")
 # 2^-24 is float32's own precision at 1; as two factors, each is exact in float16 too.
 _FIXED_POINT_BITS = 24
 
@@ -300,7 +304,18 @@ def model(
     for name, value in outputs.items():
         value.output(0).set_names({*value.output(0).get_names(), name})
         results.append(ops.result(value, name=f"{name}/result"))
-    return ov.Model(results, inputs, title)
+    made = ov.Model(results, inputs, title)
+    _number_by_place(made)
+    return made
+
+
+def _number_by_place(made: ov.Model) -> None:
+    """Number by their place what OpenVINO numbered by all that the process had made before."""
+    counts: Counter[str] = Counter()
+    for node in made.get_ordered_ops():
+        if match := _NUMBERED.fullmatch(node.get_friendly_name()):
+            node.set_friendly_name(f"{match[1]}.{counts[match[1]]}")
+            counts[match[1]] += 1
 
 
 def whole_divisor(width: int, parts: int, name: str) -> int:
