@@ -158,8 +158,8 @@ def test_a_worker_imports_no_more_than_it_needs() -> None:
     """And whoever wants the rest later finds it."""
     program = """
     import gc, sys
-    from sdvino.convert.worker import _UNUSED, _import_models
-    _import_models()
+    from sdvino.train.steps import _UNUSED, import_models
+    import_models()
     print(sorted(sys.modules.keys() & {*_UNUSED}), "diffusers" in sys.modules)
     import scipy.stats, nncf
     """

@@ -30,7 +30,7 @@ import json, sys
 import numpy as np
 from sdvino import DeviceSettings, RunSettings, StableDiffusionPipeline
 from sdvino.cli.main import main
-from sdvino.runtime import rewrites
+from sdvino.graph import prepare as rewrites
 library, picture = sys.argv[1:]
 options = ["--device", "XCPU", "--steps", "1", "--seed", "5", "-q", "-o", picture]
 words = ["generate", "a red circle", "--plugin", "xcpu=" + library, *options]
