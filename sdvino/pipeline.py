@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from sdvino.denoising import PictureDenoiser
 from sdvino.diffusion.grid import Grid
 from sdvino.diffusion.layout import make_grid
 from sdvino.diffusion.noise import make_noise
@@ -24,6 +23,7 @@ from sdvino.image.preview import Previewer
 from sdvino.outputs import Array, OutputType, PictureEvent, PipelineOutput, StepEvent, gather
 from sdvino.request import OPTIONS, PictureJob, PictureRecord, Request, ResolvedRequest, as_texts
 from sdvino.runtime.components import Components
+from sdvino.runtime.denoising import PictureDenoiser
 from sdvino.runtime.guard import Guard
 from sdvino.runtime.memory import check_memory, memory_status
 from sdvino.runtime.memory_plan import MemoryPlan, measure_parts, plan_memory

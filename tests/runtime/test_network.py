@@ -16,10 +16,10 @@ from sdvino import (
     SpeedSettings,
     StableDiffusionPipeline,
 )
-from sdvino.denoising import guidance_mode, unet_plans
 from sdvino.graph.cut import DEEP
 from sdvino.outputs import PictureEvent
 from sdvino.request import Request
+from sdvino.runtime.denoising import guidance_mode, unet_plans
 from sdvino.runtime.memory_plan import MemoryPlan
 from sdvino.runtime.network import PREDICTION, Branch, Network, Pool
 from sdvino.settings import FAST, DeviceSettings, GuidanceMode

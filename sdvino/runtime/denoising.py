@@ -8,12 +8,12 @@ from dataclasses import replace
 from types import TracebackType
 
 import numpy as np
+from numpy.typing import NDArray
 
 from sdvino.diffusion.denoiser import Denoiser, Predict
 from sdvino.diffusion.grid import Grid, Level
 from sdvino.diffusion.guidance import Guidance, PredictBoth, interval_of_steps
 from sdvino.errors import RequestError
-from sdvino.outputs import Array
 from sdvino.request import ResolvedRequest
 from sdvino.runtime.components import Components
 from sdvino.runtime.defaults import guidance_mode_for
@@ -23,6 +23,8 @@ from sdvino.runtime.remote import keep_on_device
 from sdvino.runtime.timings import Timings, clock
 from sdvino.runtime.waiting import result_of
 from sdvino.settings import GuidanceMode, RunSettings, SpeedSettings
+
+Array = NDArray[np.float32]
 
 
 def guidance_mode(speed: SpeedSettings, settings: RunSettings) -> GuidanceMode:
