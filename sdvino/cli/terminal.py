@@ -9,7 +9,6 @@ from typing import Any
 
 import click
 
-from sdvino.inputs.files import user_path
 from sdvino.inputs.shown import lines, shortened
 
 
@@ -38,6 +37,8 @@ class UserPath(click.Path):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
         """Return the path; raises RequestError for what no file can be called."""
+        from sdvino.inputs.files import user_path  # not for --help
+
         return user_path(value)
 
 
