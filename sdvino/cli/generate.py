@@ -161,14 +161,20 @@ def _prompts(
     raise RequestError('There is no prompt; write one: sdvino generate "a red circle".')
 
 
+#: Of a name in somebody's picture, on the terminal.
+_LONGEST_NAME = 100
+
+
 def _say_unlike(picture: str, record: PictureRecord, model: str) -> None:
     """Say in what a picture made like another will differ from it."""
-    if record.model not in (None, model):
-        echo(f"{picture} was made with the model {record.model}, this is {model}.", err=True)
+    if record.model is not None and record.model != model:
+        other = shortened(record.model, _LONGEST_NAME)
+        echo(f"{picture} was made with the model {other}, this is {model}.", err=True)
     sampler = dict(record.other).get("Sampler")
     if record.request.sampler.scheduler is None and sampler is not None:
+        other = shortened(sampler, _LONGEST_NAME)
         echo(
-            f"{picture} was made with {sampler}, which sdvino does not have; the model's own"
+            f"{picture} was made with {other}, which sdvino does not have; the model's own"
             " scheduler is used.",
             err=True,
         )

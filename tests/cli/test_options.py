@@ -4,10 +4,12 @@ import json
 
 import pytest
 
+from sdvino.cli.generate import _say_unlike
 from sdvino.cli.main import main
 from sdvino.cli.options import MEASURED
 from sdvino.errors import RequestError
 from sdvino.inputs.shown import parse_size
+from sdvino.request import PictureRecord, Request
 from tests.conftest import ROOT
 
 
@@ -66,3 +68,13 @@ def test_every_approximation_says_its_cost(capsys: pytest.CaptureFixture[str]) -
     assert said.count("prompt adherence") == len(MEASURED)
     assert said.count("too small to gain time") == sum(gain <= 1 for gain, _ in MEASURED.values())
     assert "The demo model with 0 0.8:" in said
+
+
+def test_long_names_in_a_picture_are_shown_short(capsys: pytest.CaptureFixture[str]) -> None:
+    record = PictureRecord(
+        request=Request(prompts=("a cat",)), model="x" * 5000, other=(("Sampler", "y" * 5000),)
+    )
+    _say_unlike("like.png", record, "shapes")
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 2
+    assert max(map(len, said)) < 300
