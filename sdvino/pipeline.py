@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from sdvino.diffusion.grid import Grid
 from sdvino.diffusion.layout import make_grid
-from sdvino.diffusion.noise import make_noise
+from sdvino.diffusion.noise import given_noise, make_noise
 from sdvino.diffusion.samplers import get_sampler
 from sdvino.diffusion.scheduler_config import SchedulerConfig, sampler_from_config
 from sdvino.errors import ModelFolderError, RequestError
@@ -234,7 +234,7 @@ class StableDiffusionPipeline:
         grid = self.schedule(request)
         memory = self.memory_plan(request, once=once)
         shape = (1, self.folder.latent_channels, *size)
-        given = _given_noise(latents, (len(request.jobs), *shape[1:]))
+        given = given_noise(latents, (len(request.jobs), *shape[1:]))
         sample = get_sampler(grid.sampler)
         denoising = PictureDenoiser(self.components, request, grid, memory, timings)
         decoder = PictureDecoder(
@@ -387,17 +387,3 @@ def _request(given: Mapping[str, Any], embeddings: Embeddings) -> Request:
         negative_prompts=as_texts(given["negative_prompt"]),
         **options,
     )
-
-
-def _given_noise(latents: Array | None, shape: tuple[int, ...]) -> Array | None:
-    """Return the noise given to a call, float32 of ``shape``; raises RequestError."""
-    if latents is None:
-        return None
-    given = np.asarray(latents, np.float32)
-    if given.shape != shape:
-        raise RequestError(
-            f"The latents have the shape {list(given.shape)}; this request takes {list(shape)}."
-        )
-    if not np.isfinite(given).all():
-        raise RequestError("The latents hold NaN or infinity; give finite noise.")
-    return given

@@ -46,3 +46,19 @@ def make_noise(name: NoiseName, seed: int) -> NoiseSource:
     if name == "cuda":
         return CudaNoise(int(seed))
     raise RequestError(f"Unknown noise {name!r}; choose one of: {', '.join(NOISES)}.")
+
+
+def given_noise(
+    latents: NDArray[np.float32] | None, shape: tuple[int, ...]
+) -> NDArray[np.float32] | None:
+    """Return the noise given to a call, float32 of ``shape``; raises RequestError."""
+    if latents is None:
+        return None
+    given = np.asarray(latents, np.float32)
+    if given.shape != shape:
+        raise RequestError(
+            f"The latents have the shape {list(given.shape)}; this request takes {list(shape)}."
+        )
+    if not np.isfinite(given).all():
+        raise RequestError("The latents hold NaN or infinity; give finite noise.")
+    return given

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
@@ -24,16 +25,16 @@ _SWITCH = {"True": True, "False": False, "None": None}
 _MAX_NAME = 64
 
 
-class Kind:
+class Kind(ABC):
     """The values that a field takes; None is left to the field."""
 
+    @abstractmethod
     def take(self, name: str, value: Any) -> Any:
         """Return ``value`` in the type of the field ``name``; raises RequestError naming it."""
-        raise NotImplementedError
 
     def read(self, text: str) -> Any:
         """Return what a picture's text says, to be taken; raises ValueError where it is nothing."""
-        raise NotImplementedError
+        raise ValueError(text)  # of a kind that no picture carries
 
     def write(self, value: Any) -> str:
         """Return the value as a picture's text says it."""
